@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Set up and run the tests.
+#   scripts/test.sh                     everything but the GPU tests
+#   scripts/test.sh tests/data -x       further arguments go to pytest
+#   scripts/test.sh -m gpu              the GPU tests, on a machine that has one
+set -euo pipefail
+cd "$(dirname "$0")/.."
+started=$SECONDS
+
+echo "== packages"
+scripts/setup.sh
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
+    echo "== chromium, for the tests of pages"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null
+fi
+
+echo "== lint"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+
+echo "== tests"
+export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
+case " $* " in
+    *" -m "*) .venv/bin/python -m pytest "$@" ;;
+    *) .venv/bin/python -m pytest -m "not gpu" "$@" ;;
+esac
+echo "tests: done in $((SECONDS - started)) s"

@@ -1,0 +1,43 @@
+"""Packaging. The exact versions that the test suite ran on are in constraints.txt; here stand the ranges that may work."""
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    "torch>=2.9",
+    "torchvision>=0.24",
+    "triton>=3.5; platform_system == 'Linux'",
+    "transformers>=5.20",
+    "peft>=0.21",
+    "accelerate>=1.10",
+    "bitsandbytes>=0.50",
+    "deepspeed>=0.19",
+    "ray[default,train]>=2.60",
+    "webdataset>=1.0.2",
+    "wandb>=0.30",
+    "safetensors>=0.6",
+    "tokenizers>=0.23",
+    "numpy>=2",
+    "pillow>=12",
+    "pydantic>=2.12",
+    "ruamel.yaml>=0.18",
+    "braceexpand>=0.1.7",
+    "rich>=14",
+    "jinja2>=3.1",
+    "matplotlib>=3.10",
+]
+DEVELOPMENT = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.14", "pyright>=1.1.400", "pre-commit>=4", "selenium>=4"]
+
+setup(
+    name="vlm_dist",
+    version="0.1.0",
+    description="Train vision-language models from tar shards, on one GPU or many, from one YAML",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["vlm_dist", "vlm_dist.*"]), "vlm_kernels"],
+    # kernels/ itself is no package: an importable `kernels` would shadow Hugging Face's package of that name
+    package_dir={"vlm_kernels": "kernels/vlm_kernels"},
+    package_data={"vlm_dist.reporting": ["*.html"]},
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": DEVELOPMENT},
+    entry_points={"console_scripts": ["vlm-dist=vlm_dist.cli.main:main"]},
+)

@@ -1,0 +1,114 @@
+"""What all tests share: no network, fresh memory poisoned, tiny real checkpoints and shards made once a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm_dist.quiet import quiet_libraries
+
+quiet_libraries()
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ("caption", "qa", "reading")
+
+
+@pytest.fixture(autouse=True)
+def _poison_fresh_memory(monkeypatch):
+    """torch.empty gives NaN, so that reading memory that nobody wrote shows."""
+    import torch
+
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        tensor = empty(*size, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> dict[str, list[str]]:
+    """Paths of tiny synthetic shards by "TASK-SPLIT"."""
+    from vlm_dist.data.synthetic import synthesise
+
+    out = tmp_path_factory.mktemp("shards")
+    settings = {"seed": 1, "size": 32, "image_format": "jpg", "shard_size": 20, "questions_per_picture": 3}
+    made = synthesise(out, train=60, heldout=12, tasks=TASKS, **settings)
+    return {name: [str(path) for path in paths] for name, paths in made.items()}
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory) -> str:
+    """Path of a tiny LLaVA checkpoint."""
+    from vlm_dist.testing import tiny_checkpoint
+
+    return str(tiny_checkpoint("llava", tmp_path_factory.mktemp("llava")))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> str:
+    """Path of a tiny Qwen2.5-VL checkpoint."""
+    from vlm_dist.testing import tiny_checkpoint
+
+    return str(tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("qwen")))
+
+
+@pytest.fixture(params=["llava", "qwen2_5_vl"])
+def any_checkpoint(request, llava, qwen) -> str:
+    return {"llava": llava, "qwen2_5_vl": qwen}[request.param]
+
+
+@pytest.fixture
+def settings(tmp_path, shards, llava) -> dict:
+    """A small QLoRA run's configuration as plain values, to change and to write."""
+    return {
+        "name": "tiny",
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"name": llava, "load_in_4bit": True, "dtype": "float32"},
+        "lora": {"r": 4},
+        "data": {"train": shards["qa-train"], "heldout": shards["qa-heldout"], "max_seq_length": 256, "shuffle_window": 30},
+        "optim": {"lr": 1e-3},
+        "training": {"steps": 4, "global_batch": 4, "micro_batch": 2},
+        "evaluation": {"samples": 4, "max_new_tokens": 4},
+        "checkpoint": {"save_every": 2},
+        "log": {"wandb": "disabled"},
+    }
+
+
+def write_config(settings: dict, folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return path
+
+
+def losses_of(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def command(*arguments: str, **environment: str) -> list[str]:
+    return [sys.executable, "-m", "vlm_dist.cli.main", *arguments]
+
+
+def run_command(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """`vlm-dist ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=child_environment(**environment), check=False
+    )
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This environment without what says that this process is a rank of something."""
+    drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **changes}

@@ -1,0 +1,147 @@
+"""The rules of the house that a reader cannot keep in mind, held by the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, child_environment
+
+FILES = sorted([*(ROOT / "vlm_dist").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
+LEAVES = {"config", "config_load", "distributed", "errors", "families", "quiet", "run_dir"}
+# Who may import whom, by the first part of the module's name below vlm_dist; every part may import the leaves and itself.
+ALLOWED = {
+    "data": set(),
+    "models": set(),
+    "training": {"data", "models"},
+    "reporting": set(),
+    "testing": {"models"},
+    "cli": {"data", "models", "training", "reporting"},
+    "__init__": {"models", "training"},
+    "launch": {"cli", "training"},
+    "vlm_kernels": set(),
+}
+LONGEST_FILE = {"default": 300}
+LONGEST_FUNCTION = 60
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def part_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "vlm_dist":
+        return parts[1]
+    return "vlm_kernels" if parts[0] == "kernels" else parts[0]
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Full names of the modules that a file imports anywhere."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    part = part_of(path)
+    for name in imported(parse(path)):
+        first, _, rest = name.partition(".")
+        if first == "vlm_dist":
+            used = rest.split(".")[0]
+            if part in LEAVES:
+                assert used in LEAVES, f"the leaf {part} imports vlm_dist.{rest}"
+            elif used not in LEAVES and used != part:
+                assert used in ALLOWED[part], f"{part} may not import vlm_dist.{rest}"
+        if first == "vlm_kernels":
+            assert part == "vlm_kernels" or str(path).endswith(("models/patching.py", "training/loss.py")), f"{path} imports vlm_kernels"
+
+
+def test_no_import_cycle():
+    modules = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in FILES}
+    graph = {}
+    for name, path in modules.items():
+        tops = [node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        graph[name] = {used for used in modules for target in imported(ast.Module(tops, [])) if target == used or target.startswith(used + ".")}
+        graph[name].discard(name)
+        graph[name].discard("vlm_dist")
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"import cycle: {' -> '.join((*above, name))}"
+        if name not in done:
+            for used in graph[name]:
+                visit(used, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST_FILE.get(str(path.relative_to(ROOT)), LONGEST_FILE["default"])
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_swallowed_errors(path):
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert not all(isinstance(statement, ast.Pass) for statement in node.body), f"line {node.lineno}: an error is swallowed"
+            assert node.type is not None, f"line {node.lineno}: bare except"
+
+
+def test_only_distributed_reads_the_launchers_variables():
+    words = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for path in FILES:
+        if path.name == "distributed.py":
+            continue
+        strings = {node.value for node in ast.walk(parse(path)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        assert strings.isdisjoint(words), path
+
+
+def test_import_is_quick_light_and_patches_nothing():
+    code = (
+        "import sys, time; t = time.perf_counter(); import vlm_dist; s = time.perf_counter() - t;"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'peft', 'ray', 'webdataset', 'triton', 'bitsandbytes'} & set(sys.modules);"
+        "assert not heavy, heavy; print(s)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=child_environment(), check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_imports_no_heavy_library():
+    code = (
+        "import sys\nfrom vlm_dist.cli.main import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'peft'} & set(sys.modules); assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=child_environment(), check=False)
+    assert result.returncode == 0, result.stderr
+    assert "example:" in result.stdout
+
+
+def test_public_names_are_one_sorted_list():
+    import vlm_dist
+
+    assert vlm_dist.__all__ == sorted(vlm_dist.__all__)
+    for name in vlm_dist.__all__:
+        assert getattr(vlm_dist, name) is not None
+
+
+def test_our_kernels_folder_is_no_package_of_that_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()

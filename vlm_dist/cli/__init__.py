@@ -1,0 +1,1 @@
+"""The `vlm-dist` command: one short file a subcommand, no logic here."""

@@ -1,0 +1,55 @@
+"""`vlm-dist data ...`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.cli.parsers import new_parser
+from vlm_dist.errors import DataError
+
+TASKS = ("caption", "qa", "reading")
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(commands, "data", "Make image-text shards.", "vlm-dist data synth data/synthetic")
+    kinds = parser.add_subparsers(metavar="WHAT", required=True)
+    synth = new_parser(
+        kinds,
+        "synth",
+        "Make a synthetic data set with exact answers: coloured shapes to describe and ask about, and short texts to read.",
+        "vlm-dist data synth data/synthetic --train 4000 --heldout 200 --tasks caption qa",
+    )
+    synth.add_argument("out", metavar="FOLDER", type=Path)
+    synth.add_argument("--train", type=int, default=8000, metavar="N", help="training samples a task (default 8000)")
+    synth.add_argument("--heldout", type=int, default=200, metavar="N", help="held-out samples a task (default 200)")
+    synth.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--size", type=int, default=64, metavar="PIXELS", help="side of the pictures (default 64)")
+    synth.add_argument("--format", choices=("jpg", "png", "webp"), default="jpg")
+    synth.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
+    synth.add_argument("--questions", type=int, default=3, metavar="N", help="most questions a training picture of task qa (default 3)")
+    synth.set_defaults(run=run_synth)
+
+
+def run_synth(arguments: argparse.Namespace) -> int:
+    from vlm_dist.data.synthetic import synthesise
+
+    for name in ("train", "heldout", "size", "shard_size", "questions"):
+        if getattr(arguments, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')}: found {getattr(arguments, name)}; expected 1 or more")
+    made = synthesise(
+        arguments.out,
+        train=arguments.train,
+        heldout=arguments.heldout,
+        tasks=tuple(arguments.tasks),
+        seed=arguments.seed,
+        size=arguments.size,
+        image_format=arguments.format,
+        shard_size=arguments.shard_size,
+        questions_per_picture=arguments.questions,
+    )
+    for name, shards in made.items():
+        print(f"{name:16} {len(shards)} shards  {shards[0]}{' ...' if len(shards) > 1 else ''}")
+    return 0

@@ -1,0 +1,37 @@
+"""`vlm-dist eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from vlm_dist.cli.parsers import new_parser
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(
+        commands,
+        "eval",
+        "Score a finished run on held-out shards.",
+        "vlm-dist eval runs/quickstart --data 'data/synthetic/qa-heldout-*.tar'",
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="a run directory")
+    parser.add_argument("--data", nargs="+", help="shards to score on (default: the run's data.heldout)")
+    parser.add_argument("--samples", type=int, metavar="N", help="use N samples, spread over the shards (default: all)")
+    parser.add_argument("--base", action="store_true", help="leave the run's adapter off: the score before training")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vlm_dist.training.score import score_run
+
+    scores = score_run(arguments.run_dir, data=arguments.data, samples=arguments.samples, base=arguments.base)
+    if arguments.json:
+        print(json.dumps(scores, indent=1))
+    else:
+        print(f"exact match {scores['exact_match']:.1%} of {scores['samples']} held-out samples")
+        for kind, share in scores["by_kind"].items():
+            print(f"  {kind:12} {share:.1%}")
+    return 0

@@ -1,0 +1,52 @@
+"""`vlm-dist COMMAND ...`: parse, run, and turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vlm_dist.cli import config, data, evaluate, generate, report, train
+from vlm_dist.errors import UserError
+from vlm_dist.quiet import quiet_libraries
+
+COMMANDS = (data, config, train, evaluate, report, generate)
+DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
+
+prepare   data synth      make a synthetic data set
+check     config          explain every setting
+train     train           train, or continue where it stopped
+look      eval, report    scores on held-out samples; one page about a run
+use       generate        ask a trained model about a picture"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser("vlm-dist", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    return run_reporting(lambda: arguments.run(arguments), debug=arguments.debug)
+
+
+def run_reporting(action, *, debug: bool = False) -> int:
+    """Run `action`; a user error becomes one line on standard error and its exit code."""
+    try:
+        return action() or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"vlm-dist: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("vlm-dist: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""`vlm-dist train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from typing import Any
+
+from vlm_dist.cli.parsers import add_config, new_parser
+from vlm_dist.config_load import load_config
+from vlm_dist.distributed import env_rank, env_world_size
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(
+        commands,
+        "train",
+        "Train, or continue where the same run stopped.",
+        "vlm-dist train configs/quickstart.yaml optim.lr=1e-3 name=my-run",
+    )
+    add_config(parser)
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="check the configuration, the shards and the plan; load no weights")
+    parser.add_argument("--resume-anyway", action="store_true", help="continue a run although its configuration has changed")
+    parser.add_argument("--json", action="store_true", help="print the outcome (or the plan of --dry-run) as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return _dry_run(config, arguments)
+    from vlm_dist.training.train import train
+
+    summary = train(config, resume_anyway=arguments.resume_anyway)
+    if env_rank() == 0:
+        _tell(summary, arguments)
+    if summary["ended"] == "interrupted":
+        return 128 + signal.Signals[summary["signal"]]
+    return 0
+
+
+def _dry_run(config: Any, arguments: argparse.Namespace) -> int:
+    from vlm_dist.training.prepare import dry_run
+
+    plan = dry_run(config, env_world_size())
+    if arguments.json:
+        print(json.dumps(plan, indent=1))
+    else:
+        for key, value in plan.items():
+            print(f"{key:20} {value}")
+        print("all checks passed; nothing was trained")
+    return 0
+
+
+def _tell(summary: dict[str, Any], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(json.dumps(summary, indent=1))
+    elif summary.get("already_finished"):
+        print(f"this run is finished (step {summary['step']}); result: {summary['result']}. Give it another name= to train again")

@@ -1,0 +1,215 @@
+"""YAML and overrides -> `Config`, with errors that name file, line, key, what was found and what is known.
+
+YAML is read by its version 1.2 (ruamel.yaml): `1e-4` is a number, `on` is a word, and a key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from vlm_dist.config import Config
+from vlm_dist.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply dotted overrides such as `optim.lr=2e-4`.
+
+    Raises:
+        ConfigError: one line per problem: file, line, key, what was found, what is expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a YAML configuration such as configs/quickstart.yaml")
+    return parse_config(path.read_text(encoding="utf-8"), overrides, source=str(path))
+
+
+def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config") -> Config:
+    """Like `load_config`, for YAML in a string; `source` names it in errors."""
+    tree, lines = _read_yaml(text, source)
+    for override in overrides:
+        _apply(tree, lines, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_describe(problem, lines, source) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole resolved configuration as YAML."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.compat import StringIO
+
+    stream = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    yaml.dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def differences(old: Config, new: Config, sections: Iterable[str]) -> list[str]:
+    """`key: old -> new` for each leaf that differs in the given top-level sections."""
+    flat_old, flat_new = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    wanted = tuple(sections)
+    keys = [key for key in {**flat_old, **flat_new} if key.split(".")[0] in wanted]
+    return [
+        f"{key}: {json.dumps(flat_old.get(key))} -> {json.dumps(flat_new.get(key))}"
+        for key in keys
+        if flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def explain() -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every field, in order."""
+    yield from _explain(Config, "")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the configuration, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def _read_yaml(text: str, source: str) -> tuple[dict, dict[tuple, int]]:
+    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml.constructor import DuplicateKeyError
+
+    try:
+        document = YAML(typ="rt", pure=True).load(text)
+    except DuplicateKeyError as error:
+        mark = error.problem_mark
+        line = mark.line + 1 if mark else "?"
+        problem = (error.problem or "a key is given twice").split(" with value")[0]
+        raise ConfigError(f"{source}:{line}: {problem}; keep one of the two") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else "?"
+        raise ConfigError(f"{source}:{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{source}: expected keys and values such as 'name: my-run', found {type(document).__name__}")
+    lines: dict[tuple, int] = {}
+    return _plain(document, (), lines), lines
+
+
+def _plain(node: Any, path: tuple, lines: dict[tuple, int]) -> Any:
+    """Plain Python values of a ruamel tree; the line of every key goes into `lines`."""
+    if isinstance(node, dict):
+        for key in node:
+            lines[(*path, key)] = node.lc.key(key)[0] + 1  # pyright: ignore[reportAttributeAccessIssue]
+        return {key: _plain(value, (*path, key), lines) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value, (*path, number), lines) for number, value in enumerate(node)]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _apply(tree: dict, lines: dict[tuple, int], override: str) -> None:
+    from ruamel.yaml import YAML, YAMLError
+
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"command line: '{override}' is no override; expected KEY=VALUE such as optim.lr=2e-4")
+    try:
+        value = _plain(YAML(typ="rt", pure=True).load(text), (), {}) if text else None
+    except YAMLError:
+        raise ConfigError(f"command line: the value in '{override}' is not valid YAML") from None
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    node[last] = value
+    for known in [path for path in lines if path[: len(parents) + 1] == (*parents, last)]:
+        del lines[known]
+    lines[(*parents, last)] = 0  # 0: from the command line
+
+
+def _describe(problem: Any, lines: dict[tuple, int], source: str) -> str:
+    location = tuple(problem["loc"])
+    key = ".".join(str(part) for part in location)
+    where = _where(location, lines, source)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'; {_suggest(location)}"
+    if problem["type"] == "missing":
+        return f"{where}: '{key}' is missing; see `vlm-dist config --explain`"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}"
+    found = json.dumps(problem["input"], default=str)
+    return f"{where}: {key}={found if len(found) < 80 else found[:77] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def _where(location: tuple, lines: dict[tuple, int], source: str) -> str:
+    for length in range(len(location), 0, -1):
+        line = lines.get(location[:length])
+        if line is not None:
+            return f"{source}:{line}" if line else "command line"
+    return source
+
+
+def _suggest(location: tuple) -> str:
+    keys = [key for key, _, _, _ in explain()]
+    full, last = ".".join(map(str, location)), str(location[-1])
+    parent = full.rpartition(".")[0]
+    siblings = sorted(key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == parent)
+    near = difflib.get_close_matches(last, siblings, 1, 0.6)
+    if near:
+        return f"did you mean '{parent}.{near[0]}'?" if parent else f"did you mean '{near[0]}'?"
+    elsewhere = [key for key in keys if key.split(".")[-1] == last] or difflib.get_close_matches(full, keys, 1, 0.6)
+    if elsewhere:
+        return f"did you mean '{elsewhere[0]}'?"
+    return f"known here: {', '.join(siblings)}"
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _explain(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = _section_of(field.annotation)
+        meaning = field.description or ((inner.__doc__ or "").strip().split("\n")[0] if inner else "")
+        default = "required" if field.is_required() else _show_default(field.default)
+        yield key, "section" if inner else _show_type(field.annotation), default, meaning
+        if inner:
+            yield from _explain(inner, f"{key}.")
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
+def _show_default(value: Any) -> str:
+    return "see below" if isinstance(value, BaseModel) else json.dumps(value)
+
+
+def _show_type(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _show_type(part) for part in parts)
+    if origin is typing.Annotated:
+        return _show_type(parts[0])
+    if origin in (list, tuple, dict):
+        return f"{origin.__name__} of {', '.join(dict.fromkeys(_show_type(part) for part in parts))}"
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,109 @@
+"""Who is this process among the others: the only reader of RANK, WORLD_SIZE and their kin.
+
+torchrun and the deepspeed launcher set the variables; a plain `python` process becomes a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place, and the few collectives that the project needs on plain numbers and objects."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """The sum of `value` over all ranks, as float64."""
+        if self.world_size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.item()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank: the same answer on all."""
+        return self.sum(float(flag)) > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order, on every rank. The value must be picklable and come from our own ranks."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.sum(0)
+
+
+def env_world_size() -> int:
+    """The number of ranks that the launcher announced, without starting anything."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def env_rank() -> int:
+    """The rank that the launcher announced, without starting anything."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start() -> Ranks:
+    """Join the process group that the launcher describes (or a group of one), and choose the device of this rank."""
+    import torch
+    import torch.distributed as dist
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group, if this process joined one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the random numbers of a step (dropout) a function of seed, step and rank: nothing to save for an exact continuation."""
+    import torch
+
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

@@ -1,0 +1,35 @@
+"""The errors that a user sees: one line that says where, what was found, what was expected, and what to do."""
+
+
+class UserError(ValueError):
+    """Something outside the program is wrong. The command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The YAML, or an override on the command line, is wrong."""
+
+
+class DataError(UserError):
+    """Shards or samples are missing, unreadable or unusable."""
+
+    exit_code = 3
+
+
+class ModelError(UserError):
+    """The model cannot be found, loaded or adapted."""
+
+    exit_code = 4
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written or read."""
+
+    exit_code = 5
+
+
+class MachineError(UserError):
+    """This machine cannot do what the configuration asks."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""Loading, adapting, running and saving models."""

@@ -1,0 +1,46 @@
+"""Answers from a model: one batch of prompts in, the new text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def generate(model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: int, **options: Any) -> list[str]:
+    """Continue each prompt of a left-padded batch, greedily unless `options` (transformers' generation settings) say otherwise.
+
+    Returns:
+        The generated text of each row, special tokens removed.
+    """
+    import torch
+
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    settings = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **options}
+    with torch.inference_mode(), _ready_to_generate(model), autocast(model):
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+    new = tokens[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def autocast(model: Any) -> Any:
+    """Compute in the base's number type, where adapters are held in float32 beside a bfloat16 base."""
+    import torch
+
+    dtype = getattr(model, "compute_dtype", None) or next((p.dtype for p in model.parameters() if p.dtype == torch.bfloat16), torch.float32)
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
+
+
+@contextmanager
+def _ready_to_generate(model: Any) -> Iterator[None]:
+    """Evaluation mode with the KV cache on and checkpointing off, and back."""
+    was_training = model.training
+    config = model.config.get_text_config()
+    use_cache = config.use_cache
+    model.eval()
+    config.use_cache = True
+    try:
+        yield
+    finally:
+        config.use_cache = use_cache
+        model.train(was_training)

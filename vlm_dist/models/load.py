@@ -1,0 +1,142 @@
+"""A checkpoint (folder or hub id) -> model, processor and its row in the families table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.config import ModelConfig
+from vlm_dist.errors import MachineError, ModelError
+from vlm_dist.families import Family, family_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`, `bfloat16` or `float32` -> torch dtype for this device.
+
+    Raises:
+        MachineError: bfloat16 was asked of a GPU that has none (before compute capability 8.0).
+    """
+    import torch
+
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
+        raise MachineError(
+            f"model.dtype=bfloat16: this GPU ({torch.cuda.get_device_name(device)}) has no bfloat16 "
+            "(it needs compute capability 8.0 or newer); use model.dtype=float32"
+        )
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
+    """The checkpoint's own configuration and its family; loads no weights.
+
+    Raises:
+        ModelError: there is no such checkpoint, or its architecture is not supported.
+    """
+    from transformers import AutoConfig
+
+    if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
+        raise ModelError(
+            f"model.name: '{name}' holds no checkpoint (no config.json there); "
+            "give a folder with one, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+    try:
+        hf_config = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(name, error) from None
+    return hf_config, family_of(hf_config.model_type)
+
+
+def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
+    """The checkpoint's processor, with the settings of `model.processor`.
+
+    Raises:
+        ModelError: it has none, or none with a chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(
+            name, revision=config.revision, trust_remote_code=config.trust_remote_code, **config.processor
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(name, error) from None
+    if getattr(processor, "tokenizer", None) is None or processor.chat_template is None:
+        raise ModelError(
+            f"model.name: the processor of '{name}' has no tokenizer or no chat template; "
+            "use an instruction-tuned vision-language checkpoint"
+        )
+    return processor
+
+
+def load_model(config: ModelConfig, name: str, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin, Family]:
+    """Load weights onto `device`: in NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), or in model.dtype.
+
+    Raises:
+        ModelError: no such checkpoint, an unsupported architecture, or weights in pickle form.
+        MachineError: the device lacks the number type.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    dtype = choose_dtype(config.dtype, device)
+    _, family = read_model_config(config, name)
+    processor = load_processor(config, name)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
+            quantization_config=nf4_config(family, dtype) if config.load_in_4bit else None,
+            device_map={"": device} if device.type == "cuda" else None,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(name, error) from None
+    if config.load_in_4bit:
+        _keep_nf4_layout(model)
+    return model, processor, family
+
+
+def nf4_config(family: Family, dtype: torch.dtype) -> Any:
+    """4-bit NormalFloat with double quantisation; storage in a float type, so that ZeRO-3 can shard it; the head stays as it is."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=[family.head],
+    )
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or os.path.exists(name)
+
+
+def _not_loadable(name: str, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0][:300]
+    if _looks_like_path(name):
+        return ModelError(f"model.name: the checkpoint in '{name}' cannot be loaded: {first}")
+    return ModelError(f"model.name: '{name}' is no folder here and cannot be had from the hub: {first}")
+
+
+def _keep_nf4_layout(model: torch.nn.Module) -> None:
+    """bitsandbytes (0.50.2) repacks a Linear4bit in place for a bfloat16 inference kernel the first time it runs in evaluation mode on
+    a CPU with AVX512-BF16, and a later training step then runs through that kernel, which has no backward. Evaluating between training
+    steps must not change the weights, so the repacking is turned off, module by module."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,31 @@
+"""Silence, by name, the messages of libraries that a user can do nothing about. None of ours is touched."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Call once, before the heavy libraries are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # A repository's `kernels/` folder on the path is no reason to speak of Hugging Face's optional package of that name.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_not_about_accelerator)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # torch: raised inside DeepSpeed and peft on every start
+    warnings.filterwarnings("ignore", message=".*torch.utils._pytree.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*", category=UserWarning)
+
+
+def quiet_transformers() -> None:
+    """The progress bars that transformers draws while it loads small checkpoints."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+
+
+def _not_about_accelerator(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()

@@ -1,0 +1,93 @@
+"""report.html: one self-contained page about a run, from the files of its directory."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.errors import ConfigError
+from vlm_dist.reporting.plots import line_plot
+from vlm_dist.run_dir import RunDir, read_jsonl, write_text
+
+MOST_PICTURES = 48
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` and return its path.
+
+    Raises:
+        ConfigError: it is no run directory, or nothing has been trained yet.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    run = RunDir(run_dir)
+    rows = read_jsonl(run.metrics)
+    steps = [row for row in rows if "loss" in row]
+    if not run.config.exists() or not steps:
+        raise ConfigError(f"{run_dir}: no run with at least one step (needs config.yaml and metrics.jsonl); train first")
+    template = Environment(loader=PackageLoader("vlm_dist.reporting", "."), autoescape=True).get_template("report.html")
+    page = template.render(
+        name=run_dir.resolve().name,
+        facts=_facts(run, steps),
+        scores=_scores(rows),
+        plots=_plots(steps, rows),
+        answers=_answers(run),
+        quarantined=read_jsonl(run.quarantine)[:100],
+        config=run.config.read_text(encoding="utf-8"),
+        environment=run.environment.read_text(encoding="utf-8") if run.environment.exists() else "",
+    )
+    write_text(run.report, page)
+    return run.report
+
+
+def _facts(run: RunDir, steps: list[dict[str, Any]]) -> dict[str, str]:
+    summary = run.read_summary() or {}
+    last = steps[-1]
+    seconds = sum(row["step_s"] for row in steps)
+    facts = {
+        "ended": summary.get("ended", "running, or killed"),
+        "steps": f"{last['step']:,}",
+        "samples": f"{last['samples']:,}",
+        "tokens": f"{last['tokens']:,}",
+        "tokens per second": f"{last['tokens'] / seconds:,.0f}",
+        "waiting for data": f"{sum(row['data_wait_s'] for row in steps) / seconds:.1%}",
+        "padding": f"{sum(row['padding_fraction'] for row in steps) / len(steps):.1%}",
+        "peak memory": f"{max(row['peak_memory_bytes'] for row in steps) / 2**30:.2f} GiB",
+    }
+    if summary.get("wall_s"):
+        facts["wall time"] = f"{summary['wall_s']:.0f} s"
+    if summary.get("reason"):
+        facts["reason"] = summary["reason"]
+    return facts
+
+
+def _scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"phase": row["phase"], "step": row["step"], **row["eval"]} for row in rows if "eval" in row]
+
+
+def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    at = [row["step"] for row in steps]
+    plots = [
+        ("Loss", line_plot(at, [row["loss"] for row in steps], "mean over supervised tokens", log=True, smooth=True)),
+        ("Learning rate", line_plot(at, [row["lr"] for row in steps], "")),
+        ("Throughput", line_plot(at, [row["tokens_per_s"] for row in steps], "tokens per second", smooth=True)),
+        ("Gradient norm", line_plot(at, [row["grad_norm"] for row in steps], "before clipping", log=True, smooth=True)),
+    ]
+    scores = _scores(rows)
+    if scores:
+        shares = [100 * score["exact_match"] for score in scores]
+        plots.append(("Held-out exact match", line_plot([score["step"] for score in scores], shares, "%", marks=True)))
+    return plots
+
+
+def _answers(run: RunDir) -> list[dict[str, Any]]:
+    """Held-out samples with their answers before and after."""
+    before = {row["key"]: row for row in read_jsonl(run.samples / "before.jsonl")}
+    after = {row["key"]: row for row in read_jsonl(run.samples / "after.jsonl")}
+    pairs = []
+    for key, row in (after or before).items():
+        thumbnail = run.samples / row["thumbnail"] if row.get("thumbnail") else None
+        picture = base64.b64encode(thumbnail.read_bytes()).decode() if thumbnail and thumbnail.exists() else ""
+        pairs.append({**row, "picture": picture, "before": before.get(key), "after": after.get(key)})
+    return pairs[:MOST_PICTURES]

@@ -1,0 +1,129 @@
+"""The DeepSpeed engine: started without a launcher too, stepped, and read from.
+
+Number types: frozen weights are held in model.dtype, trainable weights in float32, and with bfloat16 the computation runs under
+DeepSpeed's `torch_autocast`. So the optimizer's weights are the master weights at every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.config import Config, EngineConfig
+from vlm_dist.distributed import Ranks
+from vlm_dist.errors import ConfigError
+from vlm_dist.training.optim import build_optimizer
+
+if TYPE_CHECKING:
+    import torch
+
+OWNED_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
+    "scheduler", "bf16", "fp16", "torch_autocast",
+)  # fmt: skip
+
+
+def zero_stage(config: EngineConfig, world_size: int) -> int:
+    """The ZeRO stage (Rajbhandari et al. 2019, arXiv:1910.02054) that a configuration means on so many ranks."""
+    if config.zero_stage == "auto":
+        return 0 if world_size == 1 else 2
+    return config.zero_stage
+
+
+def check_batches(config: Config, world_size: int) -> int:
+    """Accumulation rounds per optimizer step.
+
+    Raises:
+        ConfigError: global_batch cannot be cut into micro-batches for so many ranks.
+    """
+    training = config.training
+    if training.global_batch % (training.micro_batch * world_size):
+        fits = training.micro_batch * world_size
+        nearest = max(fits, round(training.global_batch / fits) * fits)
+        raise ConfigError(
+            f"training.global_batch={training.global_batch} is not a multiple of micro_batch x ranks = "
+            f"{training.micro_batch} x {world_size}; use {nearest}, or another micro_batch"
+        )
+    return training.global_batch // (training.micro_batch * world_size)
+
+
+def deepspeed_config(config: Config, world_size: int, dtype_name: str) -> dict[str, Any]:
+    """The DeepSpeed JSON of a configuration.
+
+    Raises:
+        ConfigError: engine.deepspeed sets what our own keys decide, or the optimizer does not fit the stage.
+    """
+    owned = [key for key in config.engine.deepspeed if key in OWNED_KEYS]
+    if owned:
+        raise ConfigError(f"engine.deepspeed.{owned[0]} is decided by this file's own keys; remove it (see `vlm-dist config --explain`)")
+    stage = zero_stage(config.engine, world_size)
+    if config.engine.deepspeed.get("zero_optimization", {}).get("stage", stage) != stage:
+        raise ConfigError("engine.deepspeed.zero_optimization.stage contradicts engine.zero_stage; set only engine.zero_stage")
+    if config.optim.name == "adamw_8bit" and stage > 0:
+        raise ConfigError(
+            f"optim.name=adamw_8bit cannot be sharded (engine.zero_stage is {stage} here); use adamw, or engine.zero_stage: 0"
+        )
+    zero = {"stage": stage, "overlap_comm": False, **config.engine.deepspeed.get("zero_optimization", {})}
+    return {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch,
+        "gradient_accumulation_steps": check_batches(config, world_size),
+        # at stage 0 the norm is taken here (`take_step`), because DeepSpeed does not report it there
+        "gradient_clipping": config.optim.grad_clip if stage else 0.0,
+        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16"},
+        "steps_per_print": 2**31,
+        **config.engine.deepspeed,
+        "zero_optimization": zero,
+    }
+
+
+def start_engine(model: torch.nn.Module, config: Config, dtype: torch.dtype, ranks: Ranks) -> Any:
+    """Wrap the model in a DeepSpeed engine; trainable weights become float32."""
+    import deepspeed
+
+    _skip_shared_memory_op()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    engine, *_ = deepspeed.initialize(
+        model=model.to(ranks.device),
+        optimizer=build_optimizer(model, config.optim),
+        config=deepspeed_config(config, ranks.world_size, str(dtype).removeprefix("torch.")),
+    )
+    engine.train()
+    return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def take_step(engine: Any, grad_clip: float) -> float | None:
+    """End a micro-batch: on the last of an optimizer step, clip and update.
+
+    Returns:
+        The gradient norm before clipping after an update, else None.
+    """
+    import torch
+
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    norm = None
+    if engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.clip_grad_norm_(trainable(engine).values(), grad_clip or float("inf"))
+    engine.step()
+    return float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
+
+
+def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters by name."""
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
+def _skip_shared_memory_op() -> None:
+    """DeepSpeed compiles a shared-memory collective for CPU ranks when it first starts: 20 s and a compiler, for a path that one GPU
+    or one process never takes. It asks this table whether it may; the table itself costs a probe of every op."""
+    import deepspeed.ops
+
+    if "__compatible_ops__" not in vars(deepspeed.ops):
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010

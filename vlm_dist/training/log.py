@@ -1,0 +1,144 @@
+"""What a run tells while it runs: metrics.jsonl, a progress bar on a terminal (plain lines elsewhere), W&B, the rank's log file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.config import Config
+from vlm_dist.distributed import Ranks
+from vlm_dist.run_dir import RunDir, read_jsonl, write_text
+from vlm_dist.training.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class Log:
+    """Speaks for the first rank, and keeps every rank's log file. Use it as a context."""
+
+    def __init__(self, run: RunDir, config: Config, ranks: Ranks, steps: int):
+        self.run, self.config, self.ranks, self.steps = run, config, ranks, steps
+        self._tracker = Tracker(config, run.path) if ranks.is_first else None
+        self._bar = self._task = None
+        self._file = logging.FileHandler(_made(run.log(ranks.rank)), encoding="utf-8")
+        self._screen = logging.StreamHandler(sys.stdout)
+
+    def __enter__(self) -> Log:
+        ours = logging.getLogger("vlm_dist")
+        ours.setLevel(logging.INFO)
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        ours.addHandler(self._file)
+        if self.ranks.is_first:
+            if sys.stdout.isatty():
+                self._start_bar()
+            else:
+                ours.addHandler(self._screen)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._tracker is not None:
+            self._tracker.finish()
+        for handler in (self._file, self._screen):
+            logging.getLogger("vlm_dist").removeHandler(handler)
+
+    def say(self, text: str) -> None:
+        """One line for people: on the first rank's screen and in its log file."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._file.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None))
+        else:
+            logger.info(text)
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines after `step`: steps that were done after the checkpoint from which the run continues."""
+        if self.ranks.is_first and self.run.metrics.exists():
+            kept = [row for row in read_jsonl(self.run.metrics) if row["step"] <= step]
+            write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One optimizer step's numbers."""
+        if not self.ranks.is_first:
+            return
+        self._write(metrics)
+        line = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['samples_per_s']:.1f} samples/s  "
+            f"{metrics['tokens_per_s']:,.0f} tokens/s"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=metrics["step"], numbers=line)
+        elif metrics["step"] % self.config.log.every == 0 or metrics["step"] == self.steps:
+            left = _clock((self.steps - metrics["step"]) * metrics["step_s"])
+            logger.info("step %d/%d  %s  %s left", metrics["step"], self.steps, line, left)
+
+    def evaluation(self, step: int, phase: str, scores: dict[str, Any]) -> None:
+        """Scores on held-out samples; phase is before, during or after."""
+        if not self.ranks.is_first:
+            return
+        self._write({"step": step, "phase": phase, "eval": scores})
+        kinds = "  ".join(f"{kind} {share:.0%}" for kind, share in scores["by_kind"].items())
+        self.say(
+            f"held-out exact match {phase} training (step {step}): {scores['exact_match']:.1%} of {scores['samples']} samples  {kinds}"
+        )
+
+    def evaluations(self) -> dict[str, Any]:
+        """The scores so far, also those of earlier starts of this run: {"before", "during": [...], "after"}."""
+        found: dict[str, Any] = {"before": None, "during": [], "after": None}
+        for row in read_jsonl(self.run.metrics):
+            if "eval" in row:
+                scores = {"step": row["step"], **row["eval"]}
+                if row["phase"] == "during":
+                    found["during"].append(scores)
+                else:
+                    found[row["phase"]] = scores
+        return found
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.run.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._tracker is not None:
+            self._tracker.log(row)
+
+    def _start_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn(self.config.name), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=self.steps, numbers="")
+        self._bar.start()
+
+
+class StepTimer:
+    """Seconds of the current step, and how many of them were spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self._start = time.perf_counter()
+        self.data_wait_s = 0.0
+
+    def data_arrived(self) -> None:
+        self.data_wait_s = time.perf_counter() - self._start
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

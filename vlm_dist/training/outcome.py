@@ -1,0 +1,139 @@
+"""What a run leaves behind: step metrics, held-out answers, the exported model, summary.json, and the words for people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.config import Config
+from vlm_dist.data.samples import Sample
+from vlm_dist.data.stream import Step, Stream
+from vlm_dist.distributed import Ranks
+from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, write_json, write_text
+from vlm_dist.training.health import StopRequest
+from vlm_dist.training.log import Log, StepTimer
+from vlm_dist.training.prepare import Loaded
+
+if TYPE_CHECKING:
+    from vlm_dist.training.train import Progress
+
+THUMBNAIL = 128  # pixels on the longer side
+
+
+def config_hash(config: Config) -> str:
+    """sha256 of the sections that decide a run's numbers."""
+    decisive = {name: value for name, value in config.model_dump(mode="json").items() if name in DECISIVE_SECTIONS}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps: int, done: int, log: Log) -> None:
+    """What is about to be trained, in three lines."""
+    from vlm_dist.models.lora import count_trainable
+
+    counts = count_trainable(loaded.model, loaded.family)
+    total = counts.pop("total")
+    sides = ", ".join(f"{side} {number:,}" for side, number in sorted(counts.items()))
+    form = "NF4" if config.model.load_in_4bit else str(loaded.dtype).removeprefix("torch.")
+    log.say(f"run {run.path}: {loaded.family.model_type}, {total:,} parameters in {form}, {sum(counts.values()):,} trainable ({sides})")
+    log.say(
+        f"data: {stream.num_samples:,} samples in {len(stream.shards)} shards; "
+        f"{steps} steps of {config.training.global_batch} samples, {steps - done} to go"
+    )
+
+
+def step_metrics(
+    progress: Progress, step: Step, loss: float, lr: float, grad_norm: float, timer: StepTimer, ranks: Ranks
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. Tokens and samples are totals over all ranks since the run began; rates are this step's."""
+    seconds = timer.seconds
+    tokens, samples, slots = (ranks.sum(number) for number in (step.num_tokens, step.num_samples, step.num_slots))
+    return {
+        "step": progress.step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "samples": progress.samples,
+        "tokens": progress.tokens,
+        "label_tokens": progress.label_tokens,
+        "samples_per_s": round(samples / seconds, 3),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "step_s": round(seconds, 5),
+        "data_wait_s": round(timer.data_wait_s, 5),
+        "padding_fraction": round(1 - tokens / max(1, slots), 4),
+        "peak_memory_bytes": peak_memory(ranks),
+    }
+
+
+def peak_memory(ranks: Ranks) -> int:
+    """Most bytes held at once: on the GPU, or resident in memory where there is none."""
+    if ranks.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(ranks.device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], samples: list[Sample]) -> None:
+    """samples/PHASE.jsonl, one answer a line, and a thumbnail of each sample's first picture."""
+    thumbnails = run.samples / "thumbnails"
+    thumbnails.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        name = f"{number:05d}.png" if sample.images else None
+        if name and not (thumbnails / name).exists():
+            picture = sample.images[0].copy()
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            picture.save(thumbnails / name)
+        lines.append(json.dumps({**row, "thumbnail": f"thumbnails/{name}" if name else None}, ensure_ascii=False) + "\n")
+    write_text(run.samples / f"{phase}.jsonl", "".join(lines))
+
+
+def export(config: Config, run: RunDir, engine: Any, processor: Any, ranks: Ranks) -> None:
+    """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
+    from vlm_dist.training.checkpoint import gather_weights
+
+    weights = gather_weights(engine)
+    if not ranks.is_first:
+        return
+    from vlm_dist.models.save import save_adapter, save_model
+
+    if config.lora is not None:
+        save_adapter(engine.module, weights, processor, run.adapter)
+    else:
+        save_model(engine.module, weights, processor, run.model)
+
+
+def finished(config: Config, run: RunDir, progress: Progress, stream: Stream, ranks: Ranks, log: Log) -> dict[str, Any]:
+    final = run.adapter if config.lora is not None else run.model
+    summary = _summary("finished", progress, log) | {"result": str(final), "quarantined": len(stream.quarantine)}
+    if ranks.is_first:
+        write_json(run.summary, summary)
+        if summary["quarantined"]:
+            log.say(f"{summary['quarantined']} unusable samples were skipped; they are named in {run.quarantine}")
+        log.say(f"finished {progress.step} steps in {progress.wall_s:.0f} s; result: {final}")
+    return summary
+
+
+def interrupted(config: Config, run: RunDir, progress: Progress, stop: StopRequest, ranks: Ranks, log: Log) -> dict[str, Any]:
+    number = stop.signal or signal.SIGTERM
+    summary = _summary("interrupted", progress, log) | {"signal": signal.Signals(number).name}
+    if ranks.is_first:
+        write_json(run.summary, summary)
+        log.say(f"interrupted by {summary['signal']} after step {progress.step}; saved. Run the same command again to continue")
+    return summary
+
+
+def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:
+    """summary.json of a run that ended with a user error."""
+    if ranks.is_first:
+        write_json(
+            run.summary, {"ended": "failed", "reason": reason, "eval": {"before": None, "during": [], "after": None}, "wall_s": None}
+        )
+
+
+def _summary(ended: str, progress: Progress, log: Log) -> dict[str, Any]:
+    return {"ended": ended, **vars(progress), "eval": log.evaluations()}

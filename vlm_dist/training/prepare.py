@@ -1,0 +1,194 @@
+"""From a configuration to the things that the loop turns: plan, model with its trainable weights, held-out samples."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.config import Config
+from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.samples import BadSample, parse_sample
+from vlm_dist.data.shards import count_samples, find_shards
+from vlm_dist.data.stream import read_in_order
+from vlm_dist.distributed import Ranks
+from vlm_dist.errors import DataError
+from vlm_dist.families import Family
+from vlm_dist.run_dir import RunDir, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "webdataset", "triton", "ray", "wandb", "numpy", "pillow")
+
+
+@dataclass
+class Loaded:
+    """A model ready to train."""
+
+    model: Any
+    processor: Any
+    family: Family
+    dtype: torch.dtype
+    fingerprint: str
+
+
+def count_steps(config: Config, num_samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.training.steps is not None:
+        return config.training.steps
+    assert config.training.epochs is not None
+    return math.ceil(num_samples * config.training.epochs / config.training.global_batch)
+
+
+def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
+    """Where to load the model from; a new model (model.scratch) is built first, once, into the run directory."""
+    if config.model.name is not None:
+        return config.model.name
+    assert config.model.scratch is not None
+    if ranks.is_first and not (run.initial_model / "config.json").exists():
+        from vlm_dist.models.scratch import build_checkpoint
+
+        build_checkpoint(config.model.scratch, training_texts(config), config.seed, run.initial_model)
+    ranks.barrier()
+    return str(run.initial_model)
+
+
+def training_texts(config: Config, limit: int = 20_000) -> list[str]:
+    """Texts for a new tokenizer, from the shards of data.train and whatever model.scratch.texts adds."""
+    assert config.model.scratch is not None
+    shards = find_shards([*config.data.train, *config.model.scratch.texts], "data.train")
+    texts: list[str] = []
+    for raw in read_in_order(shards):
+        try:
+            sample = parse_sample(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
+        except BadSample:
+            continue  # named in the quarantine when it is trained on
+        texts += [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
+        if len(texts) >= limit:
+            break
+    if not texts:
+        raise DataError("data.train: no readable text to train a tokenizer on")
+    return texts
+
+
+def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
+    """Load the base, and choose what trains: adapters (lora) or the weights themselves (lora: null)."""
+    import torch
+
+    from vlm_dist.models.load import choose_dtype, load_model
+    from vlm_dist.models.lora import add_lora, freeze_sides
+
+    torch.manual_seed(config.seed)
+    model, processor, family = load_model(config.model, model_source(config, run, ranks), ranks.device)
+    fingerprint = fingerprint_of(model)
+    torch.manual_seed(config.seed)  # adapters start alike whatever loading drew
+    if config.lora is not None:
+        model = add_lora(model, family, config.lora)
+    else:
+        freeze_sides(model, family, config.model.freeze)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+    return Loaded(model, processor, family, choose_dtype(config.model.dtype, ranks.device), fingerprint)
+
+
+def fingerprint_of(model: torch.nn.Module) -> str:
+    """A hash of every parameter's name, shape and first bytes: tells one base model from another in a moment."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.detach().flatten()[:16].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def dry_run(config: Config, world_size: int) -> dict[str, Any]:
+    """Check the configuration, the shards, a sample of each, and the plan, without loading weights."""
+    from vlm_dist.training.engine import check_batches, deepspeed_config, zero_stage
+
+    rounds = check_batches(config, world_size)
+    deepspeed_config(config, world_size, "float32")
+    train = find_shards(config.data.train, "data.train")
+    num_samples = sum(count_samples(shard, "data.train") for shard in train)
+    heldout = find_shards(config.data.heldout, "data.heldout") if config.data.heldout else []
+    if not num_samples:
+        raise DataError("data.train: the shards hold no sample")
+    _check_first_sample(config, train)
+    return {
+        "run": str(Path(config.output_dir) / config.name),
+        "model": config.model.name or "from scratch",
+        "weights": "NF4 with double quantisation" if config.model.load_in_4bit else config.model.dtype,
+        "training": f"LoRA r={config.lora.r}"
+        if config.lora
+        else "every weight" + (f" but {config.model.freeze}" if config.model.freeze else ""),
+        "train_shards": len(train),
+        "train_samples": num_samples,
+        "heldout_shards": len(heldout),
+        "heldout_samples": sum(count_samples(shard, "data.heldout") for shard in heldout),
+        "steps": count_steps(config, num_samples),
+        "epochs": round(count_steps(config, num_samples) * config.training.global_batch / num_samples, 3),
+        "global_batch": config.training.global_batch,
+        "micro_batch": config.training.micro_batch,
+        "accumulation_rounds": rounds,
+        "ranks": world_size,
+        "zero_stage": zero_stage(config.engine, world_size),
+    }
+
+
+def describe_environment(ranks: Ranks) -> dict[str, Any]:
+    """Versions, hardware and command line, with anything that looks like a secret left out."""
+    import torch
+
+    return {
+        "command": [redact(argument) for argument in sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "ranks": ranks.world_size,
+        "device": str(ranks.device),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "cpus": os.cpu_count(),
+    }
+
+
+def write_environment(run: RunDir, ranks: Ranks) -> None:
+    if ranks.is_first:
+        write_json(run.environment, describe_environment(ranks))
+
+
+def redact(argument: str) -> str:
+    """`some_token=abc` -> `some_token=...`"""
+    return re.sub(r"(?i)((?:key|token|secret|password)[^=]*=).+", r"\1...", argument)
+
+
+def open_quarantine(config: Config, run: RunDir) -> Quarantine:
+    return Quarantine(run.quarantine, config.data.max_bad_fraction)
+
+
+def _check_first_sample(config: Config, shards: list[str]) -> None:
+    """One readable sample must be among the first of the first shard."""
+    reason = ""
+    for number, raw in enumerate(read_in_order(shards[:1])):
+        try:
+            parse_sample(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
+            return
+        except BadSample as problem:
+            reason = f"{raw['__key__']}: {problem}"
+        if number == 20:
+            break
+    raise DataError(f"data.train: none of the first samples of '{shards[0]}' is usable; {reason}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

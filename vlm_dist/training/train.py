@@ -1,0 +1,171 @@
+"""The training loop, in the open."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlm_dist import distributed
+from vlm_dist.config import Config
+from vlm_dist.data.encode import Encoder
+from vlm_dist.data.samples import Sample
+from vlm_dist.data.stream import Step, Stream, open_stream, read_heldout
+from vlm_dist.distributed import Ranks
+from vlm_dist.errors import UserError
+from vlm_dist.run_dir import RunDir
+from vlm_dist.training import outcome
+from vlm_dist.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
+from vlm_dist.training.engine import check_batches, set_learning_rate, start_engine, take_step
+from vlm_dist.training.evaluate import evaluate
+from vlm_dist.training.health import StopRequest, check_finite
+from vlm_dist.training.log import Log, StepTimer
+from vlm_dist.training.loss import summed_loss
+from vlm_dist.training.optim import learning_rate
+from vlm_dist.training.prepare import Loaded, count_steps, load_trainable, open_quarantine, write_environment
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Totals over all ranks since the run began, over every start of it."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    wall_s: float = 0.0
+
+
+def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
+    """Train as the configuration says, or continue where the same run stopped; the same function under every launcher.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: configuration, data, model, checkpoint or machine is not fit for it; says what to do.
+    """
+    ranks = distributed.start()
+    check_batches(config, ranks.world_size)
+    run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
+    ranks.barrier()
+    finished = run.read_summary()
+    if finished and finished["ended"] == "finished":
+        return {**finished, "already_finished": True}
+    write_environment(run, ranks)
+    stream = None
+    started = time.monotonic()
+    try:
+        loaded = load_trainable(config, run, ranks)
+        quarantine = open_quarantine(config, run)
+        batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
+        place = {"rank": ranks.rank, "world_size": ranks.world_size}
+        stream = open_stream(config.data, loaded.processor, quarantine, seed=config.seed, **batch, **place)
+        heldout = read_heldout(config.data, config.evaluation.samples, quarantine)
+        return _run_loop(config, run, loaded, stream, heldout, ranks, started)
+    except UserError as error:
+        outcome.record_failure(run, ranks, str(error))
+        raise
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def _run_loop(
+    config: Config, run: RunDir, loaded: Loaded, stream: Stream, heldout: list[Sample], ranks: Ranks, started: float
+) -> dict[str, Any]:
+    steps = count_steps(config, stream.num_samples)
+    engine = start_engine(loaded.model, config, loaded.dtype, ranks)
+    with StopRequest() as stop, Log(run, config, ranks, steps) as log:
+        progress = _restore(run, engine, stream, loaded, log)
+        outcome.announce(config, run, loaded, stream, steps, progress.step, log)
+        scorer = Scorer(config, run, engine, stream.encoder, heldout, ranks, log)
+        if progress.step == 0:
+            scorer.score(0, "before")
+        saved, timer, wall_before = progress.step, StepTimer(), progress.wall_s
+        while progress.step < steps and not ranks.any(stop.requested):
+            timer.begin()
+            step = stream.next_step()
+            timer.data_arrived()
+            distributed.seed_step(config.seed, progress.step, ranks.rank)
+            lr = learning_rate(config.optim, progress.step, steps)
+            set_learning_rate(engine, lr)
+            num_labels = max(1, ranks.sum(step.num_labels))  # the one denominator, over all micro-batches and ranks
+            loss_sum, grad_norm = 0.0, None
+            for batch in step.micro_batches:
+                loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
+                engine.backward(loss * (ranks.world_size / num_labels), scale_wrt_gas=False)  # DeepSpeed averages over ranks: undo
+                grad_norm = take_step(engine, config.optim.grad_clip)  # updates on the last micro-batch only
+                loss_sum += loss.detach()
+            mean_loss = ranks.sum(float(loss_sum)) / num_labels
+            check_finite(mean_loss, progress.step + 1)
+            progress = _advance(progress, step, num_labels, wall_before + time.monotonic() - started, ranks)
+            log.step(outcome.step_metrics(progress, step, mean_loss, lr, grad_norm or 0.0, timer, ranks))
+            if _due(config.evaluation.every, progress.step) and progress.step < steps:
+                scorer.score(progress.step, "during")
+            if _due(config.checkpoint.save_every, progress.step):
+                saved = _save(config, run, engine, stream, loaded, progress, ranks)
+        if saved < progress.step:
+            _save(config, run, engine, stream, loaded, progress, ranks)
+        progress = replace(progress, wall_s=round(wall_before + time.monotonic() - started, 3))
+        if progress.step < steps:
+            return outcome.interrupted(config, run, progress, stop, ranks, log)
+        scorer.score(progress.step, "after")
+        outcome.export(config, run, engine, loaded.processor, ranks)
+        progress = replace(progress, wall_s=round(wall_before + time.monotonic() - started, 3))
+        return outcome.finished(config, run, progress, stream, ranks, log)
+
+
+class Scorer:
+    """Evaluates on the held-out samples and keeps the answers, where there are any."""
+
+    def __init__(self, config: Config, run: RunDir, engine: Any, encoder: Encoder, heldout: list[Sample], ranks: Ranks, log: Log):
+        self.config, self.run, self.engine, self.encoder = config, run, engine, encoder
+        self.heldout, self.ranks, self.log = heldout, ranks, log
+
+    def score(self, step: int, phase: str) -> None:
+        if not self.heldout:
+            return
+        evaluation = evaluate(self.engine.module, self.encoder, self.heldout, self.config.evaluation, self.ranks)
+        if phase != "during" and self.ranks.is_first:
+            outcome.write_answers(self.run, phase, evaluation.rows, self.heldout)
+        self.log.evaluation(step, phase, evaluation.scores)
+
+
+def _restore(run: RunDir, engine: Any, stream: Stream, loaded: Loaded, log: Log) -> Progress:
+    checkpoint = newest_good_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        log.rewind(-1)
+        return Progress()
+    state = load_checkpoint(checkpoint, engine, loaded.fingerprint)
+    stream.restore(state["data"])
+    log.rewind(state["step"])
+    log.say(f"continuing from {checkpoint} (step {state['step']})")
+    return Progress(**state["progress"])
+
+
+def _save(config: Config, run: RunDir, engine: Any, stream: Stream, loaded: Loaded, progress: Progress, ranks: Ranks) -> int:
+    state = {
+        "version": 1,
+        "progress": vars(progress),
+        "data": stream.state_after(progress.step),
+        "rng": {"rule": "seeded by (seed, step, rank) at each step", "seed": config.seed},
+        "config_sha256": outcome.config_hash(config),
+        "base_fingerprint": loaded.fingerprint,
+    }
+    save_checkpoint(run.checkpoints, engine, progress.step, state, config.checkpoint.keep_last, ranks)
+    return progress.step
+
+
+def _advance(progress: Progress, step: Step, num_labels: float, wall_s: float, ranks: Ranks) -> Progress:
+    return Progress(
+        step=progress.step + 1,
+        samples=progress.samples + int(ranks.sum(step.num_samples)),
+        tokens=progress.tokens + int(ranks.sum(step.num_tokens)),
+        label_tokens=progress.label_tokens + int(num_labels),
+        wall_s=round(wall_s, 3),
+    )
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
