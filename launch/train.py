@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from vlm_dist.cli.main import run_reporting
+from vlm_dist.cli.parsers import parse
 from vlm_dist.cli.train import add_options, run
 from vlm_dist.quiet import quiet_libraries
 
@@ -22,7 +23,7 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK is what counts")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_options(parser)
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     quiet_libraries()
     return run_reporting(lambda: run(arguments), debug=arguments.debug)
 

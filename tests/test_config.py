@@ -128,6 +128,18 @@ def test_config_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_overrides_may_stand_anywhere(tmp_path, settings, capsys):
+    from vlm_dist.cli.main import main
+
+    path = str(write_config(settings, tmp_path))
+    assert main(["train", path, "training.steps=8", "--dry-run", "--json", "training.global_batch=8"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == 8 and plan["global_batch"] == 8
+    for words in (["--oops"], ["more"], ["--oops=1"]):
+        with pytest.raises(SystemExit):
+            main(["train", path, "--dry-run", "training.steps=8", *words, "--json"])
+
+
 def test_command_line_prints_the_resolved_config(tmp_path, settings, capsys):
     from vlm_dist.cli.main import main
 

@@ -71,7 +71,9 @@ def test_no_import_cycle():
     graph = {}
     for name, path in modules.items():
         tops = [node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        graph[name] = {used for used in modules for target in imported(ast.Module(tops, [])) if target == used or target.startswith(used + ".")}
+        graph[name] = {
+            used for used in modules for target in imported(ast.Module(tops, [])) if target == used or target.startswith(used + ".")
+        }
         graph[name].discard(name)
         graph[name].discard("vlm_dist")
     done: set[str] = set()

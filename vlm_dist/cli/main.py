@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_dist.cli import config, data, evaluate, generate, report, train
+from vlm_dist.cli.parsers import parse
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, argv)
     quiet_libraries()
     return run_reporting(lambda: arguments.run(arguments), debug=arguments.debug)
 

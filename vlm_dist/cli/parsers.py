@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -17,3 +18,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG and dotted overrides."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML configuration")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides such as optim.lr=2e-4")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Like `parse_args`, and takes overrides and --debug wherever they stand: argparse alone wants all overrides in one place."""
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.debug = arguments.debug or "--debug" in rest
+    rest = [word for word in rest if word != "--debug"]
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if overrides != rest or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments

@@ -49,7 +49,7 @@ def build_checkpoint(config: ScratchConfig, texts: Iterable[str], seed: int, out
     )
     language = hf.LlamaConfig(
         hidden_size=config.language_width,
-        intermediate_size=4 * config.language_width,
+        intermediate_size=max(64, config.language_width * 8 // 3 // 64 * 64),
         num_hidden_layers=config.language_layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,

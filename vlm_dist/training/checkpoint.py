@@ -175,16 +175,16 @@ def _full_parameter(engine: Any, parameter: Any) -> Any:
 
 
 def _set_parameter(engine: Any, parameter: Any, value: Any) -> None:
+    """Set the working weight and, where ZeRO keeps one apart from it, the master weight."""
     import torch
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param
 
-    if _is_sharded(engine):
-        safe_set_full_fp32_param(parameter, value)
-        if parameter.numel() == value.numel():  # stages 1 and 2 keep the working copy apart from the master
-            parameter.data.copy_(value)
-    else:
-        with torch.no_grad():
-            parameter.copy_(value)
+    stage = engine.zero_optimization_stage()
+    if stage:
+        safe_set_full_fp32_param(parameter, value.to(engine.device))
+    with GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3), torch.no_grad():
+        parameter.copy_(value)
 
 
 def _optimizer_state(engine: Any) -> dict[str, Any]:
@@ -208,20 +208,35 @@ def _set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state
 
     parameters = trainable(engine)
-    if _is_sharded(engine):
-        for key, value in state.items():
-            name, _, entry = key.rpartition("/")
-            if entry in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameters[name], value, entry)
-        for entries in engine.optimizer.optimizer.state.values():
-            _set_count(entries, step)
-        return
-    for name, parameter in parameters.items():
-        entries = engine.optimizer.state[parameter]
-        for key, value in state.items():
-            if key.rpartition("/")[0] == name:
-                entries[key.rpartition("/")[2]] = value if value.ndim == 0 else value.to(parameter.device)
+    sharded = _is_sharded(engine)
+    if sharded:
+        _create_moments(engine)
+    for key, value in state.items():
+        name, _, entry = key.rpartition("/")
+        parameter = parameters[name]
+        if not sharded:
+            engine.optimizer.state[parameter][entry] = value if value.ndim == 0 else value.to(parameter.device)
+        elif entry in ("exp_avg", "exp_avg_sq"):
+            safe_set_full_optimizer_state(parameter, value.to(engine.device), entry)
+    optimizer = engine.optimizer.optimizer if sharded else engine.optimizer
+    for entries in optimizer.state.values():
         _set_count(entries, step)
+
+
+def _create_moments(engine: Any) -> None:
+    """ZeRO's inner optimizer makes its moments in its first step; a checkpoint is put back before that (DeepSpeed 0.19)."""
+    import torch
+
+    zero = engine.optimizer
+    flats = zero.fp32_partitioned_groups_flat if engine.zero_optimization_stage() == 3 else zero.single_partition_of_fp32_groups
+    for flat in flats:
+        zero.optimizer.state[flat] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+    if engine.zero_optimization_stage() < 3:
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _set_count(entries: dict[str, Any], step: int) -> None:

@@ -22,7 +22,7 @@ class Log:
 
     def __init__(self, run: RunDir, config: Config, ranks: Ranks, steps: int):
         self.run, self.config, self.ranks, self.steps = run, config, ranks, steps
-        self._tracker = Tracker(config, run.path) if ranks.is_first else None
+        self._tracker: Tracker | None = None
         self._bar = self._task = None
         self._file = logging.FileHandler(_made(run.log(ranks.rank)), encoding="utf-8")
         self._screen = logging.StreamHandler(sys.stdout)
@@ -37,6 +37,7 @@ class Log:
                 self._start_bar()
             else:
                 ours.addHandler(self._screen)
+            self._tracker = Tracker(self.config, self.run.path)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,0 +1,87 @@
+"""report.html: self-contained, complete, and right in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm_dist.errors import ConfigError
+from vlm_dist.reporting.report import write_report
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The files of a run, as `train` writes them."""
+    run = tmp_path / "runs" / "demo"
+    (run / "samples" / "thumbnails").mkdir(parents=True)
+    (run / "config.yaml").write_text("name: demo\n")
+    rows = []
+    for step in range(1, 41):
+        numbers = {"loss": 5 / step, "lr": 1e-3, "grad_norm": 1.0, "samples": 8 * step, "tokens": 100 * step, "label_tokens": 10 * step}
+        speed = {"tokens_per_s": 50.0, "step_s": 2.0, "data_wait_s": 0.1, "padding_fraction": 0.1, "peak_memory_bytes": 2**30}
+        rows.append({"step": step, **numbers, **speed})
+    for phase, step, share in (("before", 0, 0.0), ("during", 20, 0.5), ("after", 40, 1.0)):
+        rows.append({"step": step, "phase": phase, "eval": {"exact_match": share, "samples": 2, "by_kind": {"colour": share}}})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "summary.json").write_text(json.dumps({"ended": "finished", "wall_s": 80.0}))
+    for phase, answers in (("before", ["blue", "?"]), ("after", ["red", "<script>alert(1)</script>"])):
+        lines = []
+        for number, answer in enumerate(answers):
+            name = f"thumbnails/{number:05d}.png"
+            Image.new("RGB", (64, 64), ("red", "green")[number]).save(run / "samples" / name)
+            truth = ("red", "green")[number]
+            row = {"key": f"k{number}", "task": "qa", "kind": "colour", "prompt": "What colour?", "answer": answer, "truth": truth}
+            lines.append(json.dumps({**row, "exact": answer == truth, "thumbnail": name}) + "\n")
+        (run / "samples" / f"{phase}.jsonl").write_text("".join(lines))
+    (run / "quarantine.jsonl").write_text(json.dumps({"shard": "s.tar", "key": "bad", "reason": "cannot be decoded"}) + "\n")
+    return run
+
+
+def test_page_is_self_contained_and_escaped(run):
+    page = write_report(run).read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)(?!#)", page)
+    assert "<script>alert(1)</script>" not in page and "&lt;script&gt;" in page
+    assert page.count("<svg") == 5 and page.count("data:image/png;base64,") == 2
+    for words in ("0.0 % before", "<b>100.0 %</b>", "cannot be decoded", "finished", "demo"):
+        assert words in page
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(ConfigError, match="no run with at least one step"):
+        write_report(tmp_path)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False)])
+def test_in_a_browser(run, width, dark):
+    """The page opens from file://, its pictures load, nothing overflows the window, and no error is logged."""
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed (scripts/test.sh installs it as root)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    page = write_report(run)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        driver.get(page.as_uri())
+        assert driver.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert driver.execute_script("return document.querySelectorAll('.answer').length") == 2
+        ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 80) == dark
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    finally:
+        driver.quit()

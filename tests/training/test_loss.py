@@ -1,0 +1,75 @@
+"""The loss and its one denominator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlm_dist.config import OptimConfig
+from vlm_dist.training.loss import summed_loss
+from vlm_dist.training.optim import build_optimizer, learning_rate
+
+
+class Model(torch.nn.Module):
+    """Embedding and head: logits of a token depend on that token alone."""
+
+    def __init__(self, vocabulary=11, width=6):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocabulary, width)
+        self.head = torch.nn.Linear(width, vocabulary)
+
+    def forward(self, input_ids, logits_to_keep, use_cache, attention_mask=None):
+        hidden = self.embedding(input_ids)[:, logits_to_keep]
+        return type("Output", (), {"logits": self.head(hidden)})
+
+
+def batch(rows=3, tokens=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 11, (rows, tokens), generator=generator)
+    labels = ids.clone()
+    labels[torch.rand(ids.shape, generator=generator) < 0.6] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_equals_the_plain_sum_and_its_gradient():
+    torch.manual_seed(0)
+    model, data = Model(), batch()
+    ours = summed_loss(model, data)
+    everything = model(data["input_ids"], torch.arange(7), False).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(everything.flatten(0, 1), data["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(ours, plain)
+    ours_grad = torch.autograd.grad(ours, model.head.weight)[0]
+    torch.testing.assert_close(ours_grad, torch.autograd.grad(plain, model.head.weight)[0])
+
+
+def test_nothing_supervised_is_zero_with_a_graph():
+    model, data = Model(), batch()
+    data["labels"][:] = -100
+    loss = summed_loss(model, data)
+    loss.backward()
+    assert loss.item() == 0 and model.head.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
+def test_learning_rate(schedule, middle, end):
+    config = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=10, min_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11) and rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(middle) and rates[109] == pytest.approx(end, abs=0.02)
+    assert max(rates) <= 1.0
+    share = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=0.5)
+    assert learning_rate(share, 49, 100) < 1.0 and learning_rate(share, 50, 100) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_optimizer_steps_and_spares_vectors_from_decay(name):
+    model = Model(width=64, vocabulary=128)
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.5))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    before = model.head.bias.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight = model.head.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(model.head.bias.detach(), before)
+    torch.testing.assert_close(model.head.weight.detach(), weight * (1 - 0.1 * 0.5))
