@@ -27,7 +27,7 @@ if ! uv=$(find_uv); then
     echo "setup: fetching uv with pip"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     "$python" -m venv .venv/uv
-    .venv/uv/bin/python -m pip install -q --disable-pip-version-check uv
+    .venv/uv/bin/python -m pip install -qq --disable-pip-version-check uv
     uv=$PWD/.venv/uv/bin/uv
 fi
 [ -x .venv/bin/python ] || "$uv" venv -q --python "$python" .venv

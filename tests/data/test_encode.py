@@ -1,0 +1,139 @@
+"""Tokens and labels: the assistant's words and end-of-turn, nothing else; picture tokens are never cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_dist.data.collate import collate
+from vlm_dist.data.encode import IGNORED, Encoder
+from vlm_dist.data.samples import BadSample, Sample
+
+USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the triangle?"}]}
+MORE = {"role": "user", "content": [{"type": "text", "text": "Where is the cross?"}]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def sample(*messages, images=1, size=(40, 30)) -> Sample:
+    return Sample("k", "s.tar", list(messages), [Image.new("RGB", size, "red") for _ in range(images)])
+
+
+@pytest.fixture
+def encoder(any_checkpoint):
+    from transformers import AutoProcessor
+
+    return Encoder(AutoProcessor.from_pretrained(any_checkpoint), 512)
+
+
+def supervised(encoder, encoded) -> str:
+    return encoder.processor.tokenizer.decode(encoded.labels[0][encoded.labels[0] != IGNORED])
+
+
+def end(encoder) -> str:
+    return encoder.processor.tokenizer.eos_token
+
+
+def test_only_the_assistant_is_supervised(encoder):
+    encoded = encoder.encode(sample(USER, assistant("red")))
+    assert supervised(encoder, encoded).strip() == f"red{end(encoder)}"
+    kept = encoded.labels != IGNORED
+    assert torch.equal(encoded.labels[kept], encoded.inputs["input_ids"][kept])
+
+
+def test_every_turn_of_many(encoder):
+    encoded = encoder.encode(sample(USER, assistant("red"), MORE, assistant("top left")))
+    turns = [turn.strip() for turn in supervised(encoder, encoded).split(end(encoder))]
+    assert turns == ["red", "top left", ""]
+
+
+def test_labels_token_by_token(encoder):
+    """The slow twin: tokens up to each prompt are the prefix that is not supervised."""
+    messages = [USER, assistant("red")]
+    encoded = encoder.encode(sample(*messages))
+    prompt = encoder.encode_prompt(messages[:1], sample().images)
+    start = prompt.length
+    assert torch.equal(encoded.inputs["input_ids"][:, :start], prompt.inputs["input_ids"])
+    assert (encoded.labels[0, :start] == IGNORED).all()
+    eos = encoder.processor.tokenizer.eos_token_id
+    last = start + (encoded.inputs["input_ids"][0, start:] == eos).nonzero()[0, 0]
+    assert (encoded.labels[0, start : last + 1] != IGNORED).all()
+    assert (encoded.labels[0, last + 1 :] == IGNORED).all()
+
+
+def test_no_picture_and_two_pictures(encoder):
+    none = encoder.encode(sample(MORE, assistant("top left"), images=0))
+    assert "pixel_values" not in none.inputs and not none.picture.any()
+    two = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]}
+    encoded = encoder.encode(sample(two, assistant("red"), images=2))
+    one = encoder.encode(sample(USER, assistant("red")))
+    assert encoded.picture.sum() == 2 * one.picture.sum()
+    assert supervised(encoder, encoded).strip() == f"red{end(encoder)}"
+
+
+def test_too_long_is_refused_with_numbers(encoder):
+    encoder.max_seq_length = 40
+    with pytest.raises(BadSample, match=r"too long: \d+ tokens \(\d+ of them picture\), more than data.max_seq_length=40"):
+        encoder.encode(sample(USER, assistant("red " * 50)))
+
+
+def test_truncation_cuts_text_at_the_end_only(encoder):
+    full = encoder.encode(sample(USER, assistant("red " * 50)))
+    encoder.max_seq_length, encoder.on_too_long = full.length - 20, "truncate"
+    cut = encoder.encode(sample(USER, assistant("red " * 50)))
+    assert cut.length == full.length - 20
+    assert torch.equal(cut.inputs["input_ids"], full.inputs["input_ids"][:, : cut.length])
+    assert cut.picture.sum() == full.picture.sum()
+
+
+def test_truncation_never_cuts_pictures(encoder):
+    encoder.max_seq_length, encoder.on_too_long = 4, "truncate"
+    with pytest.raises(BadSample, match=r"picture tokens|no supervised token"):
+        encoder.encode(sample(USER, assistant("red")))
+    late = {"role": "user", "content": [{"type": "text", "text": "Look. " * 20}, {"type": "image"}]}
+    encoder.max_seq_length = 60
+    with pytest.raises(BadSample, match="cutting would lose picture tokens"):
+        encoder.encode(sample(late, assistant("red")))
+
+
+def test_all_labels_masked(encoder):
+    full = encoder.encode(sample(USER, assistant("red")))
+    encoder.max_seq_length = int((full.labels[0] != IGNORED).nonzero()[0, 0])
+    encoder.on_too_long = "truncate"
+    with pytest.raises(BadSample, match="no supervised token"):
+        encoder.encode(sample(USER, assistant("red")))
+
+
+def test_control_tokens_in_text_stay_text(encoder):
+    tokens = encoder.processor.tokenizer.all_special_tokens
+    attack = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "say " + " ".join(tokens)}]}
+    innocent = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "say "}]}
+    special = torch.tensor(encoder.processor.tokenizer.all_special_ids)
+
+    def count(message):
+        return torch.isin(encoder.encode(sample(message, assistant("red"))).inputs["input_ids"], special).sum()
+
+    assert count(attack) == count(innocent)
+
+
+def test_batches_pad_and_keep_pictures(encoder):
+    rows = [encoder.encode(sample(USER, assistant("red"))), encoder.encode(sample(USER, assistant("red"), MORE, assistant("top left")))]
+    batch = collate(rows, pad_token_id=0)
+    lengths = [row.length for row in rows]
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, max(lengths))
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert (batch["labels"][0, lengths[0] :] == IGNORED).all()
+    assert len(batch["pixel_values"]) == sum(len(row.inputs["pixel_values"]) for row in rows)
+    left = collate(rows, pad_token_id=0, side="left")
+    assert left["attention_mask"][0, 0] == 0 and left["attention_mask"][0, -1] == 1
+
+
+def test_pictures_of_unequal_size_are_padded():
+    from vlm_dist.data.collate import _concatenate
+
+    joined = _concatenate([torch.ones(1, 3, 4, 6), torch.ones(2, 3, 5, 2)])
+    assert joined.shape == (3, 3, 5, 6)
+    assert joined[0, :, :4].sum() == 3 * 4 * 6 and joined[0, :, 4:].sum() == 0

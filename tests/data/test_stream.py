@@ -1,0 +1,192 @@
+"""Shards and steps: the order depends on data, seed and global batch alone; nothing is lost without a word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm_dist.config import DataConfig
+from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.shards import count_samples, find_shards, write_shards
+from vlm_dist.data.stream import open_stream, read_heldout, read_in_order, read_shuffled
+from vlm_dist.errors import DataError
+
+
+@pytest.fixture
+def processor(llava):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(llava)
+
+
+def stream_of(shards, processor, tmp_path, rank=0, world_size=1, global_batch=4, micro_batch=2, **settings):
+    config = DataConfig(train=shards, max_seq_length=256, shuffle_window=16, **settings)
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", config.max_bad_fraction)
+    return open_stream(
+        config, processor, quarantine, seed=5, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
+    )
+
+
+def rows(step) -> list[list[int]]:
+    """The real tokens of each sample of a step, padding off."""
+    found = []
+    for batch in step.micro_batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            found.append(ids[mask.bool()].tolist())
+    return found
+
+
+def copy_without(source: str, out: Path, change) -> str:
+    """A copy of a shard whose samples went through change(raw) -> raw or None."""
+    samples = [change(dict(raw)) for raw in read_in_order([source])]
+    kept = [{name: value for name, value in raw.items() if name not in ("__url__", "__local_path__")} for raw in samples if raw]
+    return str(write_shards(out, "changed", kept, samples_per_shard=10_000)[0])
+
+
+def test_paths_braces_and_globs(tmp_path, shards):
+    for number, path in enumerate(shards["qa-train"]):
+        shutil.copy(path, tmp_path / f"s-{number:03d}.tar")
+    everything = [str(tmp_path / f"s-{number:03d}.tar") for number in range(3)]
+    assert find_shards([f"{tmp_path}/s-*.tar"], "x") == everything
+    assert find_shards([f"{tmp_path}/s-{{000..002}}.tar"], "x") == everything
+    assert find_shards([everything[1], f"file://{everything[0]}"], "x") == [everything[1], everything[0]]
+
+
+@pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "s3://bucket/x.tar", "missing-*.tar", "missing.tar"])
+def test_what_is_no_local_shard_is_refused(pattern):
+    with pytest.raises(DataError, match=r"data\.train: "):
+        find_shards([pattern], "data.train")
+
+
+def test_damaged_shards_are_refused_by_name(tmp_path, shards):
+    whole = Path(shards["qa-train"][0]).read_bytes()
+    cases = {"text.tar": b"hello" * 500, "empty.tar": b"", "cut.tar": whole[: len(whole) // 2]}
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=name):
+            find_shards([str(tmp_path / name)], "data.train")
+    damaged = bytearray(whole)
+    with tarfile.open(shards["qa-train"][0]) as tar:
+        middle = tar.getmembers()[10].offset
+    damaged[middle : middle + 200] = b"\xff" * 200
+    (tmp_path / "inner.tar").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"inner.tar' is damaged at byte"):
+        count_samples(str(tmp_path / "inner.tar"), "data.train")
+
+
+def test_counting_agrees_with_webdataset(tmp_path, shards):
+    for path in (*shards["caption-train"], *shards["reading-heldout"]):
+        assert count_samples(path, "x") == len(list(read_in_order([path])))
+    long = write_shards(tmp_path, "long", [{"__key__": "d" * 120 + str(n), "txt": b"x"} for n in range(5)], samples_per_shard=9)
+    assert count_samples(str(long[0]), "x") == 5
+
+
+def test_an_epoch_is_a_permutation_and_each_differs(shards):
+    everything = {raw["__key__"] for raw in read_in_order(shards["qa-train"])}
+    first, again, second = ([raw["__key__"] for raw in read_shuffled(shards["qa-train"], 0, epoch, 16)] for epoch in (0, 0, 1))
+    assert first == again != second
+    assert set(first) == set(second) == everything and len(first) == len(everything)
+
+
+def test_steps_do_not_depend_on_ranks_or_micro_batches(tmp_path, shards, processor):
+    whole = [rows(step) for step, _ in zip(stream_of(shards["qa-train"], processor, tmp_path).steps(), range(20), strict=False)]
+    for world_size, micro_batch in ((2, 1), (2, 2), (4, 1), (1, 4)):
+        parts = [
+            stream_of(shards["qa-train"], processor, tmp_path, rank, world_size, micro_batch=micro_batch).steps() for rank in range(world_size)
+        ]
+        for expected in whole:
+            assert [row for part in parts for row in rows(next(part))] == expected
+
+
+def test_restoring_continues_exactly(tmp_path, shards, processor):
+    whole = stream_of(shards["qa-train"], processor, tmp_path)
+    expected = [rows(whole.next_step()) for _ in range(40)]  # 60 samples: more than two epochs
+    whole.close()
+    for steps in (3, 15, 31):
+        resumed = stream_of(shards["qa-train"], processor, tmp_path)
+        resumed.restore(whole.state_after(steps))
+        assert [rows(resumed.next_step()) for _ in range(5)] == expected[steps : steps + 5]
+        resumed.close()
+
+
+def test_counts_of_a_step(tmp_path, shards, processor):
+    step = next(stream_of(shards["qa-train"], processor, tmp_path).steps())
+    assert step.num_samples == 4 and len(step.micro_batches) == 2
+    assert step.num_tokens == sum(int(batch["attention_mask"].sum()) for batch in step.micro_batches)
+    assert step.num_labels == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step.micro_batches)
+
+
+def test_bad_samples_are_skipped_counted_and_named(tmp_path, shards, processor):
+    def damage(raw):
+        if raw["__key__"].endswith("0000003"):
+            raw["jpg"] = b"no picture"
+        if raw["__key__"].endswith("0000007"):
+            del raw["json"]
+        return raw
+
+    path = copy_without(shards["qa-train"][0], tmp_path, damage)
+    stream = stream_of([path], processor, tmp_path)
+    steps = [step for step, _ in zip(stream.steps(), range(10), strict=False)]  # two epochs of 20
+    assert sum(step.num_samples for step in steps) == 2 * 18
+    named = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(row["key"][-1] for row in named) == ["3", "7"]  # once each, although read twice
+    assert all(row["shard"] == path and row["reason"] for row in named)
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path, shards, processor):
+    path = copy_without(shards["qa-train"][0], tmp_path, lambda raw: {**raw, "jpg": b"no picture"})
+    stream = stream_of([path], processor, tmp_path, max_bad_fraction=0.01)
+    with pytest.raises(DataError, match="unusable, more than data.max_bad_fraction=0.01"):
+        for _ in range(10):
+            stream.next_step()
+
+
+def test_nothing_usable_stops_early(tmp_path, shards, processor):
+    path = copy_without(shards["qa-train"][0], tmp_path, lambda raw: {**raw, "jpg": b"no picture"})
+    stream = stream_of([path], processor, tmp_path, max_bad_fraction=1)
+    with pytest.raises(DataError, match="none of the first 50 samples is usable"):
+        for _ in range(20):
+            stream.next_step()
+
+
+def test_a_micro_batch_without_a_picture_gets_a_blank_row(tmp_path, shards, processor):
+    def no_picture(raw):
+        record = json.loads(raw["json"])
+        record["messages"] = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "red"}]
+        return {"__key__": raw["__key__"], "json": json.dumps(record).encode()}
+
+    step = next(stream_of([copy_without(shards["qa-train"][0], tmp_path, no_picture)], processor, tmp_path).steps())
+    for batch in step.micro_batches:
+        assert len(batch["input_ids"]) == 3 and len(batch["pixel_values"]) == 1
+        assert (batch["labels"][2] == -100).all()
+    assert step.num_samples == 4
+
+
+def test_empty_data_set(tmp_path, processor):
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(DataError, match="hold no sample"):
+        stream_of([str(tmp_path / "empty.tar")], processor, tmp_path)
+
+
+def test_changed_data_is_not_continued(tmp_path, shards, processor):
+    stream = stream_of(shards["qa-train"], processor, tmp_path)
+    with pytest.raises(DataError, match="held 59 samples when the run began, now 60"):
+        stream.restore({"step": 1, "samples": 4, "num_samples": 59})
+
+
+def test_heldout_is_spread_over_the_shards(tmp_path, shards):
+    config = DataConfig(train="x", heldout=[*shards["qa-heldout"], *shards["reading-heldout"]])
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.01)
+    assert len(read_heldout(config, None, quarantine)) == 24
+    assert [sample.key.split("-")[0] for sample in read_heldout(config, 4, quarantine)] == ["qa", "qa", "reading", "reading"]
+
+
+def test_tensors_are_of_the_processors_own_making(tmp_path, shards, processor):
+    batch = next(stream_of(shards["qa-train"], processor, tmp_path).steps()).micro_batches[0]
+    assert batch["pixel_values"].dtype == torch.float32 and batch["input_ids"].dtype == torch.int64

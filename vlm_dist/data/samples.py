@@ -1,0 +1,164 @@
+"""A tar sample's files -> one form: messages with typed parts, and the pictures in order of appearance.
+
+Three forms are read (docs/data.md): `KEY.json` with "messages", `KEY.json` with LLaVA's "conversations", and `KEY.txt` (a caption,
+as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`, `KEY.1.jpg`, ... . Members are read from memory and
+never unpickled; any other member is ignored.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class BadSample(Exception):
+    """This one sample cannot be used; the message says why. It is skipped, counted and named in quarantine.jsonl."""
+
+
+@dataclass
+class Sample:
+    """One conversation about some pictures."""
+
+    key: str
+    shard: str
+    messages: list[dict[str, Any]]
+    """[{"role", "content": [{"type": "image"} | {"type": "text", "text"}, ...]}, ...]"""
+    images: list[Image]
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The other keys of KEY.json, e.g. task."""
+
+
+def parse_sample(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str) -> Sample:
+    """One form for every sample.
+
+    Args:
+        raw: a webdataset sample: `__key__`, `__url__` and the members' bytes by extension.
+
+    Raises:
+        BadSample: text or picture is missing or unreadable, or their numbers do not agree.
+    """
+    messages, meta = _read_messages(raw, caption_prompt)
+    members = _picture_members(raw)
+    _place_pictures(messages, len(members))
+    asked = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if asked != len(members):
+        raise BadSample(f"the text speaks of {asked} pictures, the sample has {len(members)}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadSample("no assistant turn to learn from")
+    images = [decode_picture(raw[member], member, max_image_pixels) for member in members]
+    return Sample(raw["__key__"], raw.get("__url__", ""), messages, images, meta)
+
+
+def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
+    """Bytes -> RGB picture, upright. The size is checked in the header, before anything is decoded.
+
+    Raises:
+        BadSample: not a JPEG, PNG or WebP file, too large, or damaged.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        if picture.width * picture.height > max_pixels:
+            raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than data.max_image_pixels={max_pixels:,}")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            ground = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(ground, picture)
+        return picture.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise BadSample(f"{name}: cannot be decoded ({str(error).splitlines()[0][:120]})") from None
+
+
+def _read_messages(raw: dict[str, Any], caption_prompt: str) -> tuple[list[dict], dict[str, Any]]:
+    record: dict[str, Any] = {}
+    if "json" in raw:
+        try:
+            record = json.loads(raw["json"])
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadSample(f"json: {error}") from None
+        if not isinstance(record, dict):
+            raise BadSample("json: expected an object with 'messages' or 'conversations'")
+    meta = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
+    if "messages" in record:
+        return [_message(turn, "role", "content") for turn in _turns(record["messages"])], meta
+    if "conversations" in record:
+        return [_message(turn, "from", "value") for turn in _turns(record["conversations"])], meta
+    caption = _caption(raw, record)
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
+        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
+    ], meta
+
+
+def _turns(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise BadSample("json: expected a list of turns")
+    return value
+
+
+def _caption(raw: dict[str, Any], record: dict[str, Any]) -> str:
+    try:
+        caption = raw["txt"].decode("utf-8") if "txt" in raw else record.get("caption")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"txt: {error}") from None
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadSample("no text: expected json with 'messages' or 'conversations', or txt with a caption")
+    return caption.strip()
+
+
+def _message(turn: Any, role_key: str, content_key: str) -> dict[str, Any]:
+    role = turn.get(role_key) if isinstance(turn, dict) else None
+    if role not in LLAVA_ROLES:
+        raise BadSample(f"json: a turn's '{role_key}' is {role!r}; expected one of {', '.join(LLAVA_ROLES)}")
+    content = turn.get(content_key)
+    if isinstance(content, str):
+        return {"role": LLAVA_ROLES[role], "content": _split_markers(content)}
+    if not isinstance(content, list):
+        raise BadSample(f"json: a turn's '{content_key}' is neither text nor a list of parts")
+    return {"role": LLAVA_ROLES[role], "content": [_part(part) for part in content]}
+
+
+def _split_markers(text: str) -> list[dict[str, str]]:
+    """LLaVA writes `<image>` in the text where a picture stands."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split("<image>")):
+        if number:
+            parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip("\n")})
+    return parts
+
+
+def _part(part: Any) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("image", "image_url"):
+        return {"type": "image"}
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise BadSample(f"json: a part of type {kind!r}; expected image, or text with 'text'")
+
+
+def _picture_members(raw: dict[str, Any]) -> list[str]:
+    """Names of the picture members, by number."""
+    found = [(int(match[1] or 0), name) for name in raw if (match := PICTURE_MEMBER.fullmatch(name))]
+    return [name for _, name in sorted(found)]
+
+
+def _place_pictures(messages: list[dict[str, Any]], count: int) -> None:
+    """Pictures that the text does not place stand at the start of the first user turn, as most data sets mean it."""
+    placed = any(part["type"] == "image" for message in messages for part in message["content"])
+    first_user = next((message for message in messages if message["role"] == "user"), None)
+    if count and not placed and first_user is not None:
+        first_user["content"][:0] = [{"type": "image"} for _ in range(count)]

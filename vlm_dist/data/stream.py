@@ -1,0 +1,204 @@
+"""Shards -> the micro-batches of each optimizer step.
+
+The seam: the trainer knows `next_step()`, `state_after()` and `restore()` and nothing of how samples are ordered. Here the order is
+that of webdataset: shards permuted anew each epoch, samples shuffled within a window. Sample n of that order belongs to step
+n // global_batch, slot n % global_batch; rank r takes the r-th run of slots. So what a step holds depends on the data, the seed and
+the global batch alone. An unusable sample leaves its slot empty and moves nothing else.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm_dist.config import DataConfig
+from vlm_dist.data.collate import collate
+from vlm_dist.data.encode import IGNORED, Encoded, Encoder
+from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.samples import BadSample, Sample, parse_sample
+from vlm_dist.data.shards import count_samples, find_shards
+from vlm_dist.errors import DataError
+
+
+@dataclass
+class Step:
+    """One rank's part of one optimizer step."""
+
+    micro_batches: list[dict[str, Any]]
+    num_samples: int
+    num_tokens: int
+    """Real tokens: padding and blank rows are not counted."""
+    num_slots: int
+    """Tokens computed, padding included."""
+    num_labels: int
+    """Supervised tokens, as counted after the shift by one."""
+
+
+@dataclass
+class Stream:
+    """The training samples of one rank, step by step, prepared ahead in a background thread."""
+
+    shards: list[str]
+    num_samples: int
+    config: DataConfig
+    encoder: Encoder
+    quarantine: Quarantine
+    seed: int
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+    _step: int = 0
+    _ready: queue.Queue | None = None
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    def next_step(self) -> Step:
+        """The micro-batches of the next optimizer step; always global_batch / (micro_batch x ranks) of them."""
+        if self._ready is None:
+            self._ready = queue.Queue(maxsize=self.config.prefetch)
+            threading.Thread(target=self._produce, args=(self._ready, self._step), daemon=True).start()
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._step += 1
+        return item
+
+    def state_after(self, steps: int) -> dict[str, Any]:
+        """What `restore` needs to continue after so many optimizer steps."""
+        return {"step": steps, "samples": steps * self.global_batch, "num_samples": self.num_samples}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state_after` says. Call before the first `next_step`."""
+        if state["num_samples"] != self.num_samples:
+            raise DataError(f"data.train: held {state['num_samples']} samples when the run began, now {self.num_samples}; restore the shards")
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        self._stopped.set()
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """Every step from `start` on, without end."""
+        per_rank = self.global_batch // self.world_size
+        samples = self._samples(start * self.global_batch)
+        while True:
+            slots = [next(samples) for _ in range(self.global_batch)]
+            mine = slots[self.rank * per_rank : (self.rank + 1) * per_rank]
+            yield self._collate([self._encode(raw) for raw in mine])
+
+    def _produce(self, ready: queue.Queue, start: int) -> None:
+        try:
+            for step in self.steps(start):
+                while not self._stopped.is_set():
+                    try:
+                        ready.put(step, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if self._stopped.is_set():
+                    return
+        except BaseException as error:  # handed to the trainer, who raises it
+            ready.put(error)
+
+    def _samples(self, skip: int) -> Iterator[dict[str, Any]]:
+        """Raw samples in the order of training, from number `skip` on."""
+        epoch, offset = divmod(skip, self.num_samples)
+        while True:
+            for number, raw in enumerate(read_shuffled(self.shards, self.seed, epoch, self.config.shuffle_window)):
+                if number >= offset:
+                    yield raw
+            epoch, offset = epoch + 1, 0
+
+    def _encode(self, raw: dict[str, Any]) -> Encoded | None:
+        try:
+            encoded = self.encoder.encode(self.parse(raw))
+        except BadSample as reason:
+            self.quarantine.add(raw, str(reason))
+            return None
+        self.quarantine.count_good()
+        return encoded
+
+    def parse(self, raw: dict[str, Any]) -> Sample:
+        """A raw sample in the common form."""
+        return parse_sample(raw, max_image_pixels=self.config.max_image_pixels, caption_prompt=self.config.caption_prompt)
+
+    def _collate(self, encoded: list[Encoded | None]) -> Step:
+        step = Step([], 0, 0, 0, 0)
+        for start in range(0, len(encoded), self.micro_batch):
+            rows = [sample for sample in encoded[start : start + self.micro_batch] if sample is not None]
+            step.num_samples += len(rows)
+            step.num_tokens += sum(row.length for row in rows)
+            step.num_labels += sum(int((row.labels[:, 1:] != IGNORED).sum()) for row in rows)
+            if not any("pixel_values" in row.inputs for row in rows):
+                rows.append(self._blank)
+            batch = collate(rows, self.encoder.processor.tokenizer.pad_token_id)
+            step.num_slots += batch["input_ids"].numel()
+            step.micro_batches.append(batch)
+        return step
+
+    @property
+    def _blank(self) -> Encoded:
+        """A row with a blank picture and no label. It joins a micro-batch that has no picture, so that every rank runs the vision
+        tower in every micro-batch: else ZeRO's collectives would differ between ranks (DeepSpeed#7170)."""
+        from PIL import Image
+
+        message = {"role": "user", "content": [{"type": "image"}]}
+        return self.encoder.encode_prompt([message], [Image.new("RGB", (56, 56))])
+
+
+def open_stream(
+    config: DataConfig, processor: Any, quarantine: Quarantine, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+) -> Stream:
+    """Find and check the shards of `data.train`.
+
+    Raises:
+        DataError: no shard, a damaged shard, or no sample in any.
+    """
+    shards = find_shards(config.train, "data.train")
+    num_samples = sum(count_samples(shard, "data.train") for shard in shards)
+    if num_samples == 0:
+        raise DataError(f"data.train: the {len(shards)} shards hold no sample; make them again, e.g. with `vlm-dist data synth`")
+    encoder = Encoder(processor, config.max_seq_length, config.on_too_long)
+    return Stream(shards, num_samples, config, encoder, quarantine, seed, global_batch, micro_batch, rank, world_size)
+
+
+def read_heldout(config: DataConfig, limit: int | None, quarantine: Quarantine) -> list[Sample]:
+    """Held-out samples, spread evenly over all shards when there are more than `limit`."""
+    if not config.heldout:
+        return []
+    shards = find_shards(config.heldout, "data.heldout")
+    total = sum(count_samples(shard, "data.heldout") for shard in shards)
+    wanted = set(range(total)) if limit is None or total <= limit else {number * total // limit for number in range(limit)}
+    samples = []
+    for number, raw in enumerate(read_in_order(shards)):
+        if number in wanted:
+            try:
+                samples.append(parse_sample(raw, max_image_pixels=config.max_image_pixels, caption_prompt=config.caption_prompt))
+            except BadSample as reason:
+                quarantine.add(raw, str(reason))
+    return samples
+
+
+def read_in_order(shards: list[str]) -> Iterator[dict[str, Any]]:
+    """Raw samples of the shards, one after another: `__key__`, `__url__`, and the members' bytes by extension."""
+    import webdataset as wds
+
+    return iter(wds.DataPipeline(wds.SimpleShardList(shards), wds.tarfile_to_samples(handler=_refuse)))
+
+
+def read_shuffled(shards: list[str], seed: int, epoch: int, window: int) -> Iterator[dict[str, Any]]:
+    """Raw samples of one epoch in its order."""
+    from webdataset.filters import shuffle
+
+    rng = random.Random(f"{seed}/{epoch}")
+    order = rng.sample(shards, len(shards))
+    return shuffle(window, initial=window, rng=rng)(read_in_order(order))
+
+
+def _refuse(error: BaseException) -> bool:
+    """webdataset's handler: a shard that fails while it is read ends the run, by name."""
+    raise DataError(f"a shard cannot be read: {error}") from None

@@ -1,0 +1,237 @@
+"""Pictures whose right answers are known by construction: coloured shapes in the four corners, and short texts to read.
+
+Three tasks share the scenes' pictures: `caption` (say everything), `qa` (what colour, how many, where) and `reading` (a word or
+a number). Which split a scene belongs to is a hash of the scene itself, so that train and held-out shards never share one,
+whatever the seed and the size. A sample is a pure function of (seed, split, task, number).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_dist.data.shards import write_shards
+from vlm_dist.errors import DataError
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (42, 157, 62),
+    "blue": (40, 90, 220),
+    "yellow": (245, 205, 40),
+    "purple": (140, 50, 170),
+    "orange": (245, 130, 30),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+COUNTS = ("zero", "one", "two", "three")
+WORDS = ("cat", "dog", "sun", "map", "red", "box", "key", "cup", "hat", "tea", "bus", "pen", "ice", "owl", "jam", "fig")
+TASKS = ("caption", "qa", "reading")
+SPLITS = ("train", "heldout")
+HELDOUT_SHARE = 0.15
+CAPTION_PROMPT = "Describe the picture."
+READING_PROMPT = "What is written in the picture?"
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """One coloured shape in one corner."""
+
+    place: str
+    colour: str
+    shape: str
+
+
+def random_scene(rng: random.Random) -> tuple[Shape, ...]:
+    """One to three shapes, each in a corner of its own, in reading order (top left first)."""
+    places = rng.sample(list(PLACES), rng.choice((1, 2, 2, 3)))
+    places.sort(key=lambda place: (PLACES[place][1], PLACES[place][0]))
+    return tuple(Shape(place, rng.choice(list(COLOURS)), rng.choice(SHAPES)) for place in places)
+
+
+def split_of(scene: object) -> str:
+    """The split that a scene (its shapes, or the text to read) belongs to, by a hash of the scene alone."""
+    digest = hashlib.sha256(repr(scene).encode()).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < HELDOUT_SHARE else "train"
+
+
+def caption(scene: tuple[Shape, ...]) -> str:
+    """Everything there is to say: "two shapes: top left a red circle and bottom right a blue square"."""
+    noun = "shape" if len(scene) == 1 else "shapes"
+    return f"{COUNTS[len(scene)]} {noun}: " + " and ".join(f"{s.place} {_article(s.colour)} {s.colour} {s.shape}" for s in scene)
+
+
+def questions(scene: tuple[Shape, ...]) -> list[tuple[str, str, str]]:
+    """Every (kind, question, answer) whose answer the scene fixes without doubt."""
+    asked = []
+    for s in scene:
+        if sum(other.shape == s.shape for other in scene) == 1:
+            asked.append(("where", f"Where is the {s.shape}?", s.place))
+        asked.append(("colour", f"What colour is the shape {s.place}?", s.colour))
+        asked.append(("shape", f"What shape is {s.place}?", s.shape))
+    asked.append(("count", "How many shapes are there?", COUNTS[len(scene)]))
+    return asked
+
+
+def draw_scene(scene: tuple[Shape, ...], size: int, rng: random.Random):
+    """The scene as a PIL picture of size x size pixels; sizes, positions and the background vary with rng."""
+    from PIL import Image, ImageDraw
+
+    scale = 4  # drawn large and reduced: smooth edges
+    picture = Image.new("RGB", (size * scale, size * scale), _background(rng))
+    draw = ImageDraw.Draw(picture)
+    cell = size * scale / 2
+    for s in scene:
+        column, row = PLACES[s.place]
+        radius = cell * rng.uniform(0.38, 0.46)
+        slack = cell / 2 - radius
+        x = (column + 0.5) * cell + rng.uniform(-slack, slack) * 0.9
+        y = (row + 0.5) * cell + rng.uniform(-slack, slack) * 0.9
+        _draw_shape(draw, s.shape, x, y, radius, COLOURS[s.colour])
+    return picture.reduce(scale)
+
+
+def draw_text(text: str, size: int, rng: random.Random):
+    """A short text in dark letters on a light ground, size x size pixels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", (size, size), _background(rng))
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=round(size * rng.uniform(0.34, 0.42)))
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    x = rng.uniform(0, max(0, size - (right - left))) - left
+    y = rng.uniform(0, max(0, size - (bottom - top))) - top
+    draw.text((x, y), text, font=font, fill=tuple(rng.randrange(0, 90) for _ in range(3)))
+    return picture
+
+
+def samples(task: str, split: str, count: int, *, seed: int, size: int, image_format: str, questions_per_picture: int = 1) -> Iterator[dict]:
+    """`count` webdataset samples: `__key__`, the encoded picture, and `json` with `messages`, `task` and `kind`.
+
+    Args:
+        questions_per_picture: most turns of a training sample of task qa; held-out samples have one.
+    """
+    turns = questions_per_picture if split == "train" else 1
+    for number in range(count):
+        rng = random.Random(f"{seed}/{split}/{task}/{number}")
+        picture, asked = _reading_sample(rng, split, size) if task == "reading" else _scene_sample(rng, task, split, size, turns)
+        messages = []
+        for turn, (_, prompt, answer) in enumerate(asked):
+            image = [{"type": "image"}] if turn == 0 else []
+            messages.append({"role": "user", "content": [*image, {"type": "text", "text": prompt}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        kind = asked[-1][0]
+        yield {
+            "__key__": f"{task}-{split}-{number:07d}",
+            image_format: _encode_picture(picture, image_format),
+            "json": json.dumps({"messages": messages, "task": task, "kind": kind}).encode(),
+        }
+
+
+def synthesise(
+    out: Path,
+    *,
+    train: int,
+    heldout: int,
+    tasks: tuple[str, ...],
+    seed: int,
+    size: int,
+    image_format: str,
+    shard_size: int,
+    questions_per_picture: int,
+) -> dict[str, list[Path]]:
+    """Write `out/TASK-SPLIT-000000.tar`, ... and return the shards by "TASK-SPLIT".
+
+    A second call with the same settings changes nothing: `out/synthetic.json`, written last, holds them.
+
+    Raises:
+        DataError: the folder holds shards made with other settings.
+    """
+    settings = {
+        "version": 1, "train": train, "heldout": heldout, "tasks": list(tasks), "seed": seed, "size": size,
+        "image_format": image_format, "shard_size": shard_size, "questions_per_picture": questions_per_picture,
+    }  # fmt: skip
+    record = out / "synthetic.json"
+    if record.exists():
+        found = json.loads(record.read_text())
+        if found != settings:
+            raise DataError(f"{out}: holds a synthetic data set made with {_difference(found, settings)}; use another folder or delete it")
+    counts = {"train": train, "heldout": heldout}
+    made = {}
+    for task in tasks:
+        for split in SPLITS:
+            name = f"{task}-{split}"
+            if not record.exists():
+                drawing = {"seed": seed, "size": size, "image_format": image_format, "questions_per_picture": questions_per_picture}
+                stream = samples(task, split, counts[split], **drawing)
+                write_shards(out, name, stream, samples_per_shard=shard_size, total=counts[split])
+            made[name] = sorted(path for path in out.glob(f"{name}-*.tar") if re.fullmatch(rf"{name}-\d+\.tar", path.name))
+    record.write_text(json.dumps(settings, indent=1) + "\n")
+    return made
+
+
+def _scene_sample(rng: random.Random, task: str, split: str, size: int, turns: int):
+    """A picture, and (kind, prompt, answer) of each turn."""
+    while True:
+        scene = random_scene(rng)
+        if split_of(scene) == split:
+            break
+    picture = draw_scene(scene, size, rng)
+    if task == "caption":
+        return picture, [("caption", CAPTION_PROMPT, caption(scene))]
+    asked = questions(scene)
+    chosen = []
+    while asked and len(chosen) < turns:  # the kinds of question are equally likely, however many a scene allows
+        kind = rng.choice(sorted({kind for kind, _, _ in asked}))
+        chosen.append(rng.choice([question for question in asked if question[0] == kind]))
+        asked.remove(chosen[-1])
+    return picture, chosen
+
+
+def _reading_sample(rng: random.Random, split: str, size: int):
+    while True:
+        kind = rng.choice(("word", "number"))
+        text = rng.choice(WORDS) if kind == "word" else str(rng.randrange(10, 1000))
+        if split_of(text) == split:
+            break
+    return draw_text(text, size, rng), [(kind, READING_PROMPT, text)]
+
+
+def _encode_picture(picture, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image_format], quality=92)
+    return buffer.getvalue()
+
+
+def _background(rng: random.Random) -> tuple[int, int, int]:
+    grey = rng.randrange(190, 256)
+    red, green, blue = (max(0, min(255, grey + rng.randrange(-12, 13))) for _ in range(3))
+    return red, green, blue
+
+
+def _draw_shape(draw, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    elif shape == "square":
+        side = r * 0.88
+        draw.rectangle((x - side, y - side, x + side, y + side), fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + r * 0.85), (x + r, y + r * 0.85)], fill=colour)
+    else:
+        arm = r * 0.34
+        draw.rectangle((x - r, y - arm, x + r, y + arm), fill=colour)
+        draw.rectangle((x - arm, y - r, x + arm, y + r), fill=colour)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _difference(found: dict, asked: dict) -> str:
+    keys = [key for key in asked if found.get(key) != asked[key]]
+    return ", ".join(f"{key}={found.get(key)} (asked: {asked[key]})" for key in keys)
