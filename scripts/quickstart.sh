@@ -40,7 +40,7 @@ Where things are
   {run}/report.html            curves, and held-out pictures with answers before and after: open it in a browser
   {run}/adapter/               the trained adapter; loads with plain PEFT
   {run}/metrics.jsonl          every step; summary.json, checkpoints/ and logs/ are beside it
-  data/quickstart/                  the shards
+  data/quickstart/                       the shards
 
 Ask the trained model about a picture
   .venv/bin/vlm-dist generate {run} --image {run}/samples/{example['thumbnail']} --prompt "{example['prompt']}"

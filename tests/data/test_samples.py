@@ -45,7 +45,10 @@ def test_img2dataset_metadata_does_not_hide_the_caption():
 def test_messages_with_typed_parts():
     turns = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "This"}, {"type": "image"}, {"type": "text", "text": "or this?"}, {"type": "image"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "This"}, {"type": "image"}, {"type": "text", "text": "or this?"}, {"type": "image"}],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
     ]
     sample = parse(**{"1_png": picture(size=(2, 2)), "0_png": picture(size=(4, 4)), "json": as_json({"messages": turns, "task": "t"})})

@@ -97,7 +97,8 @@ def test_steps_do_not_depend_on_ranks_or_micro_batches(tmp_path, shards, process
     whole = [rows(step) for step, _ in zip(stream_of(shards["qa-train"], processor, tmp_path).steps(), range(20), strict=False)]
     for world_size, micro_batch in ((2, 1), (2, 2), (4, 1), (1, 4)):
         parts = [
-            stream_of(shards["qa-train"], processor, tmp_path, rank, world_size, micro_batch=micro_batch).steps() for rank in range(world_size)
+            stream_of(shards["qa-train"], processor, tmp_path, rank, world_size, micro_batch=micro_batch).steps()
+            for rank in range(world_size)
         ]
         for expected in whole:
             assert [row for part in parts for row in rows(next(part))] == expected

@@ -49,7 +49,9 @@ class Quarantine:
                     file.write(json.dumps({"shard": place[0], "key": place[1], "reason": reason}) + "\n")
         seen = self.num_good + self.num_bad
         if self.num_good == 0 and self.num_bad >= HOPELESS:
-            raise DataError(f"data: none of the first {seen} samples is usable; the last ({place[1]}): {reason}; all are named in {self.path}")
+            raise DataError(
+                f"data: none of the first {seen} samples is usable; the last ({place[1]}): {reason}; all are named in {self.path}"
+            )
         if self.num_bad > self.max_bad_fraction * max(seen, SMALLEST_BASE):
             raise DataError(
                 f"data: {self.num_bad} of {seen} samples are unusable, more than data.max_bad_fraction={self.max_bad_fraction}; "

@@ -77,7 +77,9 @@ def check_shard(path: str, where: str) -> None:
     with open(path, "rb") as file:
         first = file.read(BLOCK)
         if size == 0 or not _is_header_or_end(first):
-            raise DataError(f"{where}: '{path}' is not a tar file ({size:,} bytes); expected an uncompressed tar shard of image-text samples")
+            raise DataError(
+                f"{where}: '{path}' is not a tar file ({size:,} bytes); expected an uncompressed tar shard of image-text samples"
+            )
         file.seek(max(0, size - BLOCK))
         if file.read(BLOCK) != bytes(BLOCK):
             raise DataError(f"{where}: shard '{path}' is cut short (no end-of-archive mark after {size:,} bytes); copy or make it again")

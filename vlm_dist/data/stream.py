@@ -74,7 +74,9 @@ class Stream:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state_after` says. Call before the first `next_step`."""
         if state["num_samples"] != self.num_samples:
-            raise DataError(f"data.train: held {state['num_samples']} samples when the run began, now {self.num_samples}; restore the shards")
+            raise DataError(
+                f"data.train: held {state['num_samples']} samples when the run began, now {self.num_samples}; restore the shards"
+            )
         self._step = state["step"]
 
     def close(self) -> None:
@@ -151,7 +153,15 @@ class Stream:
 
 
 def open_stream(
-    config: DataConfig, processor: Any, quarantine: Quarantine, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    config: DataConfig,
+    processor: Any,
+    quarantine: Quarantine,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
 ) -> Stream:
     """Find and check the shards of `data.train`.
 

@@ -110,7 +110,9 @@ def draw_text(text: str, size: int, rng: random.Random):
     return picture
 
 
-def samples(task: str, split: str, count: int, *, seed: int, size: int, image_format: str, questions_per_picture: int = 1) -> Iterator[dict]:
+def samples(
+    task: str, split: str, count: int, *, seed: int, size: int, image_format: str, questions_per_picture: int = 1
+) -> Iterator[dict]:
     """`count` webdataset samples: `__key__`, the encoded picture, and `json` with `messages`, `task` and `kind`.
 
     Args:
