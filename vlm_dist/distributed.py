@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +30,18 @@ class Ranks:
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all ranks, as float64."""
+        return self.sums([value])[0]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sum over all ranks of each value, as float64: one collective for all."""
         if self.world_size == 1:
-            return value
+            return list(values)
         import torch
         import torch.distributed as dist
 
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        return tensor.item()
+        return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank: the same answer on all."""

@@ -48,7 +48,7 @@ def bare_loop(config: Config, run: RunDir, steps: list[Step], ranks) -> float:
             logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
             targets = batch["labels"][:, 1:][:, positions]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-            (loss / step.num_labels).backward()
+            (loss / step.counts.labels).backward()
         torch.nn.utils.clip_grad_norm_(trainable, config.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -117,9 +117,9 @@ def test_restoring_continues_exactly(tmp_path, shards, processor):
 
 def test_counts_of_a_step(tmp_path, shards, processor):
     step = next(stream_of(shards["qa-train"], processor, tmp_path).steps())
-    assert step.num_samples == 4 and len(step.micro_batches) == 2
-    assert step.num_tokens == sum(int(batch["attention_mask"].sum()) for batch in step.micro_batches)
-    assert step.num_labels == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step.micro_batches)
+    assert step.counts.samples == 4 and len(step.micro_batches) == 2
+    assert step.counts.tokens == sum(int(batch["attention_mask"].sum()) for batch in step.micro_batches)
+    assert step.counts.labels == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step.micro_batches)
 
 
 def test_bad_samples_are_skipped_counted_and_named(tmp_path, shards, processor):
@@ -133,7 +133,7 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path, shards, processor):
     path = copy_without(shards["qa-train"][0], tmp_path, damage)
     stream = stream_of([path], processor, tmp_path)
     steps = [step for step, _ in zip(stream.steps(), range(10), strict=False)]  # two epochs of 20
-    assert sum(step.num_samples for step in steps) == 2 * 18
+    assert sum(step.counts.samples for step in steps) == 2 * 18
     named = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(row["key"][-1] for row in named) == ["3", "7"]  # once each, although read twice
     assert all(row["shard"] == path and row["reason"] for row in named)
@@ -142,7 +142,7 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path, shards, processor):
 def test_too_many_bad_samples_stop_the_run(tmp_path, shards, processor):
     path = copy_without(shards["qa-train"][0], tmp_path, lambda raw: {**raw, "jpg": b"no picture"})
     stream = stream_of([path], processor, tmp_path, max_bad_fraction=0.01)
-    with pytest.raises(DataError, match="unusable, more than data.max_bad_fraction=0.01"):
+    with pytest.raises(DataError, match=r"unusable, more than data\.max_bad_fraction=0\.01"):
         for _ in range(10):
             stream.next_step()
 
@@ -165,7 +165,7 @@ def test_a_micro_batch_without_a_picture_gets_a_blank_row(tmp_path, shards, proc
     for batch in step.micro_batches:
         assert len(batch["input_ids"]) == 3 and len(batch["pixel_values"]) == 1
         assert (batch["labels"][2] == -100).all()
-    assert step.num_samples == 4
+    assert step.counts.samples == 4
 
 
 def test_empty_data_set(tmp_path, processor):

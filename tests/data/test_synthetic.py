@@ -66,11 +66,11 @@ def test_answers_agree_with_the_scene():
         assert caption(scene).startswith(("one shape: ", "two shapes: ", "three shapes: ")[len(scene) - 1])
         for kind, question, answer in questions(scene):
             found = {
-                "colour": lambda q: [s.colour for s in scene if s.place in q],
-                "where": lambda q: [s.place for s in scene if s.shape in q],
-                "shape": lambda q: [s.shape for s in scene if s.place in q],
-                "count": lambda q: [synthetic.COUNTS[len(scene)]],
-            }[kind](question)
+                "colour": [s.colour for s in scene if s.place in question],
+                "where": [s.place for s in scene if s.shape in question],
+                "shape": [s.shape for s in scene if s.place in question],
+                "count": [synthetic.COUNTS[len(scene)]],
+            }[kind]
             assert found == [answer]
 
 

@@ -136,3 +136,16 @@ def test_pickled_weights_are_refused(llava, tmp_path):
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(ModelConfig(name=str(tmp_path / "model")), str(tmp_path / "model"), CPU)
+
+
+def test_settings_reach_the_processor(qwen):
+    from PIL import Image
+
+    from vlm_dist.models.load import load_processor
+
+    picture = Image.new("RGB", (400, 400))
+    counts = []
+    for size in ({}, {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}}):
+        processor = load_processor(ModelConfig(name=qwen, processor=size), qwen)
+        counts.append(len(processor.image_processor(picture)["pixel_values"]))
+    assert counts == [64, 16]

@@ -48,8 +48,10 @@ def change(settings, path: str, value):
 )
 def test_configuration(settings, tmp_path, capsys, path, value, words):
     change(settings, path, value)
-    _, line = fails(capsys, "train", str(write_config(settings, tmp_path)))
-    assert words in line
+    path = str(write_config(settings, tmp_path))
+    assert words in fails(capsys, "train", path)[1]
+    if "hub" not in words:
+        assert words in fails(capsys, "train", path, "--dry-run")[1]
 
 
 def test_a_command_of_its_own_shows_no_traceback(settings, tmp_path):
@@ -106,7 +108,8 @@ def test_a_run_directory_of_another_configuration(settings, tmp_path, capsys):
     _, line = fails(capsys, "train", config, "optim.lr=0.5", "lora.r=8")
     assert "optim.lr: 0.001 -> 0.5" in line and "lora.r: 4 -> 8" in line and "--resume-anyway" in line
     assert main(["train", config, "log.every=3"]) == 0  # decides no number
-    assert main(["train", config, "optim.lr=0.5", "--resume-anyway"]) == 0
+    assert main(["train", config, "training.steps=6", "--resume-anyway"]) == 0
+    assert json.loads((Path(settings["output_dir"]) / "tiny" / "summary.json").read_text())["step"] == 6
 
 
 def test_bfloat16_where_there_is_none(settings, tmp_path, monkeypatch):

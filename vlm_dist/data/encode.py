@@ -81,7 +81,7 @@ class Encoder:
         return [{**message, "content": [plain(part) for part in message["content"]]} for message in messages]
 
     def _process(self, text: str, images: list[Any]) -> tuple[dict[str, Any], Any, Any, list[dict]]:
-        """The processor's tensors, which tokens are picture, each token's (start, end) in the expanded text, and where pictures were expanded."""
+        """The processor's tensors; which tokens are picture; each token's (start, end) in the expanded text; where that was expanded."""
         import torch
 
         bos = self.processor.tokenizer.bos_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import sys
@@ -23,20 +24,16 @@ def write_shards(out: Path, name: str, samples: Iterable[dict], *, samples_per_s
 
     A progress bar is shown on a terminal; `total` gives its length.
     """
-    import webdataset as wds
     from rich.progress import track
 
     out.mkdir(parents=True, exist_ok=True)
     shards: list[Path] = []
-    writer = None
-    for number, sample in enumerate(track(samples, description=name, total=total, transient=True, disable=not sys.stdout.isatty())):
-        if number % samples_per_shard == 0:
-            _close(writer, shards)
-            path = out / f"{name}-{number // samples_per_shard:06d}.tar"
-            shards.append(path)
-            writer = wds.TarWriter(str(_partial(path)), mtime=0, encoder=False)
-        writer.write(sample)
-    _close(writer, shards)
+    shown = track(samples, description=name, total=total, transient=True, disable=not sys.stdout.isatty())
+    stream = iter(shown)
+    while batch := list(itertools.islice(stream, samples_per_shard)):
+        path = out / f"{name}-{len(shards):06d}.tar"
+        _write_shard(path, batch)
+        shards.append(path)
     return shards
 
 
@@ -74,7 +71,7 @@ def check_shard(path: str, where: str) -> None:
     if not os.path.isfile(path):
         raise DataError(f"{where}: shard '{path}' does not exist; check the pattern")
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         first = file.read(BLOCK)
         if size == 0 or not _is_header_or_end(first):
             raise DataError(
@@ -93,7 +90,7 @@ def count_samples(path: str, where: str) -> int:
     """
     count, last = 0, None
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         position = 0
         while position + BLOCK <= size:
             file.seek(position)
@@ -133,11 +130,11 @@ def _expand_glob(part: str) -> list[str]:
     return sorted(glob.glob(part)) if glob.has_magic(part) else ([part] if os.path.exists(part) else [])
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+def _write_shard(path: Path, samples: list[dict]) -> None:
+    from webdataset.writer import TarWriter
 
-
-def _close(writer, shards: list[Path]) -> None:
-    if writer is not None:
-        writer.close()
-        _partial(shards[-1]).rename(shards[-1])
+    partial = path.with_name(f".{path.name}.partial")
+    with TarWriter(str(partial), mtime=0, encoder=False) as writer:
+        for sample in samples:
+            writer.write(sample)
+    partial.rename(path)

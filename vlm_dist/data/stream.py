@@ -25,17 +25,24 @@ from vlm_dist.errors import DataError
 
 
 @dataclass
+class Counts:
+    """What a step holds, on one rank or summed over all."""
+
+    samples: int = 0
+    tokens: int = 0
+    """Real tokens: padding and blank rows are not counted."""
+    slots: int = 0
+    """Tokens computed, padding included."""
+    labels: int = 0
+    """Supervised tokens, as counted after the shift by one."""
+
+
+@dataclass
 class Step:
     """One rank's part of one optimizer step."""
 
     micro_batches: list[dict[str, Any]]
-    num_samples: int
-    num_tokens: int
-    """Real tokens: padding and blank rows are not counted."""
-    num_slots: int
-    """Tokens computed, padding included."""
-    num_labels: int
-    """Supervised tokens, as counted after the shift by one."""
+    counts: Counts
 
 
 @dataclass
@@ -129,18 +136,17 @@ class Stream:
         return parse_sample(raw, max_image_pixels=self.config.max_image_pixels, caption_prompt=self.config.caption_prompt)
 
     def _collate(self, encoded: list[Encoded | None]) -> Step:
-        step = Step([], 0, 0, 0, 0)
+        batches, counts = [], Counts()
         for start in range(0, len(encoded), self.micro_batch):
             rows = [sample for sample in encoded[start : start + self.micro_batch] if sample is not None]
-            step.num_samples += len(rows)
-            step.num_tokens += sum(row.length for row in rows)
-            step.num_labels += sum(int((row.labels[:, 1:] != IGNORED).sum()) for row in rows)
+            counts.samples += len(rows)
+            counts.tokens += sum(row.length for row in rows)
+            counts.labels += sum(int((row.labels[:, 1:] != IGNORED).sum()) for row in rows)
             if not any("pixel_values" in row.inputs for row in rows):
                 rows.append(self._blank)
-            batch = collate(rows, self.encoder.processor.tokenizer.pad_token_id)
-            step.num_slots += batch["input_ids"].numel()
-            step.micro_batches.append(batch)
-        return step
+            batches.append(collate(rows, self.encoder.processor.tokenizer.pad_token_id))
+            counts.slots += batches[-1]["input_ids"].numel()
+        return Step(batches, counts)
 
     @property
     def _blank(self) -> Encoded:
@@ -195,9 +201,11 @@ def read_heldout(config: DataConfig, limit: int | None, quarantine: Quarantine) 
 
 def read_in_order(shards: list[str]) -> Iterator[dict[str, Any]]:
     """Raw samples of the shards, one after another: `__key__`, `__url__`, and the members' bytes by extension."""
-    import webdataset as wds
+    from webdataset.pipeline import DataPipeline
+    from webdataset.shardlists import SimpleShardList
+    from webdataset.tariterators import tarfile_to_samples
 
-    return iter(wds.DataPipeline(wds.SimpleShardList(shards), wds.tarfile_to_samples(handler=_refuse)))
+    return iter(DataPipeline(SimpleShardList(shards), tarfile_to_samples(handler=_refuse)))
 
 
 def read_shuffled(shards: list[str], seed: int, epoch: int, window: int) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def check_source(name: str) -> None:
+    """Refuse a folder without a checkpoint; needs no heavy library.
+
+    Raises:
+        ModelError: `name` is a path, and there is no config.json.
+    """
+    if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
+        raise ModelError(
+            f"model.name: '{name}' holds no checkpoint (no config.json there); "
+            "give a folder with one, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+
+
 def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
     """The checkpoint's own configuration and its family; loads no weights.
 
@@ -42,11 +55,7 @@ def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
     """
     from transformers import AutoConfig
 
-    if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
-        raise ModelError(
-            f"model.name: '{name}' holds no checkpoint (no config.json there); "
-            "give a folder with one, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
-        )
+    check_source(name)
     try:
         hf_config = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

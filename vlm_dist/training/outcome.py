@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.stream import Step, Stream
+from vlm_dist.data.stream import Counts, Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, write_json, write_text
 from vlm_dist.training.health import StopRequest
@@ -44,11 +44,10 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
 
 
 def step_metrics(
-    progress: Progress, step: Step, loss: float, lr: float, grad_norm: float, timer: StepTimer, ranks: Ranks
+    progress: Progress, counts: Counts, loss: float, lr: float, grad_norm: float, timer: StepTimer, ranks: Ranks
 ) -> dict[str, Any]:
     """One line of metrics.jsonl. Tokens and samples are totals over all ranks since the run began; rates are this step's."""
     seconds = timer.seconds
-    tokens, samples, slots = (ranks.sum(number) for number in (step.num_tokens, step.num_samples, step.num_slots))
     return {
         "step": progress.step,
         "loss": loss,
@@ -57,11 +56,11 @@ def step_metrics(
         "samples": progress.samples,
         "tokens": progress.tokens,
         "label_tokens": progress.label_tokens,
-        "samples_per_s": round(samples / seconds, 3),
-        "tokens_per_s": round(tokens / seconds, 1),
+        "samples_per_s": round(counts.samples / seconds, 3),
+        "tokens_per_s": round(counts.tokens / seconds, 1),
         "step_s": round(seconds, 5),
         "data_wait_s": round(timer.data_wait_s, 5),
-        "padding_fraction": round(1 - tokens / max(1, slots), 4),
+        "padding_fraction": round(1 - counts.tokens / max(1, counts.slots), 4),
         "peak_memory_bytes": peak_memory(ranks),
     }
 

@@ -112,8 +112,11 @@ def fingerprint_of(model: torch.nn.Module) -> str:
 
 def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     """Check the configuration, the shards, a sample of each, and the plan, without loading weights."""
+    from vlm_dist.models.load import check_source
     from vlm_dist.training.engine import check_batches, deepspeed_config, zero_stage
 
+    if config.model.name is not None:
+        check_source(config.model.name)
     rounds = check_batches(config, world_size)
     deepspeed_config(config, world_size, "float32")
     train = find_shards(config.data.train, "data.train")

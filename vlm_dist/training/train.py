@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from vlm_dist import distributed
 from vlm_dist.config import Config
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.stream import Step, Stream, open_stream, read_heldout
+from vlm_dist.data.stream import Counts, Stream, open_stream, read_heldout
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import UserError
 from vlm_dist.run_dir import RunDir
@@ -35,6 +35,16 @@ class Progress:
     label_tokens: int = 0
     wall_s: float = 0.0
 
+    def after(self, counts: Counts, wall_s: float) -> Progress:
+        """The totals after one more step."""
+        return Progress(
+            step=self.step + 1,
+            samples=self.samples + counts.samples,
+            tokens=self.tokens + counts.tokens,
+            label_tokens=self.label_tokens + counts.labels,
+            wall_s=round(wall_s, 3),
+        )
+
 
 def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     """Train as the configuration says, or continue where the same run stopped; the same function under every launcher.
@@ -50,7 +60,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
     ranks.barrier()
     finished = run.read_summary()
-    if finished and finished["ended"] == "finished":
+    if finished and finished["ended"] == "finished" and not resume_anyway:
         return {**finished, "already_finished": True}
     write_environment(run, ranks)
     stream = None
@@ -90,7 +100,8 @@ def _run_loop(
             distributed.seed_step(config.seed, progress.step, ranks.rank)
             lr = learning_rate(config.optim, progress.step, steps)
             set_learning_rate(engine, lr)
-            num_labels = max(1, ranks.sum(step.num_labels))  # the one denominator, over all micro-batches and ranks
+            counts = Counts(*map(int, ranks.sums(astuple(step.counts))))
+            num_labels = max(1, counts.labels)  # the one denominator, over all micro-batches and ranks
             loss_sum, grad_norm = 0.0, None
             for batch in step.micro_batches:
                 loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
@@ -99,8 +110,8 @@ def _run_loop(
                 loss_sum += loss.detach()
             mean_loss = ranks.sum(float(loss_sum)) / num_labels
             check_finite(mean_loss, progress.step + 1)
-            progress = _advance(progress, step, num_labels, wall_before + time.monotonic() - started, ranks)
-            log.step(outcome.step_metrics(progress, step, mean_loss, lr, grad_norm or 0.0, timer, ranks))
+            progress = progress.after(counts, wall_before + time.monotonic() - started)
+            log.step(outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm or 0.0, timer, ranks))
             if _due(config.evaluation.every, progress.step) and progress.step < steps:
                 scorer.score(progress.step, "during")
             if _due(config.checkpoint.save_every, progress.step):
@@ -155,16 +166,6 @@ def _save(config: Config, run: RunDir, engine: Any, stream: Stream, loaded: Load
     }
     save_checkpoint(run.checkpoints, engine, progress.step, state, config.checkpoint.keep_last, ranks)
     return progress.step
-
-
-def _advance(progress: Progress, step: Step, num_labels: float, wall_s: float, ranks: Ranks) -> Progress:
-    return Progress(
-        step=progress.step + 1,
-        samples=progress.samples + int(ranks.sum(step.num_samples)),
-        tokens=progress.tokens + int(ranks.sum(step.num_tokens)),
-        label_tokens=progress.label_tokens + int(num_labels),
-        wall_s=round(wall_s, 3),
-    )
 
 
 def _due(every: int, step: int) -> bool:
