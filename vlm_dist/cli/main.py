@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -42,11 +43,16 @@ def run_reporting(action, *, debug: bool = False) -> int:
             raise
         print(f"vlm-dist: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"vlm-dist: {error.filename or 'writing'}: the disk is full; make room, then run the same command again", file=sys.stderr)
+        return 5
     except KeyboardInterrupt:
         print("vlm-dist: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 141
 
 
 if __name__ == "__main__":

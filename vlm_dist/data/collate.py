@@ -21,19 +21,28 @@ def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right"
 
     def pad(row: Any, value: int) -> Any:
         missing = longest - row.shape[1]
-        return torch.nn.functional.pad(row, (missing, 0) if side == "left" else (0, missing), value=value)
+        after_tokens = [0, 0] * (row.ndim - 2)
+        ends = (missing, 0) if side == "left" else (0, missing)
+        return torch.nn.functional.pad(row, (*after_tokens, *ends), value=value)
 
     batch: dict[str, Any] = {
         "input_ids": torch.cat([pad(sample.inputs["input_ids"], pad_token_id) for sample in samples]),
         "attention_mask": torch.cat([pad(torch.ones_like(sample.inputs["input_ids"]), 0) for sample in samples]),
         "labels": torch.cat([pad(sample.labels, IGNORED) for sample in samples]),
     }
+    # Cross-attention models (mllama) take one row of pictures a sample; all others take the pictures of the batch in one run.
+    one_row_a_sample = any("cross_attention_mask" in sample.inputs for sample in samples)
     for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name != "input_ids"):
-        rows = [(sample.inputs[name], sample.length) for sample in samples if name in sample.inputs]
-        if all(is_per_token(tensor, length) for tensor, length in rows):
-            batch[name] = torch.cat([pad(tensor, 0) for tensor, _ in rows])
-        else:
-            batch[name] = _concatenate([tensor for tensor, _ in rows])
+        template = next(sample for sample in samples if name in sample.inputs)
+        per_token = is_per_token(template.inputs[name], template.length)
+        rows = []
+        for sample in samples:
+            if name in sample.inputs:
+                rows.append(pad(sample.inputs[name], 0) if per_token else sample.inputs[name])
+            elif one_row_a_sample or per_token:
+                like = template.inputs[name]
+                rows.append(like.new_zeros((1, longest, *like.shape[2:]) if per_token else like.shape))
+        batch[name] = _concatenate(rows)
     return batch
 
 

@@ -96,10 +96,10 @@ class Encoder:
         )
         inputs = dict(batch)
         offsets = inputs.pop("offset_mapping")[0]
-        replacements = inputs.pop("text_replacement_offsets", [[]])
+        replacements = inputs.pop("text_replacement_offsets", [])
         inputs.pop("attention_mask")  # made anew when samples are put together
         picture = torch.isin(inputs["input_ids"][0], self._picture_ids)
-        return inputs, picture, offsets, replacements[0] if replacements else []
+        return inputs, picture, offsets, list(replacements[0]) if len(replacements) else []
 
     def _assistant_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
         """(start, end) in the rendered text of each assistant turn, its end-of-turn included, what follows that excluded.
@@ -132,8 +132,8 @@ class Encoder:
 
 
 def is_per_token(tensor: Any, length: int) -> bool:
-    """Whether a processor's tensor of one sample has one value a token: [1, L]."""
-    return tensor.ndim == 2 and tuple(tensor.shape) == (1, length) and not tensor.is_floating_point()
+    """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
+    return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()
 
 
 def _supervised(offsets: Any, replacements: list[dict], spans: list[tuple[int, int]]) -> Any:

@@ -58,7 +58,7 @@ def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
     check_source(name)
     try:
         hf_config = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise _not_loadable(name, error) from None
     return hf_config, family_of(hf_config.model_type)
 
@@ -75,7 +75,7 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
         processor = AutoProcessor.from_pretrained(
             name, revision=config.revision, trust_remote_code=config.trust_remote_code, **config.processor
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise _not_loadable(name, error) from None
     if getattr(processor, "tokenizer", None) is None or processor.chat_template is None:
         raise ModelError(
@@ -108,7 +108,7 @@ def load_model(config: ModelConfig, name: str, device: torch.device) -> tuple[Pr
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise _not_loadable(name, error) from None
     if config.load_in_4bit:
         _keep_nf4_layout(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import LoraConfig
 from vlm_dist.errors import ModelError
@@ -37,7 +37,7 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=as_pattern(modules),
+        target_modules=as_pattern(modules, (name for name, _ in model.named_modules())),
     )
     return peft.get_peft_model(model, peft_config)  # pyright: ignore[reportReturnType]
 
@@ -54,13 +54,43 @@ def find_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> 
         if isinstance(module, torch.nn.Linear)  # bitsandbytes' Linear4bit is one
         and family.side_of(name) in sides
         and not set(parents).isdisjoint(name.split("."))
+        and not _is_idle(name, model, family)
     ]
 
 
-def as_pattern(names: Iterable[str]) -> str:
-    """A regular expression for these module names, whatever the layer numbers: short, and readable in adapter_config.json."""
-    forms = dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names)
-    return "|".join(forms)
+def _is_idle(name: str, model: torch.nn.Module, family: Family) -> bool:
+    """Whether a module runs for nothing, so that adapters on it would never learn: pooling heads, and the vision layers above the one
+    whose features the model takes (LLaVA takes the last but one)."""
+    if any(name.startswith(path + ".") for path in family.unused):
+        return True
+    config: Any = model.config
+    chosen = getattr(config, "vision_feature_layer", None)
+    layer = re.match(rf"{re.escape(family.vision)}\..*\blayers?\.(\d+)\.", name)
+    if chosen is None or layer is None:
+        return False
+    depth = config.vision_config.num_hidden_layers
+    return int(layer[1]) >= max(
+        number if number >= 0 else depth + 1 + number for number in (chosen if isinstance(chosen, list) else [chosen])
+    )
+
+
+def as_pattern(names: Iterable[str], all_names: Iterable[str]) -> str:
+    """A regular expression that matches `names` and none of `all_names` else: `\\d+` stands for the layer number where every layer is
+    meant, so that it stays short and readable in adapter_config.json."""
+    chosen: dict[str, list[str]] = {}
+    for name in names:
+        chosen.setdefault(_form(name), []).append(name)
+    existing = Counter(_form(name) for name in all_names)
+    patterns = []
+    for form, members in chosen.items():
+        whole = len(members) == existing[form]
+        patterns += [form] if whole else [re.escape(name) for name in members]
+    return "|".join(patterns)
+
+
+def _form(name: str) -> str:
+    """The pattern of a module's name in which any layer number will do."""
+    return re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
 
 
 def freeze_sides(model: torch.nn.Module, family: Family, sides: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from vlm_dist.training.engine import trainable
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+MAKE_ROOM = "Make room, then run the same command again to continue"
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +40,8 @@ def save_checkpoint(folder: Path, engine: Any, step: int, state: dict[str, Any],
     Raises:
         CheckpointError: it cannot be written. The earlier checkpoints are untouched.
     """
+    from safetensors import SafetensorError
+
     path = folder / f"step-{step:08d}"
     weights = gather_weights(engine)
     moments = _optimizer_state(engine)
@@ -53,9 +56,11 @@ def save_checkpoint(folder: Path, engine: Any, step: int, state: dict[str, Any],
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
             _flush(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(_cannot_write(path, error, find_checkpoints(folder))) from None
+            left = find_checkpoints(folder)
+            kept = f"the last good one, {left[0]}, is intact" if left else "there is no earlier one"
+            raise CheckpointError(f"checkpoint {path}: cannot be written, {why_not_written(error)}; {kept}. {MAKE_ROOM}") from None
         for old in find_checkpoints(folder)[keep_last:]:
             shutil.rmtree(old, ignore_errors=True)
     ranks.barrier()
@@ -246,10 +251,10 @@ def _set_count(entries: dict[str, Any], step: int) -> None:
     entries["step"] = torch.tensor(float(step)) if isinstance(entries.get("step"), torch.Tensor) else step
 
 
-def _cannot_write(path: Path, error: OSError, left: list[Path]) -> str:
-    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror or error}"
-    kept = f"the last good one, {left[0]}, is intact" if left else "there is no earlier one"
-    return f"checkpoint {path}: cannot be written, {reason}; {kept}. Make room, then run the same command again to continue"
+def why_not_written(error: Exception) -> str:
+    """The reason in words. safetensors hides the error number in its message."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return "the disk is full" if full else str(error).splitlines()[0]
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Counts, Stream
 from vlm_dist.distributed import Ranks
+from vlm_dist.errors import CheckpointError
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, write_json, write_text
 from vlm_dist.training.health import StopRequest
 from vlm_dist.training.log import Log, StepTimer
@@ -19,6 +21,7 @@ from vlm_dist.training.prepare import Loaded
 if TYPE_CHECKING:
     from vlm_dist.training.train import Progress
 
+logger = logging.getLogger(__name__)
 THUMBNAIL = 128  # pixels on the longer side
 
 
@@ -93,17 +96,20 @@ def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], samples: 
 
 def export(config: Config, run: RunDir, engine: Any, processor: Any, ranks: Ranks) -> None:
     """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
-    from vlm_dist.training.checkpoint import gather_weights
+    from vlm_dist.training.checkpoint import MAKE_ROOM, gather_weights, why_not_written
 
     weights = gather_weights(engine)
     if not ranks.is_first:
         return
+    from safetensors import SafetensorError
+
     from vlm_dist.models.save import save_adapter, save_model
 
-    if config.lora is not None:
-        save_adapter(engine.module, weights, processor, run.adapter)
-    else:
-        save_model(engine.module, weights, processor, run.model)
+    save, out = (save_adapter, run.adapter) if config.lora is not None else (save_model, run.model)
+    try:
+        save(engine.module, weights, processor, out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
 
 
 def finished(config: Config, run: RunDir, progress: Progress, stream: Stream, ranks: Ranks, log: Log) -> dict[str, Any]:
@@ -127,11 +133,13 @@ def interrupted(config: Config, run: RunDir, progress: Progress, stop: StopReque
 
 
 def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:
-    """summary.json of a run that ended with a user error."""
+    """summary.json of a run that ended with a user error. On a full disk it stays unwritten: the reason is what must be told."""
     if ranks.is_first:
-        write_json(
-            run.summary, {"ended": "failed", "reason": reason, "eval": {"before": None, "during": [], "after": None}, "wall_s": None}
-        )
+        nothing = {"before": None, "during": [], "after": None}
+        try:
+            write_json(run.summary, {"ended": "failed", "reason": reason, "eval": nothing, "wall_s": None})
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", run.summary, error)
 
 
 def _summary(ended: str, progress: Progress, log: Log) -> dict[str, Any]:
