@@ -119,11 +119,20 @@ class LoraConfig(Section):
     """Adapt the attention projections of the chosen sides."""
     mlp: bool = True
     """Adapt the MLPs of the chosen sides."""
+    projector: Literal["frozen", "lora", "full"] = "frozen"
+    """The module between vision tower and language model: left as it is, adapted, or trained itself (then it is not quantised)."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732): for high ranks."""
+    dora: bool = False
+    """Learn magnitudes apart from directions (Liu et al. 2024, arXiv:2402.09353): slower."""
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> LoraConfig:
-        if not (self.vision or self.language) or not (self.attention or self.mlp):
-            raise ValueError("nothing would be adapted; turn on lora.vision or lora.language, and lora.attention or lora.mlp")
+        sides = self.vision or self.language
+        if sides and not (self.attention or self.mlp):
+            raise ValueError("nothing would be adapted; turn on lora.attention or lora.mlp")
+        if not sides and self.projector == "frozen":
+            raise ValueError("nothing would be adapted; turn on lora.vision or lora.language, or set lora.projector")
         return self
 
 
@@ -157,6 +166,12 @@ class OptimConfig(Section):
     """adamw (torch), or adamw_8bit (bitsandbytes: moments in one byte each; needs engine.zero_stage 0)."""
     lr: PositiveFloat = 2e-4
     """Highest learning rate."""
+    lr_vision: PositiveFloat | None = None
+    """Highest learning rate of the vision tower, if another."""
+    lr_projector: PositiveFloat | None = None
+    """Highest learning rate of the projector, if another."""
+    lr_language: PositiveFloat | None = None
+    """Highest learning rate of the language model, if another."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: PositiveFloat = 1e-8

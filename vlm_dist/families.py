@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from vlm_dist.errors import ModelError
 
-SIDES = ("vision", "projector", "language")
-
 
 @dataclass(frozen=True)
 class Family:

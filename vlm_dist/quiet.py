@@ -20,12 +20,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*", category=UserWarning)
 
 
-def quiet_transformers() -> None:
-    """The progress bars that transformers draws while it loads small checkpoints."""
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-
-
 def _not_about_accelerator(record: logging.LogRecord) -> bool:
     return "Setting accelerator to CPU" not in record.getMessage()

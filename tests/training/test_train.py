@@ -97,6 +97,48 @@ def test_options_train(settings, tmp_path, options):
     assert all(loss < 20 for loss in losses_of(run_dir(settings)))
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("options", [["lora.projector=full"], ["lora.projector=lora"], ["lora.rslora=true", "lora.dora=true"]])
+def test_forms_of_lora_train_resume_and_load(settings, tmp_path, options, family, llava, qwen):
+    """The checkpoint of step 2 continues with the same losses, and the exported adapter scores as the run did."""
+    import shutil
+
+    import torch
+
+    from vlm_dist.models.trained import load_trained
+    from vlm_dist.training.score import score_run
+
+    settings["model"]["name"] = {"llava": llava, "qwen2_5_vl": qwen}[family]
+    options = [*options, "optim.lr=0.01"]
+    run(settings, tmp_path, *options)
+    folder = run_dir(settings)
+    expected = losses_of(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    (folder / "summary.json").unlink()
+    summary = run(settings, tmp_path, *options)
+    assert losses_of(folder) == pytest.approx(expected, rel=1e-5)
+    rows = [json.loads(line) for line in (folder / "samples" / "after.jsonl").read_text().splitlines()]
+    assert {**score_run(str(folder), samples=4), "step": 4} == summary["eval"]["after"]
+    model = load_trained(str(folder), torch.device("cpu"))[0]
+    kinds = {"lora.projector=full": "modules_to_save", "lora.projector=lora": "lora_A", "lora.rslora=true": "lora_magnitude_vector"}
+    path = "multi_modal_projector" if family == "llava" else "merger"
+    wanted = [name for name, _ in model.named_parameters() if kinds[options[0]] in name]
+    assert wanted and (any(path in name for name in wanted) or "rslora" in options[0])
+    assert len(rows) == 4
+
+
+def test_each_side_has_its_learning_rate(settings, tmp_path):
+    """With next to none for the vision tower, its lora_B stays at zero while the language model's moves."""
+    from safetensors.torch import load_file
+
+    run(settings, tmp_path, "optim.lr=0.01", "optim.lr_vision=1e-12")
+    weights = load_file(run_dir(settings) / "adapter" / "adapter_model.safetensors")
+    moved = {
+        side: max(w.abs().max() for name, w in weights.items() if "lora_B" in name and side in name) for side in ("vision", "language")
+    }
+    assert moved["vision"] < 1e-9 < 1e-3 < moved["language"]
+
+
 def test_gradient_checkpointing_and_accumulation_change_no_number(settings, tmp_path):
     """4 x 1, 2 x 2 and 1 x 4 micro-batches, and recomputation: the losses of the same run (uneven answers)."""
     expected = None

@@ -22,7 +22,6 @@ class Quarantine:
         self.max_bad_fraction = max_bad_fraction
         self.num_good = 0
         self.num_bad = 0
-        self.last_reason = ""
         self._known = {(row["shard"], row["key"]) for row in read_jsonl(path)}
         self._lock = threading.Lock()
 
@@ -39,7 +38,6 @@ class Quarantine:
             DataError: too many samples are unusable.
         """
         self.num_bad += 1
-        self.last_reason = reason
         place = (str(raw.get("__url__", "")), str(raw.get("__key__", "")))
         with self._lock:
             if place not in self._known:

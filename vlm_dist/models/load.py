@@ -85,8 +85,13 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
     return processor
 
 
-def load_model(config: ModelConfig, name: str, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin, Family]:
+def load_model(
+    config: ModelConfig, name: str, device: torch.device, *, quantise_projector: bool = True
+) -> tuple[PreTrainedModel, ProcessorMixin, Family]:
     """Load weights onto `device`: in NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), or in model.dtype.
+
+    Args:
+        quantise_projector: False where the projector's own weights are to be trained.
 
     Raises:
         ModelError: no such checkpoint, an unsupported architecture, or weights in pickle form.
@@ -104,7 +109,7 @@ def load_model(config: ModelConfig, name: str, device: torch.device) -> tuple[Pr
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
             attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
-            quantization_config=nf4_config(family, dtype) if config.load_in_4bit else None,
+            quantization_config=nf4_config(family, dtype, quantise_projector) if config.load_in_4bit else None,
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
         )
@@ -115,7 +120,7 @@ def load_model(config: ModelConfig, name: str, device: torch.device) -> tuple[Pr
     return model, processor, family
 
 
-def nf4_config(family: Family, dtype: torch.dtype) -> Any:
+def nf4_config(family: Family, dtype: torch.dtype, quantise_projector: bool = True) -> Any:
     """4-bit NormalFloat with double quantisation; storage in a float type, so that ZeRO-3 can shard it; the head stays as it is."""
     from transformers import BitsAndBytesConfig
 
@@ -125,7 +130,7 @@ def nf4_config(family: Family, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
-        llm_int8_skip_modules=[family.head],
+        llm_int8_skip_modules=[family.head, *(() if quantise_projector else family.projector)],
     )
 
 

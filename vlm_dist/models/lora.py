@@ -26,7 +26,7 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
     import peft
 
     modules = find_targets(model, family, config)
-    if not modules:
+    if not modules and config.projector != "full":
         raise ModelError(
             f"lora: no linear layer of '{family.model_type}' matches vision={config.vision}, language={config.language}, "
             f"attention={config.attention}, mlp={config.mlp}"
@@ -37,7 +37,10 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=as_pattern(modules, (name for name, _ in model.named_modules())),
+        target_modules=as_pattern(modules, (name for name, _ in model.named_modules())) if modules else [],
+        modules_to_save=[path for path in family.projector if config.projector == "full"] or None,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
     )
     return peft.get_peft_model(model, peft_config)  # pyright: ignore[reportReturnType]
 
@@ -47,13 +50,15 @@ def find_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> 
     import torch
 
     sides = {side for side, wanted in (("vision", config.vision), ("language", config.language)) if wanted}
+    if config.projector == "lora":
+        sides.add("projector")
     parents = (family.attention if config.attention else ()) + (family.mlp if config.mlp else ())
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)  # bitsandbytes' Linear4bit is one
         and family.side_of(name) in sides
-        and not set(parents).isdisjoint(name.split("."))
+        and (family.side_of(name) == "projector" or not set(parents).isdisjoint(name.split(".")))
         and not _is_idle(name, model, family)
     ]
 

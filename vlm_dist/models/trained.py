@@ -36,7 +36,8 @@ def load_trained(source: str, device: Any, *, base: bool = False) -> tuple[Any, 
         return model, processor
     if not run.adapter.exists() or config.model.name is None:
         raise ModelError(f"{run.path}: has no trained model yet; finish it with `vlm-dist train {run.config}`")
-    model, processor, _ = load_model(config.model, config.model.name, device)
+    quantise_projector = config.lora is None or config.lora.projector != "full"
+    model, processor, _ = load_model(config.model, config.model.name, device, quantise_projector=quantise_projector)
     if base:
         return model, processor
     from peft import PeftModel

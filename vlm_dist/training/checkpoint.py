@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,14 @@ def load_checkpoint(path: Path, engine: Any, fingerprint: str) -> dict[str, Any]
     weights = load_file(next(path / name for name in WEIGHTS if (path / name).exists()))
     moments = load_file(path / "optimizer.safetensors")
     parameters = trainable(engine)
-    expected = {_stored_name(name) for name in parameters}
-    if expected != set(weights):
-        odd = sorted(expected ^ set(weights))
+    stored = _stored_names(engine.module, parameters)
+    if set(stored.values()) != set(weights):
+        odd = sorted(set(stored.values()) ^ set(weights))
         raise CheckpointError(
             f"{path}: holds other parameters than this model trains ({len(odd)} differ, e.g. {odd[0]}); was lora changed?"
         )
     for name, parameter in parameters.items():
-        _set_parameter(engine, parameter, weights[_stored_name(name)])
+        _set_parameter(engine, parameter, weights[stored[name]])
     _set_optimizer_state(engine, moments, int(state["step"]))
     return state
 
@@ -144,7 +145,8 @@ def _write_files(folder: Path, module: Any, weights: dict[str, Any], moments: di
     from safetensors.torch import save_file
 
     adapter = getattr(module, "peft_config", None)
-    stored = {_stored_name(name): tensor.contiguous() for name, tensor in weights.items()}
+    names = _stored_names(module, weights)
+    stored = {names[name]: tensor.contiguous() for name, tensor in weights.items()}
     save_file(stored, folder / WEIGHTS[0 if adapter else 1], {"format": "pt"})
     save_file(moments, folder / "optimizer.safetensors", {"format": "pt"})
     if adapter:
@@ -162,9 +164,18 @@ def _write_manifest(folder: Path) -> None:
     _flush(folder)
 
 
-def _stored_name(name: str) -> str:
-    """PEFT keeps the adapter's name ("default") out of its files."""
-    return name.replace(".default.", ".")
+def _stored_names(module: Any, names: Iterable[str]) -> dict[str, str]:
+    """The name under which each trainable parameter is stored: for adapters, the one that PEFT itself would give it."""
+    import torch
+
+    names = list(names)
+    if not hasattr(module, "peft_config"):
+        return {name: name for name in names}
+    from peft import get_peft_model_state_dict
+
+    numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
+    stored = get_peft_model_state_dict(module, state_dict=numbered, save_embedding_layers=False)
+    return {names[int(number)]: name for name, number in stored.items()}
 
 
 def _is_sharded(engine: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.config import Config, EngineConfig
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import ConfigError
+from vlm_dist.families import Family
 from vlm_dist.training.optim import build_optimizer
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str) -> dict[s
     }
 
 
-def start_engine(model: torch.nn.Module, config: Config, dtype: torch.dtype, ranks: Ranks) -> Any:
+def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: torch.dtype, ranks: Ranks) -> Any:
     """Wrap the model in a DeepSpeed engine; trainable weights become float32."""
     import deepspeed
 
@@ -85,7 +86,7 @@ def start_engine(model: torch.nn.Module, config: Config, dtype: torch.dtype, ran
             parameter.data = parameter.data.float()
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device),
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(model, config.optim, family),
         config=deepspeed_config(config, ranks.world_size, str(dtype).removeprefix("torch.")),
     )
     engine.train()
@@ -93,8 +94,9 @@ def start_engine(model: torch.nn.Module, config: Config, dtype: torch.dtype, ran
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
+    """Each side gets its share of `lr`."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def take_step(engine: Any, grad_clip: float) -> float | None:

@@ -6,22 +6,26 @@ import math
 from typing import TYPE_CHECKING
 
 from vlm_dist.config import OptimConfig
+from vlm_dist.families import Family
 
 if TYPE_CHECKING:
     import torch
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over the trainable parameters; bitsandbytes' 8-bit form keeps its moments in
-    one byte each (Dettmers et al. 2021, arXiv:2110.02861). Biases, norms and other one-dimensional weights do not decay."""
+    one byte each (Dettmers et al. 2021, arXiv:2110.02861). Biases, norms and other one-dimensional weights do not decay. Each group
+    carries `lr_scale`: its side's learning rate relative to optim.lr."""
     import torch
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "language": config.lr_language}
+    members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = rates[family.side_of(name.removeprefix("base_model.model."))] or config.lr
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            members.setdefault((rate / config.lr, decay), []).append(parameter)
+    groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in members.items()]
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw_8bit":
         from bitsandbytes.optim.adamw import AdamW8bit

@@ -87,7 +87,12 @@ def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
     from vlm_dist.models.lora import add_lora, freeze_sides
 
     torch.manual_seed(config.seed)
-    model, processor, family = load_model(config.model, model_source(config, run, ranks), ranks.device)
+    model, processor, family = load_model(
+        config.model,
+        model_source(config, run, ranks),
+        ranks.device,
+        quantise_projector=config.lora is None or config.lora.projector != "full",
+    )
     fingerprint = fingerprint_of(model)
     torch.manual_seed(config.seed)  # adapters start alike whatever loading drew
     if config.lora is not None:

@@ -13,6 +13,7 @@ from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Counts, Stream, open_stream, read_heldout
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import UserError
+from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training import outcome
 from vlm_dist.training.checkpoint import load_checkpoint, newest_good_checkpoint, save_checkpoint
@@ -55,6 +56,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     Raises:
         UserError: configuration, data, model, checkpoint or machine is not fit for it; says what to do.
     """
+    quiet_libraries()
     ranks = distributed.start()
     check_batches(config, ranks.world_size)
     run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
@@ -85,7 +87,7 @@ def _run_loop(
     config: Config, run: RunDir, loaded: Loaded, stream: Stream, heldout: list[Sample], ranks: Ranks, started: float
 ) -> dict[str, Any]:
     steps = count_steps(config, stream.num_samples)
-    engine = start_engine(loaded.model, config, loaded.dtype, ranks)
+    engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
     with StopRequest() as stop, Log(run, config, ranks, steps) as log:
         progress = _restore(run, engine, stream, loaded, log)
         outcome.announce(config, run, loaded, stream, steps, progress.step, log)
