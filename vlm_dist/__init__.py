@@ -16,13 +16,20 @@ from vlm_dist.config_load import load_config
 from vlm_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from vlm_dist.data.collator import VisionDataCollator
+    from vlm_dist.data.collator import VisionDataCollator as UnslothVisionDataCollator
     from vlm_dist.models.fast import FastVisionModel
     from vlm_dist.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "FastVisionModel", "UserError", "load_config", "train"]
+__all__ = ["Config", "FastVisionModel", "UnslothVisionDataCollator", "UserError", "VisionDataCollator", "load_config", "train"]
 
-_LAZY = {"FastVisionModel": "vlm_dist.models.fast", "train": "vlm_dist.training.train"}
+_LAZY = {
+    "FastVisionModel": ("vlm_dist.models.fast", "FastVisionModel"),
+    "UnslothVisionDataCollator": ("vlm_dist.data.collator", "VisionDataCollator"),
+    "VisionDataCollator": ("vlm_dist.data.collator", "VisionDataCollator"),
+    "train": ("vlm_dist.training.train", "train"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +37,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'vlm_dist' has no attribute '{name}'")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute)

@@ -49,14 +49,34 @@ def parse_sample(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: 
     """
     messages, meta = _read_messages(raw, caption_prompt)
     members = _picture_members(raw)
-    _place_pictures(messages, len(members))
-    asked = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if asked != len(members):
-        raise BadSample(f"the text speaks of {asked} pictures, the sample has {len(members)}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadSample("no assistant turn to learn from")
+    check_messages(messages, len(members))
     images = [decode_picture(raw[member], member, max_image_pixels) for member in members]
     return Sample(raw["__key__"], raw.get("__url__", ""), messages, images, meta)
+
+
+def read_messages(turns: Any, role_key: str = "role", content_key: str = "content") -> list[dict[str, Any]]:
+    """A list of turns -> messages with typed parts.
+
+    Raises:
+        BadSample: it is no list of turns, or a turn has an unknown role or part.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise BadSample("json: expected a list of turns")
+    return [_message(turn, role_key, content_key) for turn in turns]
+
+
+def check_messages(messages: list[dict[str, Any]], num_pictures: int) -> None:
+    """Place the pictures that the text does not place, and see that messages and pictures agree.
+
+    Raises:
+        BadSample: they do not, or no assistant speaks.
+    """
+    _place_pictures(messages, num_pictures)
+    asked = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if asked != num_pictures:
+        raise BadSample(f"the text speaks of {asked} pictures, the sample has {num_pictures}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadSample("no assistant turn to learn from")
 
 
 def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
@@ -92,20 +112,14 @@ def _read_messages(raw: dict[str, Any], caption_prompt: str) -> tuple[list[dict]
             raise BadSample("json: expected an object with 'messages' or 'conversations'")
     meta = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
     if "messages" in record:
-        return [_message(turn, "role", "content") for turn in _turns(record["messages"])], meta
+        return read_messages(record["messages"]), meta
     if "conversations" in record:
-        return [_message(turn, "from", "value") for turn in _turns(record["conversations"])], meta
+        return read_messages(record["conversations"], "from", "value"), meta
     caption = _caption(raw, record)
     return [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": caption}]},
     ], meta
-
-
-def _turns(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise BadSample("json: expected a list of turns")
-    return value
 
 
 def _caption(raw: dict[str, Any], record: dict[str, Any]) -> str:

@@ -113,6 +113,20 @@ class FastVisionModel:
         _checkpoint_gradients(adapted, use_gradient_checkpointing)
         return adapted
 
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
+        """Training mode: dropout on, no KV cache, activations recomputed unless told otherwise. Returns the model."""
+        model.config.get_text_config().use_cache = False
+        _checkpoint_gradients(model, use_gradient_checkpointing)
+        return model.train()
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Evaluation mode: dropout off, KV cache on, nothing recomputed. Returns the model."""
+        model.gradient_checkpointing_disable()
+        model.config.get_text_config().use_cache = True
+        return model.eval()
+
 
 def _checkpoint_gradients(model: Any, wanted: bool | str) -> None:
     if wanted not in (True, False, "unsloth"):
