@@ -25,7 +25,18 @@ REQUIREMENTS = [
     "jinja2>=3.1",
     "matplotlib>=3.10",
 ]
-DEVELOPMENT = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.14", "pyright>=1.1.400", "pre-commit>=4", "selenium>=4"]
+TRL = ["trl>=1.16", "datasets>=5"]
+DEVELOPMENT = [
+    *TRL,
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6",
+    "ruff>=0.14",
+    "pyright>=1.1.400",
+    "pre-commit>=4",
+    "selenium>=4",
+    "num2words>=0.5",
+]
 
 setup(
     name="vlm_dist",
@@ -38,6 +49,6 @@ setup(
     package_dir={"vlm_kernels": "kernels/vlm_kernels"},
     package_data={"vlm_dist.reporting": ["*.html"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEVELOPMENT},
+    extras_require={"dev": DEVELOPMENT, "trl": TRL},
     entry_points={"console_scripts": ["vlm-dist=vlm_dist.cli.main:main"]},
 )

@@ -19,13 +19,26 @@ if TYPE_CHECKING:
     from vlm_dist.data.collator import VisionDataCollator
     from vlm_dist.data.collator import VisionDataCollator as UnslothVisionDataCollator
     from vlm_dist.models.fast import FastVisionModel
+    from vlm_dist.training.sft import SFTConfig, SFTTrainer
     from vlm_dist.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "FastVisionModel", "UnslothVisionDataCollator", "UserError", "VisionDataCollator", "load_config", "train"]
+__all__ = [
+    "Config",
+    "FastVisionModel",
+    "SFTConfig",
+    "SFTTrainer",
+    "UnslothVisionDataCollator",
+    "UserError",
+    "VisionDataCollator",
+    "load_config",
+    "train",
+]
 
 _LAZY = {
     "FastVisionModel": ("vlm_dist.models.fast", "FastVisionModel"),
+    "SFTConfig": ("vlm_dist.training.sft", "SFTConfig"),
+    "SFTTrainer": ("vlm_dist.training.sft", "SFTTrainer"),
     "UnslothVisionDataCollator": ("vlm_dist.data.collator", "VisionDataCollator"),
     "VisionDataCollator": ("vlm_dist.data.collator", "VisionDataCollator"),
     "train": ("vlm_dist.training.train", "train"),

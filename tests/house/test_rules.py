@@ -145,5 +145,10 @@ def test_public_names_are_one_sorted_list():
         assert getattr(vlm_dist, name) is not None
 
 
+def test_only_one_module_imports_trl():
+    found = [path.name for path in FILES if any(name.split(".")[0] == "trl" for name in imported(parse(path)))]
+    assert found == ["sft.py"]
+
+
 def test_our_kernels_folder_is_no_package_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,0 +1,53 @@
+"""TRL's SFTConfig and SFTTrainer, which also take the names that TRL has since changed: scripts written for them run as they are.
+
+TRL comes with the extra `vlm_dist[trl]`; nothing else in the project imports it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from vlm_dist.errors import ConfigError
+
+try:
+    from trl.trainer.sft_config import SFTConfig as TrlConfig
+    from trl.trainer.sft_trainer import SFTTrainer as TrlTrainer
+except ImportError:
+    raise ConfigError("vlm_dist.SFTTrainer and SFTConfig need TRL; install it with: pip install 'vlm_dist[trl]'") from None
+
+
+class SFTConfig(TrlConfig):
+    """`trl.SFTConfig` that also takes `max_seq_length` (now `max_length`), and trains in float32 where fp16 or bf16 is asked of a
+    machine without a GPU, with a warning."""
+
+    def __init__(self, *arguments: Any, max_seq_length: int | None = None, **settings: Any):
+        if max_seq_length is not None:
+            if settings.get("max_length", max_seq_length) != max_seq_length:
+                raise ConfigError(
+                    f"max_seq_length={max_seq_length} and max_length={settings['max_length']} contradict each other; give one"
+                )
+            settings["max_length"] = max_seq_length
+        super().__init__(*arguments, **_without_half_precision(settings))
+
+
+class SFTTrainer(TrlTrainer):
+    """`trl.SFTTrainer` that also takes `tokenizer` (now `processing_class`)."""
+
+    def __init__(self, *arguments: Any, tokenizer: Any = None, **settings: Any):
+        if tokenizer is not None:
+            if settings.get("processing_class") not in (None, tokenizer):
+                raise ConfigError("tokenizer and processing_class are two names of one thing; give one")
+            settings["processing_class"] = tokenizer
+        super().__init__(*arguments, **settings)
+
+
+def _without_half_precision(settings: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    asked = [name for name in ("fp16", "bf16") if settings.get(name)]
+    if torch.cuda.is_available():
+        return settings
+    if asked:
+        warnings.warn(f"{asked[0]}=True needs a GPU; training in float32", stacklevel=3)
+    return {**settings, "fp16": False, "bf16": False}
