@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlm_dist.errors import ModelError
-
 
 @dataclass(frozen=True)
 class Family:
@@ -54,6 +52,10 @@ FAMILIES = {
         Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD),
         Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD),
         Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD),
+        Family(
+            "mini_vlm", "vision_encoder", ("projector",), "language_model", head="language_model.lm_head",
+            unused=("vision_encoder.pooler", "vision_encoder.head"),
+        ),
         Family("mistral3", *LLAVA_PARTS),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
         Family("qwen2_5_vl", *QWEN_PARTS),
@@ -62,15 +64,4 @@ FAMILIES = {
         Family("qwen3_vl", "model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model"),
         Family("smolvlm", *IDEFICS_PARTS),
     )
-}
-
-
-def family_of(model_type: str) -> Family:
-    """The row of a `model_type`.
-
-    Raises:
-        ModelError: there is none.
-    """
-    if model_type not in FAMILIES:
-        raise ModelError(f"model: architecture '{model_type}' is not supported yet; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+}  # fmt: skip

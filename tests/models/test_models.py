@@ -10,7 +10,6 @@ import torch
 from vlm_dist import FastVisionModel
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import ModelError
-from vlm_dist.families import FAMILIES, family_of
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora, as_pattern, count_trainable, find_targets, freeze_sides
 
@@ -86,11 +85,6 @@ def test_families_paths_exist(loaded):
         assert model.get_submodule(path) is not None
 
 
-def test_unknown_family():
-    with pytest.raises(ModelError, match="supported: " + ", ".join(sorted(FAMILIES))):
-        family_of("nobody")
-
-
 def test_fast_vision_model(any_checkpoint):
     model, processor = FastVisionModel.from_pretrained(any_checkpoint, max_seq_length=128, load_in_4bit=True, dtype=None)
     assert processor.tokenizer.model_max_length == 128
@@ -102,7 +96,7 @@ def test_fast_vision_model(any_checkpoint):
         assert torch.equal(ours.detach().view(torch.uint8), theirs.detach().view(torch.uint8)), name  # random_state decides
 
 
-@pytest.mark.parametrize("options", [{"bias": "all"}, {"target_modules": ["q_proj"]}, {"use_gradient_checkpointing": "maybe"}])
+@pytest.mark.parametrize("options", [{"bias": "some"}, {"target_modules": "q.*"}, {"r": 0}, {"use_gradient_checkpointing": "maybe"}])
 def test_what_cannot_be_honoured_is_refused(llava, options):
     model, _ = FastVisionModel.from_pretrained(llava)
     with pytest.raises(ModelError, match=next(iter(options))):
@@ -115,7 +109,7 @@ def test_pickled_weights_are_refused(llava, tmp_path):
     shutil.copytree(llava, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="holds its weights as pickle"):
         load_model(ModelConfig(name=str(tmp_path / "model")), str(tmp_path / "model"), CPU)
 
 

@@ -134,7 +134,7 @@ def test_unsupported_architecture(settings, tmp_path, capsys):
     LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8).save_pretrained(tmp_path / "text-only")
     change(settings, "model.name", str(tmp_path / "text-only"))
     code, line = fails(capsys, "train", str(write_config(settings, tmp_path)))
-    assert code == 4 and "architecture 'llama' is not supported" in line
+    assert code == 4 and "'llama' is a text-only language model" in line
 
 
 def test_a_loss_that_is_no_number(settings, tmp_path, capsys):

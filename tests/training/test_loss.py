@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm_dist.config import OptimConfig
-from vlm_dist.families import family_of
+from vlm_dist.families import FAMILIES
 from vlm_dist.training.loss import summed_loss
 from vlm_dist.training.optim import build_optimizer, learning_rate
 
@@ -65,7 +65,7 @@ def test_learning_rate(schedule, middle, end):
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 def test_optimizer_steps_and_spares_vectors_from_decay(name):
     model = Model(width=64, vocabulary=128)
-    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.5), family_of("llava"))
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.5), FAMILIES["llava"])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
     before = model.head.bias.detach().clone()
     for parameter in model.parameters():

@@ -7,19 +7,20 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from vlm_dist.cli import config, data, evaluate, generate, report, train
+from vlm_dist.cli import config, data, evaluate, export, generate, report, train
 from vlm_dist.cli.parsers import parse
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
-COMMANDS = (data, config, train, evaluate, report, generate)
+COMMANDS = (data, config, train, evaluate, report, generate, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   data synth      make a synthetic data set
 check     config          explain every setting
 train     train           train, or continue where it stopped
 look      eval, report    scores on held-out samples; one page about a run
-use       generate        ask a trained model about a picture"""
+use       generate        ask a trained model about a picture
+          export          write the adapter or a merged model for use elsewhere"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

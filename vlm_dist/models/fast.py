@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import LoraConfig, ModelConfig
@@ -43,20 +45,24 @@ class FastVisionModel:
         """
         import torch
 
+        from vlm_dist.models.export import allow_merging
         from vlm_dist.models.load import load_model
+        from vlm_dist.models.trained import base_of, is_adapter, load_adapter
 
         names = {None: "auto", torch.bfloat16: "bfloat16", torch.float32: "float32", "bfloat16": "bfloat16", "float32": "float32"}
         if dtype not in names:
             raise ModelError(f"dtype={dtype} is not supported; use None, torch.bfloat16 or torch.float32")
-        config = ModelConfig(
-            name=model_name,
-            load_in_4bit=load_in_4bit,
-            dtype=names[dtype],  # pyright: ignore[reportArgumentType]
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-        )
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        model, processor, _ = load_model(config, model_name, device)
+        settings: dict[str, Any] = {
+            "load_in_4bit": load_in_4bit,
+            "dtype": names[dtype],
+            "trust_remote_code": trust_remote_code,
+        }
+        if is_adapter(Path(model_name)):
+            model, processor = load_adapter(Path(model_name), base_of(Path(model_name), **settings), device)
+            model = allow_merging(model)
+        else:
+            model, processor, _ = load_model(ModelConfig(name=model_name, revision=revision, **settings), model_name, device)
         processor.tokenizer.model_max_length = max_seq_length  # pyright: ignore[reportAttributeAccessIssue]
         _checkpoint_gradients(model, use_gradient_checkpointing)
         return model, processor
@@ -65,7 +71,7 @@ class FastVisionModel:
     def get_peft_model(
         model: Any,
         r: int = 16,
-        target_modules: str = "all-linear",
+        target_modules: str | Sequence[str] = "all-linear",
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
@@ -73,45 +79,56 @@ class FastVisionModel:
         finetune_language_layers: bool = True,
         finetune_attention_modules: bool = True,
         finetune_mlp_modules: bool = True,
+        layers_to_transform: int | Sequence[int] | None = None,
+        modules_to_save: Sequence[str] | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
         use_gradient_checkpointing: bool | str = False,
         random_state: int = 3407,
     ) -> Any:
         """Put LoRA adapters on the chosen sides and kinds of modules; everything else is frozen.
 
         Args:
-            target_modules: "all-linear": chosen by the four switches. Nothing else is supported yet.
-            bias: "none". Nothing else is supported yet.
+            target_modules: "all-linear": all that the four switches choose; or names such as ["q_proj", "v_proj"] among these.
+            bias: "none", "lora_only" or "all", as PEFT means them.
+            layers_to_transform: adapt only these layers of the chosen sides; negative numbers count from the end.
+            modules_to_save: modules that train whole; they must not be in 4 bit.
             use_gradient_checkpointing: True or "unsloth" recompute activations in the backward pass.
             random_state: seed of the adapters' first values.
 
         Returns:
-            A `peft.PeftModel`.
+            A `peft.PeftModel` that also has `save_pretrained_merged`.
 
         Raises:
             ModelError: an argument that cannot be honoured, or nothing to adapt.
         """
         import torch
 
-        from vlm_dist.families import family_of
+        from vlm_dist.models.export import allow_merging
+        from vlm_dist.models.introspect import find_family
         from vlm_dist.models.lora import add_lora
 
-        if target_modules != "all-linear":
-            raise ModelError(f"target_modules={target_modules!r} is not supported; use 'all-linear' and the four finetune_... switches")
-        if bias != "none":
-            raise ModelError(f"bias={bias!r} is not supported; use 'none'")
-        config = LoraConfig(
+        family = find_family(model.config.model_type, model.config)
+        layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+        sides = {"vision": finetune_vision_layers, "language": finetune_language_layers}
+        config = _lora_config(
             r=r,
             alpha=lora_alpha,
             dropout=lora_dropout,
-            vision=finetune_vision_layers,
-            language=finetune_language_layers,
+            **sides,
             attention=finetune_attention_modules,
             mlp=finetune_mlp_modules,
+            modules=_leaf_names(target_modules),
+            layers={} if layers is None else {side: list(layers) for side, on in sides.items() if on},
+            modules_to_save=list(modules_to_save or []),
+            bias=bias,
+            rslora=use_rslora,
+            dora=use_dora,
         )
         torch.manual_seed(random_state)
-        adapted = add_lora(model, family_of(model.config.model_type), config)
+        adapted = add_lora(model, family, config)
         _checkpoint_gradients(adapted, use_gradient_checkpointing)
-        return adapted
+        return allow_merging(adapted)
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
@@ -126,6 +143,23 @@ class FastVisionModel:
         model.gradient_checkpointing_disable()
         model.config.get_text_config().use_cache = True
         return model.eval()
+
+
+def _leaf_names(target_modules: str | Sequence[str]) -> list[str]:
+    if isinstance(target_modules, str) and target_modules != "all-linear":
+        raise ModelError(f"target_modules={target_modules!r} is not supported; use 'all-linear' or a list of names")
+    return [] if isinstance(target_modules, str) else list(target_modules)
+
+
+def _lora_config(**settings: Any) -> LoraConfig:
+    from pydantic import ValidationError
+
+    try:
+        return LoraConfig(**settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "switches"
+        raise ModelError(f"get_peft_model: {where}: {problem['msg'].removeprefix('Value error, ')}") from None
 
 
 def _checkpoint_gradients(model: Any, wanted: bool | str) -> None:

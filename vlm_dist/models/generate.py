@@ -23,6 +23,17 @@ def generate(model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: 
     return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
+def encode_chat(processor: Any, messages: list[dict[str, Any]], pictures: list[Any]) -> dict[str, Any]:
+    """The tensors of one conversation that the assistant is to continue."""
+    import torch
+
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    bos = processor.tokenizer.bos_token
+    starts = bool(bos and text.startswith(bos))  # some templates write it, some leave it to the tokenizer
+    inputs = processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt", add_special_tokens=not starts)
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
 def autocast(model: Any) -> Any:
     """Compute in the base's number type, where adapters are held in float32 beside a bfloat16 base."""
     import torch

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from vlm_dist.config import ModelConfig
-from vlm_dist.errors import MachineError, ModelError
-from vlm_dist.families import Family, family_of
+from vlm_dist.config import LoraConfig, ModelConfig
+from vlm_dist.errors import MachineError
+from vlm_dist.families import Family
+from vlm_dist.models.introspect import find_family
+from vlm_dist.models.lora import trained_whole
+from vlm_dist.models.processor import load_processor
+from vlm_dist.models.source import check_source, not_loadable
 
 if TYPE_CHECKING:
     import torch
@@ -34,19 +37,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def check_source(name: str) -> None:
-    """Refuse a folder without a checkpoint; needs no heavy library.
-
-    Raises:
-        ModelError: `name` is a path, and there is no config.json.
-    """
-    if _looks_like_path(name) and not (Path(name) / "config.json").is_file():
-        raise ModelError(
-            f"model.name: '{name}' holds no checkpoint (no config.json there); "
-            "give a folder with one, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
-        )
-
-
 def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
     """The checkpoint's own configuration and its family; loads no weights.
 
@@ -55,43 +45,23 @@ def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
     """
     from transformers import AutoConfig
 
+    import vlm_dist.models.mini_vlm  # noqa: F401  (registers the architecture)
+
     check_source(name)
     try:
         hf_config = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
-        raise _not_loadable(name, error) from None
-    return hf_config, family_of(hf_config.model_type)
-
-
-def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
-    """The checkpoint's processor, with the settings of `model.processor`.
-
-    Raises:
-        ModelError: it has none, or none with a chat template.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(
-            name, revision=config.revision, trust_remote_code=config.trust_remote_code, **config.processor
-        )
-    except (ImportError, OSError, ValueError) as error:
-        raise _not_loadable(name, error) from None
-    if getattr(processor, "tokenizer", None) is None or processor.chat_template is None:
-        raise ModelError(
-            f"model.name: the processor of '{name}' has no tokenizer or no chat template; "
-            "use an instruction-tuned vision-language checkpoint"
-        )
-    return processor
+        raise not_loadable(name, error) from None
+    return hf_config, find_family(hf_config.model_type, hf_config, config.trust_remote_code)
 
 
 def load_model(
-    config: ModelConfig, name: str, device: torch.device, *, quantise_projector: bool = True
+    config: ModelConfig, name: str, device: torch.device, *, lora: LoraConfig | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin, Family]:
     """Load weights onto `device`: in NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), or in model.dtype.
 
     Args:
-        quantise_projector: False where the projector's own weights are to be trained.
+        lora: what will be adapted; modules that it trains whole are not quantised.
 
     Raises:
         ModelError: no such checkpoint, an unsupported architecture, or weights in pickle form.
@@ -109,19 +79,21 @@ def load_model(
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
             attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
-            quantization_config=nf4_config(family, dtype, quantise_projector) if config.load_in_4bit else None,
+            quantization_config=nf4_config(family, dtype, trained_whole(family, lora) if lora else ()) if config.load_in_4bit else None,
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
         )
     except (ImportError, OSError, ValueError) as error:
-        raise _not_loadable(name, error) from None
+        raise not_loadable(name, error) from None
     if config.load_in_4bit:
         _keep_nf4_layout(model)
+    model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
     return model, processor, family
 
 
-def nf4_config(family: Family, dtype: torch.dtype, quantise_projector: bool = True) -> Any:
-    """4-bit NormalFloat with double quantisation; storage in a float type, so that ZeRO-3 can shard it; the head stays as it is."""
+def nf4_config(family: Family, dtype: torch.dtype, keep: Iterable[str] = ()) -> Any:
+    """4-bit NormalFloat with double quantisation; storage in a float type, so that ZeRO-3 can shard it; the head and the modules of
+    `keep` stay as they are."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -130,19 +102,8 @@ def nf4_config(family: Family, dtype: torch.dtype, quantise_projector: bool = Tr
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
-        llm_int8_skip_modules=[family.head, *(() if quantise_projector else family.projector)],
+        llm_int8_skip_modules=[family.head, *keep],
     )
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1 or os.path.exists(name)
-
-
-def _not_loadable(name: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0][:300]
-    if _looks_like_path(name):
-        return ModelError(f"model.name: the checkpoint in '{name}' cannot be loaded: {first}")
-    return ModelError(f"model.name: '{name}' is no folder here and cannot be had from the hub: {first}")
 
 
 def _keep_nf4_layout(model: torch.nn.Module) -> None:

@@ -11,6 +11,8 @@ from vlm_dist.config import LoraConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
 
+LAYER = re.compile(r"(.*?)\.(\d+)\.")  # a module's name up to the number of its layer
+
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
@@ -26,41 +28,94 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
     import peft
 
     modules = find_targets(model, family, config)
-    if not modules and config.projector != "full":
+    whole = trained_whole(family, config)
+    if not modules and not whole:
         raise ModelError(
             f"lora: no linear layer of '{family.model_type}' matches vision={config.vision}, language={config.language}, "
-            f"attention={config.attention}, mlp={config.mlp}"
+            f"attention={config.attention}, mlp={config.mlp}, modules={config.modules or 'all'}, layers={config.layers or 'all'}"
         )
+    names = [name for name, _ in model.named_modules()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     peft_config = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=as_pattern(modules, (name for name, _ in model.named_modules())) if modules else [],
-        modules_to_save=[path for path in family.projector if config.projector == "full"] or None,
+        target_modules=as_pattern(modules, names) if modules else [],
+        rank_pattern=_by_side(config, "r", family, modules, names),
+        alpha_pattern=_by_side(config, "alpha", family, modules, names),
+        modules_to_save=[_trainable_whole(name, model, names) for name in whole] or None,
+        bias=config.bias,
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
     return peft.get_peft_model(model, peft_config)  # pyright: ignore[reportReturnType]
 
 
+def trained_whole(family: Family, config: LoraConfig) -> list[str]:
+    """Modules whose own weights train, so that they must not be quantised."""
+    return [*(family.projector if config.projector == "full" else ()), *config.modules_to_save]
+
+
 def find_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> list[str]:
-    """Names of the linear layers that the configuration chooses."""
+    """Names of the linear layers that the configuration chooses.
+
+    Raises:
+        ModelError: a name of `lora.modules` or a number of `lora.layers` does not exist.
+    """
     import torch
 
     sides = {side for side, wanted in (("vision", config.vision), ("language", config.language)) if wanted}
     if config.projector == "lora":
         sides.add("projector")
     parents = (family.attention if config.attention else ()) + (family.mlp if config.mlp else ())
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]  # bitsandbytes' Linear4bit is one
+    leaves = {name.rpartition(".")[2] for name in linear}
+    if unknown := sorted(set(config.modules) - leaves):
+        raise ModelError(f"lora.modules: no linear layer is called '{unknown[0]}'; there are: {', '.join(sorted(leaves))}")
     return [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)  # bitsandbytes' Linear4bit is one
-        and family.side_of(name) in sides
+        for name in linear
+        if family.side_of(name) in sides
         and (family.side_of(name) == "projector" or not set(parents).isdisjoint(name.split(".")))
+        and (not config.modules or name.rpartition(".")[2] in config.modules)
+        and _in_chosen_layer(name, family, config, linear)
         and not _is_idle(name, model, family)
     ]
+
+
+def _in_chosen_layer(name: str, family: Family, config: LoraConfig, linear: list[str]) -> bool:
+    wanted = config.layers.get(family.side_of(name))  # pyright: ignore[reportArgumentType]
+    if wanted is None:
+        return True
+    place = LAYER.match(name)
+    if place is None:
+        return False
+    depth = 1 + max(int(other[2]) for other in map(LAYER.match, linear) if other and other[1] == place[1])
+    if outside := [number for number in wanted if not -depth <= number < depth]:
+        raise ModelError(f"lora.layers: {family.side_of(name)} has layers 0 to {depth - 1}, not {outside[0]}")
+    return int(place[2]) in {number % depth for number in wanted}
+
+
+def _by_side(config: LoraConfig, what: str, family: Family, modules: list[str], names: list[str]) -> dict[str, Any]:
+    """PEFT's rank_pattern or alpha_pattern for the sides that have a value of their own."""
+    values = {side: getattr(config, f"{what}_{side}") for side in ("vision", "projector", "language")}
+    chosen = {side: [name for name in modules if family.side_of(name) == side] for side, value in values.items() if value is not None}
+    return {as_pattern(members, names): values[side] for side, members in chosen.items() if members}
+
+
+def _trainable_whole(name: str, model: PreTrainedModel, names: list[str]) -> str:
+    found = [other for other in names if other == name or other.endswith("." + name)]
+    if not found:
+        raise ModelError(f"lora.modules_to_save: the model has no module '{name}'; give one such as lm_head or embed_tokens")
+    if any(hasattr(parameter, "quant_state") for other in found for parameter in model.get_submodule(other).parameters()):
+        raise ModelError(
+            f"lora.modules_to_save: '{name}' is held in 4 bit, so it cannot train whole; load the model with load_in_4bit=False"
+        )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight and {id(head), id(embedding)} & {id(model.get_submodule(o)) for o in found}:
+        raise ModelError(f"lora.modules_to_save: '{name}' shares its weights between input and output in this model; it cannot train alone")
+    return name
 
 
 def _is_idle(name: str, model: torch.nn.Module, family: Family) -> bool:
@@ -99,10 +154,11 @@ def _form(name: str) -> str:
 
 
 def freeze_sides(model: torch.nn.Module, family: Family, sides: Iterable[str]) -> None:
-    """Train every weight except those of the given sides."""
+    """Train every weight except those of the given sides, and those that the model never uses."""
     frozen = set(sides)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(family.side_of(name) not in frozen)
+        unused = any(name.startswith(path + ".") for path in family.unused)
+        parameter.requires_grad_(family.side_of(name) not in frozen and not unused)
 
 
 def count_trainable(model: torch.nn.Module, family: Family) -> Counter[str]:

@@ -7,17 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.models.record import write_record
 
-def save_adapter(model: Any, weights: dict[str, Any], processor: Any, out: Path) -> None:
+
+def save_adapter(model: Any, weights: dict[str, Any], processor: Any, out: Path, record: dict[str, Any], card: str) -> None:
     """A PEFT adapter folder with the processor beside it; whole or not there.
 
     Args:
         weights: the trainable parameters by name, complete, on the CPU.
+        record: what loading is to check (models/record.py).
+        card: README.md.
     """
-    temporary = _fresh(out)
+    temporary = fresh_folder(out)
     model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
     processor.save_pretrained(temporary)
-    _replace(temporary, out)
+    write_record(record, temporary)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    put_in_place(temporary, out)
 
 
 def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path) -> None:
@@ -28,22 +34,24 @@ def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path) -
     """
     import torch
 
-    temporary = _fresh(out)
+    temporary = fresh_folder(out)
     state = {name: weights.get(name, tensor) for name, tensor in model.state_dict().items()}
     dtype = model.config.dtype or torch.float32
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.save_pretrained(temporary, state_dict=state)
     processor.save_pretrained(temporary)
-    _replace(temporary, out)
+    put_in_place(temporary, out)
 
 
-def _fresh(out: Path) -> Path:
+def fresh_folder(out: Path) -> Path:
+    """An empty folder beside `out`, to be filled and then put in its place."""
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
 
 
-def _replace(temporary: Path, out: Path) -> None:
+def put_in_place(temporary: Path, out: Path) -> None:
+    """`out` becomes what `temporary` is."""
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)

@@ -40,7 +40,7 @@ def evaluate(model: Any, encoder: Encoder, samples: list[Sample], config: Evalua
     rows = []
     for start in range(0, len(mine), config.batch_size):
         batch = mine[start : start + config.batch_size]
-        prompts = [encoder.encode_prompt(_question(sample), sample.images, sample.key) for sample in batch]
+        prompts = [encoder.encode_prompt(question_of(sample), sample.images, sample.key) for sample in batch]
         inputs = collate(prompts, encoder.processor.tokenizer.pad_token_id, side="left")
         answers = generate(model, encoder.processor, inputs, config.max_new_tokens)
         rows += [_row(sample, answer) for sample, answer in zip(batch, answers, strict=True)]
@@ -54,14 +54,14 @@ def same_answer(answer: str, truth: str) -> bool:
     return _normal(answer) == _normal(truth)
 
 
-def _question(sample: Sample) -> list[dict[str, Any]]:
+def question_of(sample: Sample) -> list[dict[str, Any]]:
     """The conversation up to its last assistant turn."""
     last = max(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
     return sample.messages[:last]
 
 
 def _row(sample: Sample, answer: str) -> dict[str, Any]:
-    question = _question(sample)
+    question = question_of(sample)
     truth = _text(sample.messages[len(question)])
     return {
         "key": sample.key,

@@ -94,20 +94,28 @@ def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], samples: 
     write_text(run.samples / f"{phase}.jsonl", "".join(lines))
 
 
-def export(config: Config, run: RunDir, engine: Any, processor: Any, ranks: Ranks) -> None:
+def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Ranks, log: Log) -> None:
     """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
+    from vlm_dist.models.card import adapter_card
+    from vlm_dist.models.record import make_record
     from vlm_dist.training.checkpoint import MAKE_ROOM, gather_weights, why_not_written
 
     weights = gather_weights(engine)
+    base = loaded.model.get_base_model().loaded_as if config.lora is not None else None
+    record = make_record(engine.module, loaded.processor, base, loaded.fingerprint) if base is not None else None
     if not ranks.is_first:
         return
     from safetensors import SafetensorError
 
     from vlm_dist.models.save import save_adapter, save_model
 
-    save, out = (save_adapter, run.adapter) if config.lora is not None else (save_model, run.model)
+    out = run.model if record is None else run.adapter
     try:
-        save(engine.module, weights, processor, out)
+        if record is None or base is None:
+            save_model(engine.module, weights, loaded.processor, out)
+        else:
+            card = adapter_card(config, base.name, log.evaluations())
+            save_adapter(engine.module, weights, loaded.processor, out, record, card)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
 

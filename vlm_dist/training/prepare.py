@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
@@ -49,14 +48,22 @@ def count_steps(config: Config, num_samples: int) -> int:
 
 
 def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
-    """Where to load the model from; a new model (model.scratch) is built first, once, into the run directory."""
+    """Where to load the model from; a new model (model.scratch, model.mini_vlm) is made first, once, in the run directory."""
     if config.model.name is not None:
         return config.model.name
-    assert config.model.scratch is not None
     if ranks.is_first and not (run.initial_model / "config.json").exists():
-        from vlm_dist.models.scratch import build_checkpoint
+        from vlm_dist.models.save import fresh_folder, put_in_place
 
-        build_checkpoint(config.model.scratch, training_texts(config), config.seed, run.initial_model)
+        temporary = fresh_folder(run.initial_model)
+        if config.model.mini_vlm is not None:
+            from vlm_dist.models.mini_vlm import compose
+
+            compose(config.model.mini_vlm.vision, config.model.mini_vlm.language, temporary, seed=config.seed)
+        elif config.model.scratch is not None:
+            from vlm_dist.models.scratch import build_checkpoint
+
+            build_checkpoint(config.model.scratch, training_texts(config), config.seed, temporary)
+        put_in_place(temporary, run.initial_model)
     ranks.barrier()
     return str(run.initial_model)
 
@@ -85,15 +92,11 @@ def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
 
     from vlm_dist.models.load import choose_dtype, load_model
     from vlm_dist.models.lora import add_lora, freeze_sides
+    from vlm_dist.models.source import fingerprint
 
     torch.manual_seed(config.seed)
-    model, processor, family = load_model(
-        config.model,
-        model_source(config, run, ranks),
-        ranks.device,
-        quantise_projector=config.lora is None or config.lora.projector != "full",
-    )
-    fingerprint = fingerprint_of(model)
+    source = model_source(config, run, ranks)
+    model, processor, family = load_model(config.model, source, ranks.device, lora=config.lora)
     torch.manual_seed(config.seed)  # adapters start alike whatever loading drew
     if config.lora is not None:
         model = add_lora(model, family, config.lora)
@@ -101,23 +104,12 @@ def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
         freeze_sides(model, family, config.model.freeze)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
-    return Loaded(model, processor, family, choose_dtype(config.model.dtype, ranks.device), fingerprint)
-
-
-def fingerprint_of(model: torch.nn.Module) -> str:
-    """A hash of every parameter's name, shape and first bytes: tells one base model from another in a moment."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().flatten()[:16].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return Loaded(model, processor, family, choose_dtype(config.model.dtype, ranks.device), fingerprint(source, config.model.revision))
 
 
 def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     """Check the configuration, the shards, a sample of each, and the plan, without loading weights."""
-    from vlm_dist.models.load import check_source
+    from vlm_dist.models.source import check_source
     from vlm_dist.training.engine import check_batches, deepspeed_config, zero_stage
 
     if config.model.name is not None:
@@ -132,7 +124,7 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     _check_first_sample(config, train)
     return {
         "run": str(Path(config.output_dir) / config.name),
-        "model": config.model.name or "from scratch",
+        "model": config.model.name or ("a new MiniVLM" if config.model.mini_vlm else "from scratch"),
         "weights": "NF4 with double quantisation" if config.model.load_in_4bit else config.model.dtype,
         "training": f"LoRA r={config.lora.r}"
         if config.lora

@@ -124,7 +124,7 @@ def _run_loop(
         if progress.step < steps:
             return outcome.interrupted(config, run, progress, stop, ranks, log)
         scorer.score(progress.step, "after")
-        outcome.export(config, run, engine, loaded.processor, ranks)
+        outcome.export(config, run, engine, loaded, ranks, log)
         progress = replace(progress, wall_s=round(wall_before + time.monotonic() - started, 3))
         return outcome.finished(config, run, progress, stream, ranks, log)
 

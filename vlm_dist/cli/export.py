@@ -1,0 +1,44 @@
+"""`vlm-dist export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.cli.parsers import new_parser
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(
+        commands,
+        "export",
+        "Write a run's result for use elsewhere: the adapter, or one merged checkpoint that transformers and vLLM load.",
+        "vlm-dist export runs/quickstart --to merged-16bit --out models/quickstart",
+    )
+    parser.add_argument("run_dir", metavar="RUN", type=Path)
+    parser.add_argument("--to", required=True, choices=("adapter", "merged-16bit"))
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export/adapter or RUN/export/merged-16bit")
+    parser.add_argument(
+        "--onto",
+        choices=("original", "dequantised"),
+        help="merge onto the base's own 16-bit weights (default where it has them), or onto the NF4 ones that the adapter was trained on",
+    )
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="held-out samples to compare on (default 8)")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vlm_dist.training.export import export_run
+
+    result = export_run(arguments.run_dir, arguments.to, arguments.out, onto=arguments.onto, samples=arguments.samples)
+    if arguments.json:
+        print(json.dumps({"out": str(result.out), "comparison": asdict(result.comparison) if result.comparison else None}))
+        return 0
+    if result.comparison:
+        print(result.comparison)
+    print(f"written: {result.out}")
+    return 0

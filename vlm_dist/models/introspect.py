@@ -1,0 +1,65 @@
+"""An architecture without a row in the families table -> a row, found by transformers' common names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vlm_dist.errors import ModelError
+from vlm_dist.families import FAMILIES, Family
+
+PROJECTOR = re.compile(r"(projector|projection|connector|merger|aligner|adapter|adaptor|resampler|abstractor|embed_vision|mm_proj)")
+
+
+def find_family(model_type: str, hf_config: Any, trust_remote_code: bool = False) -> Family:
+    """The row of an architecture: from the table, or read off its module names (no weights are needed).
+
+    Raises:
+        ModelError: it is no vision-language model, or its parts have uncommon names; says what is missing.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    brings_code = trust_remote_code and "AutoModelForImageTextToText" in getattr(hf_config, "auto_map", {})
+    if not brings_code and type(hf_config) not in AutoModelForImageTextToText._model_mapping:
+        raise ModelError(f"model: {_what_it_is(model_type, hf_config)}; give a vision-language one, such as {', '.join(sorted(FAMILIES))}")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=trust_remote_code)
+    return infer_family(model, model_type)
+
+
+def infer_family(model: Any, model_type: str) -> Family:
+    """Read a row off a model's modules.
+
+    Raises:
+        ModelError: vision tower, projector, language model or head was not found.
+    """
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    vision = names.get(id(model.get_encoder("image")), "")
+    language = names.get(id(model.get_decoder()), "")
+    head = names.get(id(model.get_output_embeddings()), "")
+    around = vision.rpartition(".")[0]
+    projector: list[str] = []
+    for name in names.values():
+        if not name or name == vision or name.startswith(language + ".") or any(name.startswith(other + ".") for other in projector):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if parent in (around, vision) and PROJECTOR.search(leaf) and "audio" not in leaf:
+            projector.append(name)
+    parts = {"vision tower": vision, "language model": language, "output head": head, "projector": projector}
+    if missing := [part for part, found in parts.items() if not found]:
+        raise ModelError(
+            f"model: architecture '{model_type}' has no row in vlm_dist/families.py, and its {' and '.join(missing)} has no common name; "
+            "add a row (one line; docs/models.md says how)"
+        )
+    return Family(model_type, vision, tuple(sorted(projector)), language, head=head)
+
+
+def _what_it_is(model_type: str, hf_config: Any) -> str:
+    from transformers import AutoModelForCausalLM
+
+    if type(hf_config) in AutoModelForCausalLM._model_mapping:
+        return f"'{model_type}' is a text-only language model (model.mini_vlm joins one with a vision encoder)"
+    return f"'{model_type}' is no image-text-to-text architecture"

@@ -1,0 +1,245 @@
+"""Adapter + base -> 16-bit checkpoint, streamed: each file of the base is read, merged and written before the next one is opened.
+
+Keys and files stay those of the base, so whatever loads the base loads the result. The sums are PEFT's own (`merge()` of each layer),
+in float32, on one layer at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_dist.config import ModelConfig
+from vlm_dist.errors import ModelError
+from vlm_dist.families import Family
+from vlm_dist.models.load import nf4_config, read_model_config
+from vlm_dist.models.save import fresh_folder, put_in_place
+from vlm_dist.models.source import weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+Onto = Literal["original", "dequantised"]
+NF4_STATISTICS = re.compile(r"\.weight\.(absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.\w+)$")
+
+
+def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, onto: Onto, trained_dtype: torch.dtype) -> None:
+    """Write `out`: a checkpoint that transformers loads by itself. Whole or not there; most memory held: one file of the base.
+
+    Args:
+        base: the base that the adapter was trained on; `base.name` is a folder or hub id.
+        adapter: a PEFT adapter folder.
+        onto: "original": the base's weights as they are stored; "dequantised": rounded to NF4 and back, as the adapter met them.
+        trained_dtype: the number type that the base was loaded in for training; decides how NF4 rounds.
+
+    Raises:
+        ModelError: the base holds no 16-bit weights, or a part of the adapter finds no module.
+    """
+    assert base.name is not None
+    hf_config, family = read_model_config(base, base.name)
+    stored_as_nf4 = getattr(hf_config, "quantization_config", None) is not None
+    if stored_as_nf4 and onto == "original":
+        raise ModelError(f"export: '{base.name}' itself is stored in 4 bit, so the original weights are not there; use --onto dequantised")
+    layers = Layers(hf_config, family, adapter, base.trust_remote_code, onto, trained_dtype)
+    dtype = _sixteen_bit(hf_config)
+    temporary = fresh_folder(out)
+    index: dict[str, str] = {}
+    total = 0
+    for file in weight_files(base.name, base.revision):
+        from safetensors.torch import save_file
+
+        tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in layers.merged(file)}
+        save_file(tensors, temporary / file.name, {"format": "pt"})
+        index.update(dict.fromkeys(tensors, file.name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    layers.check_all_used()
+    if len(set(index.values())) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n")
+    hf_config.dtype = dtype
+    if stored_as_nf4:
+        del hf_config.quantization_config
+    hf_config.save_pretrained(temporary)
+    _copy_generation_config(base, temporary)
+    processor.save_pretrained(temporary)
+    put_in_place(temporary, out)
+
+
+class Layers:
+    """The adapted model without its base weights; each layer gets them for the moment of its merging."""
+
+    def __init__(self, hf_config: Any, family: Family, adapter: Path, trust_remote_code: bool, onto: Onto, trained_dtype: torch.dtype):
+        import torch
+        from transformers import AutoModelForImageTextToText
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        def empty() -> Any:
+            with torch.device("meta"):
+                return AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=trust_remote_code)
+
+        model = empty()
+        self.names = set(model.state_dict())
+        self.prefix = model.base_model_prefix
+        self.conversions = get_model_conversion_mapping(model)
+        self.trained_dtype = trained_dtype
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.model = _with_adapter(model, adapter, self.device)
+        whole = self.model.peft_config["default"].modules_to_save or ()
+        self.rounded = _quantised_modules(empty(), family, whole) if onto == "dequantised" else set()
+        self.unused = {name for name, parameter in self.model.named_parameters() if not parameter.is_meta}
+
+    def merged(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of one file of the base, adapter added, by the file's own keys."""
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as stored:
+            keys = set(stored.keys())
+            for key in sorted(keys):
+                if NF4_STATISTICS.search(key):
+                    continue
+                tensor = stored.get_tensor(key)
+                if key + ".quant_map" in keys:
+                    statistics = {other: stored.get_tensor(other) for other in keys if other.startswith(key + ".")}
+                    yield key, self._merge(key, _dequantise(tensor, statistics, key), exact=True)
+                else:
+                    yield key, self._merge(key, tensor)
+
+    def check_all_used(self) -> None:
+        if self.unused:
+            raise ModelError(
+                f"export: {len(self.unused)} parts of the adapter find no weight in the base, e.g. {sorted(self.unused)[0]}; "
+                "was the base saved by another version of transformers?"
+            )
+
+    def _merge(self, key: str, tensor: torch.Tensor, exact: bool = False) -> torch.Tensor:
+        """The base's tensor after training. `exact`: it has been rounded to NF4 already."""
+        import torch
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        name, converted = self._model_name(key)
+        path, _, leaf = name.rpartition(".")
+        module, whole = self._find(path)
+        if isinstance(whole, ModulesToSaveWrapper):
+            return self._trained(module, leaf, key, converted)
+        adapted = isinstance(module, LoraLayer)
+        parameters: Any = module.get_base_layer() if adapted else module
+        if leaf in getattr(parameters, "_parameters", {}) and not getattr(parameters, leaf).is_meta:
+            return self._trained(parameters, leaf, key, converted)  # a bias that was trained
+        if path in self.rounded and leaf == "weight" and not exact:
+            tensor = _round_to_nf4(tensor, self.trained_dtype, self.device)
+        if not adapted or leaf != "weight":
+            return tensor
+        if converted:
+            raise ModelError(f"export: '{key}' is stored in another layout than the adapted layer '{path}' has; this base cannot be merged")
+        self._use(module)
+        parameters.weight = torch.nn.Parameter(tensor.float().to(self.device), requires_grad=False)
+        bias, parameters.bias = parameters.bias, None
+        module.merge()
+        merged = parameters.weight.data.cpu()
+        parameters.weight, parameters.bias = torch.nn.Parameter(tensor.to("meta"), requires_grad=False), bias
+        return merged
+
+    def _model_name(self, key: str) -> tuple[str, bool]:
+        """The parameter's name in the model, and whether it is more than renamed there; by transformers' own rules of loading."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [rule for rule in self.conversions if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self.conversions if isinstance(rule, WeightConverter)]
+        name, pattern = rename_source_key(key, renamings, converters, self.prefix, dict.fromkeys(self.names, True))
+        return (key, False) if name not in self.names and key in self.names else (name, pattern is not None)
+
+    def _find(self, path: str) -> tuple[Any, Any]:
+        """The module that a parameter belongs to, and the wrapper of a module that trained whole, if it lies in one."""
+        from peft.utils.other import ModulesToSaveWrapper
+
+        module: Any = self.model.base_model.model
+        wrapper = None
+        for part in filter(None, path.split(".")):
+            if isinstance(module, ModulesToSaveWrapper):
+                wrapper, module = module, module.modules_to_save["default"]
+            module = getattr(module, part, None)
+            if module is None:
+                return None, None  # a tensor that this model does not use, such as a buffer of an older version
+        if isinstance(module, ModulesToSaveWrapper):
+            wrapper, module = module, module.modules_to_save["default"]
+        return module, wrapper
+
+    def _trained(self, module: Any, leaf: str, key: str, converted: bool) -> torch.Tensor:
+        if converted:
+            raise ModelError(f"export: '{key}' is stored in another layout than it was trained in; this base cannot be merged")
+        parameter = getattr(module, leaf)
+        self.unused -= {name for name, other in self.model.named_parameters() if other is parameter}
+        return parameter.detach().cpu()
+
+    def _use(self, module: Any) -> None:
+        own = {id(parameter) for parameter in module.parameters()}
+        self.unused -= {name for name, parameter in self.model.named_parameters() if id(parameter) in own}
+
+
+def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
+    """The model of meta tensors, with the adapter's own parameters real."""
+    import torch
+    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.inference_mode = False  # then what was trained is what requires a gradient
+    with torch.device("meta"):
+        adapted: Any = PeftModel(model, config)
+    for name, parameter in list(adapted.named_parameters()):
+        if parameter.requires_grad:
+            path, _, leaf = name.rpartition(".")
+            empty = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+            setattr(adapted.get_submodule(path), leaf, torch.nn.Parameter(empty))
+    stored = load_peft_weights(str(adapter), device="cpu")
+    found = set_peft_model_state_dict(adapted, stored)
+    if found.unexpected_keys:
+        raise ModelError(f"export: '{found.unexpected_keys[0]}' of {adapter} finds no module in '{model.config.model_type}'")
+    return adapted
+
+
+def _quantised_modules(model: Any, family: Family, whole: Iterable[str]) -> set[str]:
+    """Paths of the modules that loading in NF4 quantises, by the loader's own rules; changes the model (of meta tensors) on the way."""
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer: Any = AutoHfQuantizer.from_config(nf4_config(family, torch.float32, whole), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
+    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def _round_to_nf4(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """NF4 and back, as loading for training does it."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(weight.to(device, dtype).contiguous(), compress_statistics=True, quant_type="nf4")
+    return functional.dequantize_4bit(codes, state).cpu()
+
+
+def _dequantise(codes: torch.Tensor, statistics: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """A weight that is stored in 4 bit."""
+    from bitsandbytes import functional
+
+    state = functional.QuantState.from_dict({name.removeprefix(key + "."): value for name, value in statistics.items()}, codes.device)
+    return functional.dequantize_4bit(codes, state)
+
+
+def _sixteen_bit(hf_config: Any) -> torch.dtype:
+    """The base's own 16-bit type; bfloat16 for one that is stored in float32."""
+    import torch
+
+    return torch.float16 if hf_config.dtype == torch.float16 else torch.bfloat16
+
+
+def _copy_generation_config(base: ModelConfig, out: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        settings: Any = GenerationConfig.from_pretrained(str(base.name), revision=base.revision or "main")
+    except OSError:
+        return  # the base has none; transformers then makes one from the model's configuration
+    settings.save_pretrained(out)

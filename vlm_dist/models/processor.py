@@ -1,0 +1,65 @@
+"""A checkpoint's processor, proven to put pictures into the text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.config import ModelConfig
+from vlm_dist.errors import ModelError
+from vlm_dist.models.source import not_loadable
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+
+def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
+    """The checkpoint's processor, with the settings of `model.processor`.
+
+    Raises:
+        ModelError: it has none, none with a chat template, or one whose chat template leaves pictures out.
+    """
+    from transformers import AutoProcessor
+
+    import vlm_dist.models.mini_vlm  # noqa: F401  (registers the architecture)
+
+    try:
+        processor = AutoProcessor.from_pretrained(
+            name, revision=config.revision, trust_remote_code=config.trust_remote_code, **config.processor
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise not_loadable(name, error) from None
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        raise ModelError(
+            f"model.name: '{name}' has a {type(processor).__name__}, which takes no pictures; use a vision-language checkpoint"
+        )
+    if processor.chat_template is None:
+        raise ModelError(
+            f"model.name: the processor of '{name}' has no chat template; use an instruction-tuned checkpoint, "
+            "or add a chat_template.jinja to the folder"
+        )
+    _check_pictures(processor, name)
+    return processor
+
+
+def _check_pictures(processor: Any, name: str) -> None:
+    """One picture through template and processor: picture tokens must come out."""
+    from PIL import Image
+
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    ids = [number for number in processor.image_token_ids if number is not None]
+    if not ids:
+        raise ModelError(
+            f"model.name: the processor of '{name}' names no picture token (image_token_id); complete its processor_config.json"
+        )
+    try:
+        text = processor.apply_chat_template([message], tokenize=False)
+        found = processor(text=[text], images=[[Image.new("RGB", (56, 56))]])["input_ids"][0]
+    except Exception as error:  # templates raise jinja2's errors, processors whatever they like
+        raise ModelError(
+            f"model.name: the processor of '{name}' fails on one picture and one word: {str(error).strip().splitlines()[0][:200]}"
+        ) from None
+    if not set(ids) & {int(number) for number in found}:
+        raise ModelError(
+            f"model.name: the chat template of '{name}' puts no picture token into the text; "
+            "its chat_template.jinja must write one for a part of type image"
+        )
