@@ -108,7 +108,6 @@ class FastVisionModel:
         from vlm_dist.models.introspect import find_family
         from vlm_dist.models.lora import add_lora
 
-        family = find_family(model.config.model_type, model.config)
         layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
         sides = {"vision": finetune_vision_layers, "language": finetune_language_layers}
         config = _lora_config(
@@ -126,9 +125,9 @@ class FastVisionModel:
             dora=use_dora,
         )
         torch.manual_seed(random_state)
-        adapted = add_lora(model, family, config)
+        adapted = allow_merging(add_lora(model, find_family(model.config.model_type, model.config), config))
         _checkpoint_gradients(adapted, use_gradient_checkpointing)
-        return allow_merging(adapted)
+        return adapted
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
