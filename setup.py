@@ -6,7 +6,7 @@ REQUIREMENTS = [
     "torch>=2.9",
     "torchvision>=0.24",
     "triton>=3.5; platform_system == 'Linux'",
-    "transformers>=5.20",
+    "transformers>=5.23",
     "peft>=0.21",
     "accelerate>=1.10",
     "bitsandbytes>=0.50",
@@ -25,7 +25,8 @@ REQUIREMENTS = [
     "jinja2>=3.1",
     "matplotlib>=3.10",
 ]
-TRL = ["trl>=1.16", "datasets>=5"]
+DATASETS = ["datasets>=5"]
+TRL = ["trl>=1.16", *DATASETS]
 DEVELOPMENT = [
     *TRL,
     "pytest>=8",
@@ -49,6 +50,6 @@ setup(
     package_dir={"vlm_kernels": "kernels/vlm_kernels"},
     package_data={"vlm_dist.reporting": ["*.html"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEVELOPMENT, "trl": TRL},
+    extras_require={"dev": DEVELOPMENT, "trl": TRL, "datasets": DATASETS},
     entry_points={"console_scripts": ["vlm-dist=vlm_dist.cli.main:main"]},
 )

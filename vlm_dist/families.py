@@ -53,8 +53,8 @@ FAMILIES = {
         Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD),
         Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD),
         Family(
-            "mini_vlm", "vision_encoder", ("projector",), "language_model", head="language_model.lm_head",
-            unused=("vision_encoder.pooler", "vision_encoder.head"),
+            "mini_vlm", "model.vision_encoder", ("model.projector",), "model.language_model", head="model.language_model.lm_head",
+            unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
         ),
         Family("mistral3", *LLAVA_PARTS),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),

@@ -31,14 +31,26 @@ def add_parser(commands: Any) -> None:
     synth.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     synth.add_argument("--questions", type=int, default=3, metavar="N", help="most questions a training picture of task qa (default 3)")
     synth.set_defaults(run=run_synth)
+    pack = new_parser(
+        kinds,
+        "pack",
+        "Write a data set that you have as tar shards.",
+        "vlm-dist data pack --format flickr8k jxie/flickr8k data/flickr8k --limit 2000",
+    )
+    pack.add_argument("source", metavar="SOURCE", help="flickr8k: a hub id, a folder of parquet files, or a folder with captions.txt")
+    pack.add_argument("out", metavar="FOLDER", type=Path)
+    pack.add_argument("--format", choices=("flickr8k",), required=True, help="flickr8k: pictures with five captions each")
+    pack.add_argument("--limit", type=int, metavar="N", help="keep N training pictures, drawn by --seed (default: all)")
+    pack.add_argument("--heldout", type=int, default=1000, metavar="N", help="pictures kept apart where there is one split (default 1000)")
+    pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
+    pack.add_argument("--seed", type=int, default=0)
+    pack.set_defaults(run=run_pack)
 
 
 def run_synth(arguments: argparse.Namespace) -> int:
     from vlm_dist.data.synthetic import synthesise
 
-    for name in ("train", "heldout", "size", "shard_size", "questions"):
-        if getattr(arguments, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')}: found {getattr(arguments, name)}; expected 1 or more")
+    _check_positive(arguments, "train", "heldout", "size", "shard_size", "questions")
     made = synthesise(
         arguments.out,
         train=arguments.train,
@@ -53,3 +65,26 @@ def run_synth(arguments: argparse.Namespace) -> int:
     for name, shards in made.items():
         print(f"{name:16} {len(shards)} shards  {shards[0]}{' ...' if len(shards) > 1 else ''}")
     return 0
+
+
+def run_pack(arguments: argparse.Namespace) -> int:
+    from vlm_dist.data.pack import pack_flickr8k
+
+    _check_positive(arguments, "heldout", "shard_size", *(["limit"] if arguments.limit is not None else []))
+    made = pack_flickr8k(
+        arguments.source,
+        arguments.out,
+        samples_per_shard=arguments.shard_size,
+        limit=arguments.limit,
+        heldout=arguments.heldout,
+        seed=arguments.seed,
+    )
+    for split, packed in made.items():
+        print(f"{split:12} {packed.samples:,} samples in {len(packed.shards)} shards  {packed.shards[0] if packed.shards else ''}")
+    return 0
+
+
+def _check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')}: found {getattr(arguments, name)}; expected 1 or more")

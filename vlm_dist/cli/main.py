@@ -16,6 +16,7 @@ COMMANDS = (data, config, train, evaluate, report, generate, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   data synth      make a synthetic data set
+          data pack       write a data set that you have as tar shards
 check     config          explain every setting
 train     train           train, or continue where it stopped
 look      eval, report    scores on held-out samples; one page about a run

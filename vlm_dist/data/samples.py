@@ -1,14 +1,15 @@
 """A tar sample's files -> one form: messages with typed parts, and the pictures in order of appearance.
 
-Three forms are read (docs/data.md): `KEY.json` with "messages", `KEY.json` with LLaVA's "conversations", and `KEY.txt` (a caption,
-as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`, `KEY.1.jpg`, ... . Members are read from memory and
-never unpickled; any other member is ignored.
+Four forms are read (docs/data.md): `KEY.json` with "messages", with LLaVA's "conversations" or with "captions" (several of one
+picture), and `KEY.txt` (a caption, as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`, `KEY.1.jpg`, ... .
+Members are read from memory and never unpickled; any other member is ignored.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import random
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,16 +39,17 @@ class Sample:
     """The other keys of KEY.json, e.g. task."""
 
 
-def parse_sample(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str) -> Sample:
+def parse_sample(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> Sample:
     """One form for every sample.
 
     Args:
         raw: a webdataset sample: `__key__`, `__url__` and the members' bytes by extension.
+        draw: what decides which of several captions is taken, together with the sample's key; None: the first.
 
     Raises:
         BadSample: text or picture is missing or unreadable, or their numbers do not agree.
     """
-    messages, meta = _read_messages(raw, caption_prompt)
+    messages, meta = _read_messages(raw, caption_prompt, draw)
     members = _picture_members(raw)
     check_messages(messages, len(members))
     images = [decode_picture(raw[member], member, max_image_pixels) for member in members]
@@ -101,7 +103,7 @@ def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
         raise BadSample(f"{name}: cannot be decoded ({str(error).splitlines()[0][:120]})") from None
 
 
-def _read_messages(raw: dict[str, Any], caption_prompt: str) -> tuple[list[dict], dict[str, Any]]:
+def _read_messages(raw: dict[str, Any], caption_prompt: str, draw: str | None) -> tuple[list[dict], dict[str, Any]]:
     record: dict[str, Any] = {}
     if "json" in raw:
         try:
@@ -109,13 +111,13 @@ def _read_messages(raw: dict[str, Any], caption_prompt: str) -> tuple[list[dict]
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BadSample(f"json: {error}") from None
         if not isinstance(record, dict):
-            raise BadSample("json: expected an object with 'messages' or 'conversations'")
+            raise BadSample("json: expected an object with 'messages', 'conversations' or 'captions'")
     meta = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
     if "messages" in record:
         return read_messages(record["messages"]), meta
     if "conversations" in record:
         return read_messages(record["conversations"], "from", "value"), meta
-    caption = _caption(raw, record)
+    caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw, record)
     return [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": caption}]},
@@ -128,8 +130,15 @@ def _caption(raw: dict[str, Any], record: dict[str, Any]) -> str:
     except UnicodeDecodeError as error:
         raise BadSample(f"txt: {error}") from None
     if not isinstance(caption, str) or not caption.strip():
-        raise BadSample("no text: expected json with 'messages' or 'conversations', or txt with a caption")
+        raise BadSample("no text: expected json with 'messages', 'conversations' or 'captions', or txt with a caption")
     return caption.strip()
+
+
+def _one_of(captions: Any, key: str, draw: str | None) -> str:
+    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+        raise BadSample("json: 'captions' is no list of texts")
+    number = 0 if draw is None else random.Random(f"{draw}/{key}").randrange(len(captions))
+    return captions[number].strip()
 
 
 def _message(turn: Any, role_key: str, content_key: str) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Stream:
         while True:
             for number, raw in enumerate(read_shuffled(self.shards, self.seed, epoch, self.config.shuffle_window)):
                 if number >= offset:
-                    yield raw
+                    yield {**raw, "__epoch__": epoch}
             epoch, offset = epoch + 1, 0
 
     def _encode(self, raw: dict[str, Any]) -> Encoded | None:
@@ -132,8 +132,13 @@ class Stream:
         return encoded
 
     def parse(self, raw: dict[str, Any]) -> Sample:
-        """A raw sample in the common form."""
-        return parse_sample(raw, max_image_pixels=self.config.max_image_pixels, caption_prompt=self.config.caption_prompt)
+        """A raw sample in the common form; of several captions, each epoch draws one."""
+        return parse_sample(
+            raw,
+            max_image_pixels=self.config.max_image_pixels,
+            caption_prompt=self.config.caption_prompt,
+            draw=f"{self.seed}/{raw['__epoch__']}",
+        )
 
     def _collate(self, encoded: list[Encoded | None]) -> Step:
         batches, counts = [], Counts()

@@ -105,7 +105,7 @@ class FastVisionModel:
         import torch
 
         from vlm_dist.models.export import allow_merging
-        from vlm_dist.models.introspect import find_family
+        from vlm_dist.models.introspect import family_of
         from vlm_dist.models.lora import add_lora
 
         layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
@@ -125,7 +125,7 @@ class FastVisionModel:
             dora=use_dora,
         )
         torch.manual_seed(random_state)
-        adapted = allow_merging(add_lora(model, find_family(model.config.model_type, model.config), config))
+        adapted = allow_merging(add_lora(model, family_of(model), config))
         _checkpoint_gradients(adapted, use_gradient_checkpointing)
         return adapted
 

@@ -30,6 +30,11 @@ def find_family(model_type: str, hf_config: Any, trust_remote_code: bool = False
     return infer_family(model, model_type)
 
 
+def family_of(model: Any) -> Family:
+    """The row of a loaded model: from the table, or read off its modules."""
+    return FAMILIES.get(model.config.model_type) or infer_family(model, model.config.model_type)
+
+
 def infer_family(model: Any, model_type: str) -> Family:
     """Read a row off a model's modules.
 

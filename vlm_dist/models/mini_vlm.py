@@ -73,15 +73,26 @@ class VisionProjector(torch.nn.Module):
         return self.projection(vision_features)
 
 
-class MiniVLM(PreTrainedModel, GenerationMixin):
-    """Vision encoder, projector, causal language model."""
-
+class MiniVLMPreTrainedModel(PreTrainedModel):
+    language_model: Any
     config_class = MiniVLMConfig
+    base_model_prefix = "model"
     input_modalities: ClassVar = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.language_model.set_input_embeddings(value)
+
+
+class MiniVLMModel(MiniVLMPreTrainedModel):
+    """Vision encoder, projector and language model; gives hidden states. The language model stays whole, its head included, because
+    some architectures scale or cap their logits."""
 
     def __init__(self, config: MiniVLMConfig):
         super().__init__(config)
@@ -90,19 +101,67 @@ class MiniVLM(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> Any:
-        return self.language_model.get_input_embeddings()
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[N, 3, height, width] -> [N, tokens, language width]."""
+        features = self.vision_encoder(pixel_values=pixel_values).last_hidden_state
+        return self.projector(features)
 
-    def set_input_embeddings(self, value: Any) -> None:
-        self.language_model.set_input_embeddings(value)
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """[B, T] token ids, [N, 3, height, width] pictures -> [B, T, language width].
+
+        Raises:
+            ValueError: the number of picture tokens is not the number of picture features.
+        """
+        is_picture = input_ids == self.config.image_token_id
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
+        if pixel_values is None:
+            return embeddings
+        features = self.encode_image(pixel_values.to(embeddings.dtype)).to(embeddings.dtype).flatten(0, 1)
+        if int(is_picture.sum()) != len(features):
+            raise ValueError(f"{int(is_picture.sum())} picture tokens in the text, {len(features)} features from the pictures")
+        return embeddings.masked_scatter(is_picture.unsqueeze(-1), features)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Hidden states of the last layer; arguments as in `MiniVLM.forward`."""
+        if inputs_embeds is None:
+            assert input_ids is not None, "give input_ids or inputs_embeds"
+            inputs_embeds = self.embed(input_ids, pixel_values)
+        return self.language_model.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+
+
+class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
+    """Vision encoder, projector, causal language model."""
+
+    def __init__(self, config: MiniVLMConfig):
+        super().__init__(config)
+        self.model = MiniVLMModel(config)
+        self.post_init()
+
+    @property
+    def vision_encoder(self) -> Any:
+        return self.model.vision_encoder
+
+    @property
+    def projector(self) -> VisionProjector:
+        return self.model.projector
+
+    @property
+    def language_model(self) -> Any:
+        return self.model.language_model
 
     def get_output_embeddings(self) -> Any:
         return self.language_model.get_output_embeddings()
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, height, width] -> [N, tokens, language width]."""
-        features = self.vision_encoder(pixel_values=pixel_values).last_hidden_state
-        return self.projector(features)
+        return self.model.encode_image(pixel_values)
 
     def forward(
         self,
@@ -123,28 +182,17 @@ class MiniVLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the number of picture tokens is not the number of picture features.
         """
-        is_picture = None
         if inputs_embeds is None:
             assert input_ids is not None, "give input_ids or inputs_embeds"
-            is_picture = input_ids == self.config.image_token_id
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
-        assert inputs_embeds is not None
-        if pixel_values is not None and is_picture is not None:
-            features = self.encode_image(pixel_values.to(inputs_embeds.dtype)).to(inputs_embeds.dtype).flatten(0, 1)
-            if int(is_picture.sum()) != len(features):
-                raise ValueError(f"{int(is_picture.sum())} picture tokens in the text, {len(features)} features from the pictures")
-            inputs_embeds = inputs_embeds.masked_scatter(is_picture.unsqueeze(-1), features)
-        if labels is not None and is_picture is not None:
-            labels = labels.masked_fill(is_picture, -100)
+            inputs_embeds = self.model.embed(input_ids, pixel_values)
+            if labels is not None:
+                labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **options)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Any, pixel_values: Any = None, is_first_iteration: bool = False, **options: Any
-    ) -> Any:
+    def prepare_inputs_for_generation(self, input_ids: Any, pixel_values: Any = None, **kwargs: Any) -> Any:
         """The pictures go in with the prompt; afterwards the KV cache holds them."""
-        prepare: Any = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
-        inputs = prepare(input_ids, is_first_iteration=is_first_iteration, **options)
-        if is_first_iteration or not options.get("use_cache", True):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         return inputs
 
@@ -175,6 +223,7 @@ def compose(vision: str, language: str, out: Path, *, seed: int = 0, revision: s
     vision_config = _load(AutoConfig, vision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     images = _load(AutoImageProcessor, vision)
+    images.do_convert_rgb = True  # ViT's fails on a grey picture
     tokenizer = _load(AutoTokenizer, language)
     tokenizer.add_special_tokens({"additional_special_tokens": [PICTURE]})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -184,9 +233,9 @@ def compose(vision: str, language: str, out: Path, *, seed: int = 0, revision: s
     projector = VisionProjector(_width(vision_config), _width(text_config))
     with torch.device("meta"):
         model = MiniVLM(config)
-    model.projector = projector
-    model.vision_encoder = _load(AutoModel, vision, config=vision_config, use_safetensors=True)
-    model.language_model = _load(AutoModelForCausalLM, language, use_safetensors=True)
+    model.model.projector = projector
+    model.model.vision_encoder = _load(AutoModel, vision, config=vision_config, use_safetensors=True)
+    model.model.language_model = _load(AutoModelForCausalLM, language, use_safetensors=True)
     model.generation_config = model.language_model.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     count = count_image_tokens(model.vision_encoder, images)

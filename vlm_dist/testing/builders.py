@@ -214,10 +214,24 @@ def internvl() -> tuple[Any, Any]:
     return processor, hf.InternVLForConditionalGeneration(config)
 
 
+def mini_vlm() -> tuple[Any, Any]:
+    """ViT, a projector and Llama; the prompt is continued, as in captioning."""
+    import transformers as hf
+
+    from vlm_dist.models.mini_vlm import CHAT_TEMPLATE, MiniVLM, MiniVLMConfig, MiniVLMProcessor
+
+    tokenizer, ids = small_tokenizer("<image>")
+    config = MiniVLMConfig(
+        vision_config=hf.ViTConfig(**CLIP), text_config=hf.LlamaConfig(**small_text(len(ids))), image_token_id=ids["<image>"]
+    )
+    images = hf.ViTImageProcessor(size={"height": 32, "width": 32})
+    return MiniVLMProcessor(images, tokenizer, num_image_tokens=5, chat_template=CHAT_TEMPLATE), MiniVLM(config)
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     builder.__name__: builder
     for builder in (
-        gemma3, gemma4, idefics3, internvl, llava, llava_next, llava_onevision, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, qwen3_5,
-        qwen3_vl, smolvlm,
+        gemma3, gemma4, idefics3, internvl, llava, llava_next, llava_onevision, mini_vlm, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl,
+        qwen3_5, qwen3_vl, smolvlm,
     )
 }  # fmt: skip

@@ -70,7 +70,7 @@ def _row(sample: Sample, answer: str) -> dict[str, Any]:
         "prompt": _text(question[-1]) if question else "",
         "answer": answer,
         "truth": truth,
-        "exact": same_answer(answer, truth),
+        "exact": any(same_answer(answer, right) for right in (truth, *sample.meta.get("captions", ()))),
     }
 
 

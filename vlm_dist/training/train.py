@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from vlm_dist import distributed
@@ -62,7 +63,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
     ranks.barrier()
     finished = run.read_summary()
-    if finished and finished["ended"] == "finished" and not resume_anyway:
+    if finished and finished["ended"] == "finished" and Path(finished["result"]).exists() and not resume_anyway:
         return {**finished, "already_finished": True}
     write_environment(run, ranks)
     stream = None
