@@ -29,6 +29,8 @@ def _poison_fresh_memory(monkeypatch):
     import torch
 
     empty = torch.empty
+    with torch.device("meta"):  # torch notes its constructors at the first use, and must note its own
+        empty(1)
 
     def poisoned(*size, **options):
         tensor = empty(*size, **options)
