@@ -112,12 +112,11 @@ def check_keys(model: Any, folder: Path) -> None:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
     loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if odd := sorted(stored ^ loaded):
-        where = "is in the file and fits no module of the model" if odd[0] in stored else "is missing in the file"
-        raise ModelError(
-            f"{folder}: {len(odd)} of the adapter's {len(stored)} tensors do not fit, e.g. {odd[0]} {where}; "
-            "load it with the version of transformers that trained it, or train again"
-        )
+    remedy = "load it with the version of transformers that trained it, or train again"
+    if odd := sorted(stored - loaded):
+        raise ModelError(f"{folder}: {len(odd)} of the adapter's {len(stored)} tensors fit no module of the model, e.g. {odd[0]}; {remedy}")
+    if lacking := sorted(loaded - stored):
+        raise ModelError(f"{folder}: {len(lacking)} tensors are missing in adapter_model.safetensors, e.g. {lacking[0]}; {remedy}")
 
 
 def _trained_whole(folder: Path) -> LoraConfig | None:
