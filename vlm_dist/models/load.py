@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import LoraConfig, ModelConfig
-from vlm_dist.errors import MachineError
+from vlm_dist.errors import MachineError, ModelError
 from vlm_dist.families import Family
 from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
@@ -67,13 +67,14 @@ def load_model(
         ModelError: no such checkpoint, an unsupported architecture, or weights in pickle form.
         MachineError: the device lacks the number type.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     dtype = choose_dtype(config.dtype, device)
     _, family = read_model_config(config, name)
     processor = load_processor(config, name)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -82,9 +83,13 @@ def load_model(
             quantization_config=nf4_config(family, dtype, trained_whole(family, lora) if lora else ()) if config.load_in_4bit else None,
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
+            output_loading_info=True,
         )
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise not_loadable(name, error) from None
+    model, found = loaded
+    _check_complete(model, found, family, name)
     if config.load_in_4bit:
         _keep_nf4_layout(model)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
@@ -104,6 +109,30 @@ def nf4_config(family: Family, dtype: torch.dtype, keep: Iterable[str] = ()) -> 
         bnb_4bit_quant_storage=dtype,
         llm_int8_skip_modules=[family.head, *keep],
     )
+
+
+def _check_complete(model: torch.nn.Module, found: dict[str, Any], family: Family, name: str) -> None:
+    """Every weight that the model uses must have come from the checkpoint, in the size that its config.json says: transformers fills
+    the missing ones with random numbers and only warns, and in 4 bit takes any size.
+
+    Raises:
+        ModelError: names the first weight that did not.
+    """
+    missing = sorted(key for key in found["missing_keys"] if not any(key.startswith(path + ".") for path in family.unused))
+    if missing:
+        raise ModelError(
+            f"model.name: '{name}' lacks {len(missing)} weights that the model uses, e.g. {missing[0]}; copy or convert it again"
+        )
+    sizes = [(key, tuple(stored), tuple(expected)) for key, stored, expected in found["mismatched_keys"]]
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (expected := (module.out_features, module.in_features)):
+            sizes.append((f"{path}.weight", tuple(state.shape), expected))
+    if sizes:
+        key, stored, expected = sizes[0]
+        raise ModelError(
+            f"model.name: '{name}' holds {key} in size {stored}, its config.json says {expected}; they are of different models"
+        )
 
 
 def _keep_nf4_layout(model: torch.nn.Module) -> None:
