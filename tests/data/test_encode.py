@@ -64,6 +64,24 @@ def test_labels_token_by_token(encoder):
     assert (encoded.labels[0, last + 1 :] == IGNORED).all()
 
 
+def test_every_turn_token_by_token(encoder):
+    """Pictures in several turns: what is supervised is what each prefix of the conversation adds, up to its end-of-turn."""
+    tiles_by_number = encoder.processor.__class__.__name__ == "LlavaOnevisionProcessor"  # a prefix has other picture tokens there
+    later = [] if tiles_by_number else [{"type": "image"}]
+    another = {"role": "user", "content": [{"type": "text", "text": "And here?"}, *later]}
+    messages = [USER, assistant("red"), MORE, assistant("top left"), another, assistant("a blue square")]
+    pictures = sample(images=1 + len(later)).images
+    encoded = encoder.encode(sample(*messages, images=len(pictures)))
+    ids, eos = encoded.inputs["input_ids"][0], encoder.processor.tokenizer.eos_token_id
+    expected = torch.zeros(encoded.length, dtype=torch.bool)
+    for number in (1, 3, 5):
+        prompt = encoder.encode_prompt(messages[:number], pictures[: 1 if number < 5 else None])
+        assert torch.equal(ids[: prompt.length], prompt.inputs["input_ids"][0])
+        end_of_turn = prompt.length + int((ids[prompt.length :] == eos).nonzero()[0, 0])
+        expected[prompt.length : end_of_turn + 1] = True
+    assert torch.equal(encoded.labels[0] != IGNORED, expected)
+
+
 def test_no_picture_and_two_pictures(encoder):
     none = encoder.encode(sample(MORE, assistant("top left"), images=0))
     assert "pixel_values" not in none.inputs and not none.picture.any()

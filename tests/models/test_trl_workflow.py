@@ -89,6 +89,12 @@ def test_workflow(any_checkpoint, tmp_path, monkeypatch):
     assert trained and all(torch.equal(again[name], parameter) for name, parameter in trained.items())
     assert AutoProcessor.from_pretrained("vision_lora_model").chat_template == tokenizer.chat_template
 
+    FastVisionModel.for_inference(model)
+    comparison = model.save_pretrained_merged("vision_merged", tokenizer, save_method="merged_16bit", onto="dequantised")
+    assert comparison.largest_logit_difference < 0.25 * comparison.logit_spread, comparison
+    merged = AutoModelForImageTextToText.from_pretrained("vision_merged")
+    assert merged.dtype == torch.bfloat16 and AutoProcessor.from_pretrained("vision_merged").chat_template == tokenizer.chat_template
+
 
 def test_contradicting_names_are_refused():
     from vlm_dist import SFTConfig, UserError

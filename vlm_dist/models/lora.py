@@ -34,6 +34,8 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
             f"lora: no linear layer of '{family.model_type}' matches vision={config.vision}, language={config.language}, "
             f"attention={config.attention}, mlp={config.mlp}, modules={config.modules or 'all'}, layers={config.layers or 'all'}"
         )
+    if config.projector == "lora" and not any(family.side_of(name) == "projector" for name in modules):
+        raise ModelError(f"lora.projector: the projector of '{family.model_type}' has no linear layer to adapt; use full or frozen")
     names = [name for name, _ in model.named_modules()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
