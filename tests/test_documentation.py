@@ -12,10 +12,10 @@ import pytest
 from tests.conftest import ROOT
 from vlm_dist.cli.main import main
 
-PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md", "docs/models.md"]
 COMMAND = re.compile(r"^(?:    |\$ |    \$ )(?:\.venv/bin/)?vlm-dist (.+?)(?:\s{2,}#.*)?$", re.M)
-# Shown for a machine with a GPU and a network; checked as a --dry-run in test_train.py.
-NOT_HERE = ("qwen2_5_vl_7b_qlora",)
+# Shown for a machine with a GPU and a network; run at tiny scale in test_train.py, test_pack.py and test_mini_vlm.py.
+NOT_HERE = ("qwen2_5_vl_7b_qlora", "jxie/flickr8k", "mini_vlm_flickr8k")
 # Shown as mistakes, with their error.
 WRONG_ON_PURPOSE = ("optim.lrr=1e-3",)
 
@@ -52,6 +52,16 @@ def test_quickstart_and_every_command_of_the_pages(tmp_path, monkeypatch, capsys
         words = shlex.split(line.split(" | ")[0].split(" > ")[0])
         code = main(words)
         assert (code != 0) if any(word in line for word in WRONG_ON_PURPOSE) else (code == 0), line
+
+
+def test_python_of_the_models_page(tmp_path, monkeypatch):
+    from vlm_dist.testing import tiny_checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    tiny_checkpoint("llava", "checkpoints/tiny-llava")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/models.md").read_text(), re.S)
+    exec(code, {})
+    assert (tmp_path / "out/adapter/vlm_dist.json").exists() and (tmp_path / "out/merged/model.safetensors").exists()
 
 
 def test_pages_name_files_that_exist():

@@ -47,7 +47,8 @@ def parts(any_checkpoint):
     """A trainable QLoRA model and its encoder."""
     model, processor, family = load_model(ModelConfig(name=any_checkpoint), any_checkpoint, CPU)
     torch.manual_seed(0)
-    return add_lora(model, family, LoraConfig(r=16, alpha=16)).train(), Encoder(processor, 1024)
+    projector = "frozen" if family.model_type == "gemma3" else "lora"  # Gemma 3's is one bare matrix
+    return add_lora(model, family, LoraConfig(r=16, alpha=16, projector=projector)).train(), Encoder(processor, 1024)
 
 
 def batch(encoder, samples):

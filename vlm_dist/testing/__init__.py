@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlm_dist.errors import ModelError
+from vlm_dist.families import FAMILIES
 
 __all__ = ["tiny_checkpoint", "tiny_families"]
 
@@ -30,9 +31,12 @@ def tiny_checkpoint(family: str, path: str | Path, seed: int = 0) -> Path:
     processor, model = BUILDERS[family]()
     # a head of the size that training gives it: with the usual 0.02, no logit could rise above its neighbours
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.25)
-    for name, parameter in model.named_parameters():  # gates and projections that start at zero would hide what is behind them
-        if "bias" not in name and not parameter.any():
+    row = FAMILIES[model.config.model_type]
+    for name, parameter in model.named_parameters():
+        if "bias" not in name and not parameter.any():  # gates and projections that start at zero would hide what is behind them
             torch.nn.init.normal_(parameter, std=0.2)
+        elif parameter.ndim == 2 and row.side_of(name) == "projector":  # keeps the size of its input: the picture then counts
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     tokenizer = processor.tokenizer
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id

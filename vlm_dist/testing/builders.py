@@ -92,7 +92,10 @@ def mistral3() -> tuple[Any, Any]:
     import transformers as hf
 
     processor, ids, vision, text = _pixtral_parts(spatial_merge_size=2)
-    config = hf.Mistral3Config(**vision, **text, image_token_index=ids["[IMG]"], spatial_merge_size=2, vision_feature_layer=-1)
+    config = hf.Mistral3Config(
+        **vision, **text, image_token_index=ids["[IMG]"], spatial_merge_size=2, vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
     return processor, hf.Mistral3ForConditionalGeneration(config)
 
 
@@ -209,7 +212,7 @@ def internvl() -> tuple[Any, Any]:
     vision = {**CLIP, "image_size": [32, 32], "patch_size": [16, 16]}
     config = hf.InternVLConfig(
         vision_config=vision, text_config=hf.Qwen2Config(**small_text(len(ids))), image_token_id=ids["<IMG_CONTEXT>"], image_seq_length=1,
-        downsample_ratio=0.5,
+        downsample_ratio=0.5, tie_word_embeddings=False,
     )  # fmt: skip
     return processor, hf.InternVLForConditionalGeneration(config)
 

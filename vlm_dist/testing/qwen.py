@@ -53,12 +53,13 @@ def qwen2_5_vl() -> tuple[Any, Any]:
 
 
 def qwen3_vl() -> tuple[Any, Any]:
+    """Three language layers: the second deepstack feature, added behind the second, then meets one more."""
     vision = {
         "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64, "patch_size": 16,
         "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
     }  # fmt: skip
     rope = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
-    return _qwen("Qwen3VL", vision, rope, QWEN3_PIXELS, "Qwen3VLVideoProcessor", head_dim=16)
+    return _qwen("Qwen3VL", vision, rope, QWEN3_PIXELS, "Qwen3VLVideoProcessor", head_dim=16, num_hidden_layers=3)
 
 
 def qwen3_5() -> tuple[Any, Any]:
