@@ -1,0 +1,111 @@
+"""4-bit NormalFloat with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3) -> 16 or 32 bit, in one launch.
+
+    w[i] = table[code(i)] * (scale_table[absmax[i / 64]] * outer[i / 64 / 256] + offset)
+
+    shapes    codes [n / 2] uint8, the high four bits are the first of two; absmax [n / 64] uint8; outer [n / 64 / 256] float32;
+              table [16], scale_table [256] float32; w [N, K] with N K = n
+    saved     nothing: weights in 4 bit do not train
+    bytes     read n / 2 + n / 64 (and 4 n / 16384), write e n: 0.516 + e a weight (e bytes an element)
+    FLOPs     3 a weight
+    backward  none
+
+The order of operations is that of bitsandbytes (a product and a sum in float32, then a product, then one rounding), so the result is
+the same to the bit. That takes fusing of product and sum turned off (`enable_fp_fusion`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vlm_kernels import reference
+from vlm_kernels.common import Compilation, runs_kernel, triton_type
+
+BLOCK = 1024  # bytes of codes a program reads
+
+
+@triton.jit
+def block_scale(ABSMAX, SCALE_TABLE, OUTER, offset, block, inside, OUTER_BLOCK: tl.constexpr, NESTED: tl.constexpr):
+    """The float32 maximum of each block of weights."""
+    if NESTED:
+        code = tl.load(ABSMAX + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(SCALE_TABLE + code, mask=inside, other=0.0) * tl.load(OUTER + block // OUTER_BLOCK, mask=inside, other=0.0)
+        return scale + offset
+    return tl.load(ABSMAX + block, mask=inside, other=0.0)
+
+
+@triton.jit
+def _kernel(
+    CODES, ABSMAX, TABLE, SCALE_TABLE, OUTER, OFFSET, W, num_bytes, num_weights, BLOCKSIZE: tl.constexpr, OUTER_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = byte < num_bytes
+    pair = tl.load(CODES + byte, mask=inside, other=0).to(tl.int32)
+    block = byte // (BLOCKSIZE // 2)  # both weights of a byte lie in one block
+    scale = block_scale(ABSMAX, SCALE_TABLE, OUTER, tl.load(OFFSET), block, inside, OUTER_BLOCK, NESTED)
+    high = tl.load(TABLE + (pair >> 4)) * scale
+    low = tl.load(TABLE + (pair & 15)) * scale
+    weight = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(W + weight, tl.interleave(high, low).to(W.dtype.element_ty), mask=weight < num_weights)
+
+
+@torch.library.custom_op("vlm_kernels::nf4_dequantize", mutates_args=())
+def _nf4_dequantize(
+    codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, scale_table: torch.Tensor | None, outer: torch.Tensor | None,
+    offset: torch.Tensor | None, shape: list[int], dtype: torch.dtype, blocksize: int, outer_blocksize: int,
+) -> torch.Tensor:  # fmt: skip
+    codes = codes.contiguous().view(torch.uint8).flatten()
+    w = torch.empty(shape, dtype=dtype, device=codes.device)
+    if w.numel():
+        nested = scale_table is not None
+        _kernel[(triton.cdiv(codes.numel(), BLOCK),)](
+            codes, absmax, table, scale_table if nested else table, outer if nested else table, offset if nested else table, w,
+            codes.numel(), w.numel(), BLOCKSIZE=blocksize, OUTER_BLOCK=outer_blocksize, NESTED=nested, BLOCK=BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+    return w
+
+
+@_nf4_dequantize.register_fake
+def _(codes, absmax, table, scale_table, outer, offset, shape, dtype, blocksize, outer_blocksize):
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def nf4_dequantize(codes: torch.Tensor, state: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weights that a bitsandbytes 4-bit parameter stands for.
+
+    Args:
+        codes: the packed weights, stored in any dtype.
+        state: their `bitsandbytes.functional.QuantState` (quant_type nf4 or fp4; double quantisation or not).
+        dtype: of the result; None: the dtype that was quantised.
+
+    Returns:
+        w, of `state.shape`.
+    """
+    nested = state.state2 if state.nested else None
+    if not runs_kernel(codes):
+        absmax = state.absmax
+        if nested is not None:
+            absmax = reference.nested_absmax(absmax, state.offset, nested.code, nested.absmax, nested.blocksize)
+        packed = codes.contiguous().view(torch.uint8)
+        return reference.nf4_dequantize(packed, absmax, state.code, state.shape, dtype or state.dtype, state.blocksize)
+    outer = (nested.code, nested.absmax, state.offset) if nested is not None else (None, None, None)
+    outer_blocksize = nested.blocksize if nested is not None else 1
+    return _nf4_dequantize(
+        codes, state.absmax, state.code, *outer, list(state.shape), dtype or state.dtype, state.blocksize, outer_blocksize
+    )
+
+
+def compilations() -> Iterator[Compilation]:
+    """One block size serves every weight."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for nested in (True, False):
+            pointers = {"CODES": "*u8", "ABSMAX": "*u8" if nested else "*fp32", "TABLE": "*fp32", "SCALE_TABLE": "*fp32", "OUTER": "*fp32",
+                        "OFFSET": "*fp32", "W": triton_type(dtype), "num_bytes": "i64", "num_weights": "i64"}  # fmt: skip
+            constants = {"BLOCKSIZE": 64, "OUTER_BLOCK": 256, "NESTED": nested, "BLOCK": BLOCK}
+            shape = f"any weight to {str(dtype).removeprefix('torch.')}"
+            yield Compilation(_kernel, shape, pointers, constants, options={"enable_fp_fusion": False})

@@ -1,0 +1,392 @@
+"""Each kernel against its meaning in float64: values and every gradient, odd and empty shapes, strides, precisions.
+
+The same tests run three times: on a CPU through the PyTorch paths; through Triton's interpreter, i.e. the kernels themselves
+(tests/kernels/test_interpreter.py starts that process); and on a GPU (`-m gpu`).
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import vlm_kernels as kernels
+from vlm_kernels import reference
+from vlm_kernels.common import INTERPRETED
+
+DEVICES = [
+    pytest.param("cpu", id="interpreted" if INTERPRETED else "cpu"),
+    pytest.param("cuda", id="gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")]),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative to the largest element of the exact result: rounding of the type, times a little for sums.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+def random(*shape, dtype=torch.float32, device="cpu", seed=0, scale=1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().double().requires_grad_(tensor.requires_grad)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str = "") -> None:
+    found, expected = found.detach().cpu().double(), expected.detach()
+    assert found.shape == expected.shape, what
+    if expected.numel():
+        size = expected.abs().max().clamp_min(0.1)  # terms of order one may cancel
+        difference = (found - expected).abs().max()
+        assert difference <= TOLERANCE[dtype] * size, f"{what}: {difference / size:.2g} of the largest element"
+
+
+def compare(ours, theirs, inputs: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Outputs and gradients of `ours(*inputs)` beside those of `theirs` in float64."""
+    inputs = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+    twins = [exact(tensor) if tensor.is_floating_point() else tensor.cpu() for tensor in inputs]
+    found, expected = ours(*inputs), theirs(*twins)
+    found = found if isinstance(found, tuple) else (found,)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    upstream = [random(*value.shape, seed=7) for value in expected]
+    for number, (value, right) in enumerate(zip(found, expected, strict=True)):
+        assert_close(value, right, dtype, f"output {number}")
+    sum((value.double() * up.to(value.device)).sum() for value, up in zip(found, upstream, strict=True)).backward()
+    sum((value * up.double()).sum() for value, up in zip(expected, upstream, strict=True)).backward()
+    for number, (ours_in, twin) in enumerate(zip(inputs, twins, strict=True)):
+        if ours_in.is_floating_point():
+            assert_close(ours_in.grad, twin.grad, dtype, f"gradient {number}")
+
+
+ROWS = [(1, 1), (3, 5), (2, 3, 64), (5, 130), (4, 1031), (0, 8), (2, 2050)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("form", ["llama", "gemma"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(device, dtype, shape, form, residual):
+    options = {"offset": 1.0, "multiply_wide": True} if form == "gemma" else {}
+    x = random(*shape, dtype=dtype, device=device)
+    weight = random(shape[-1], dtype=dtype, device=device, seed=1)
+    if not residual:
+        compare(
+            lambda x, w: kernels.rms_norm(x, w, 1e-6, **options), lambda x, w: reference.rms_norm(x, w, 1e-6, **options), [x, weight], dtype
+        )
+        return
+    more = random(*shape, dtype=dtype, device=device, seed=2)
+
+    def theirs(x, r, w):
+        total = x + r
+        return reference.rms_norm(total, w, 1e-6, **options), total
+
+    compare(lambda x, r, w: kernels.rms_norm(x, w, 1e-6, residual=r, **options), theirs, [x, more, weight], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+def test_layer_norm(device, dtype, shape):
+    x = random(*shape, dtype=dtype, device=device)
+    weight, bias = (random(shape[-1], dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    if shape[-1] == 1:
+        x = x.detach()  # one element is its own mean: the gradient is 0 / sqrt(eps)
+    compare(lambda *a: kernels.layer_norm(*a, 1e-5), lambda *a: reference.layer_norm(*a, 1e-5), [x, weight, bias], dtype)
+
+
+def test_a_large_mean_does_not_drown_the_variance(device):
+    x = random(4, 300, device=device) + 1000
+    weight, bias = torch.ones(300, device=device), torch.zeros(300, device=device)
+    found = kernels.layer_norm(x, weight, bias)
+    torch.testing.assert_close(found.cpu().double(), reference.layer_norm(x.cpu().double(), None, None, 1e-5), rtol=1e-3, atol=1e-3)
+
+
+GATES = {
+    "swiglu": (kernels.swiglu, reference.swiglu),
+    "geglu tanh": (kernels.geglu, reference.geglu),
+    "geglu exact": (lambda g, u: kernels.geglu(g, u, tanh=False), lambda g, u: reference.geglu(g, u, tanh=False)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 3, 64), (3, 1031), (0, 8)])
+@pytest.mark.parametrize("name", GATES)
+def test_gates(device, dtype, shape, name):
+    gate, up = (random(*shape, dtype=dtype, device=device, seed=seed, scale=3) for seed in (0, 1))
+    compare(*GATES[name], [gate, up], dtype)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_of_huge_inputs_stay_finite(device, name):
+    gate = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]], device=device, requires_grad=True)
+    y = GATES[name][0](gate, torch.ones_like(gate))
+    y.sum().backward()
+    assert y.isfinite().all() and gate.grad.isfinite().all()
+    torch.testing.assert_close(y.detach().cpu(), torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e4]]))
+
+
+def test_halves_of_one_tensor(device):
+    """Fused gate_up projections give views with a row stride of 2 N."""
+    both = random(6, 2 * 40, device=device).requires_grad_(True)
+    gate, up = both.chunk(2, dim=-1)
+    assert not gate.is_contiguous()
+    y = kernels.swiglu(gate, up)
+    torch.testing.assert_close(y, reference.swiglu(gate, up))
+    y.square().sum().backward()
+    found, both.grad = both.grad, None
+    reference.swiglu(*both.chunk(2, dim=-1)).square().sum().backward()
+    torch.testing.assert_close(found, both.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_do_not_lie_in_order(device):
+    x = random(5, 3, 48, device=device).transpose(0, 1)
+    weight = random(48, device=device, seed=1)
+    torch.testing.assert_close(kernels.rms_norm(x, weight), reference.rms_norm(x, weight, 1e-6), rtol=1e-5, atol=1e-5)
+    columns = random(48, 7, device=device).T
+    torch.testing.assert_close(kernels.rms_norm(columns, weight), reference.rms_norm(columns, weight, 1e-6), rtol=1e-5, atol=1e-5)
+
+
+def angles(*shape, dtype=torch.float32, device="cpu", seed=0):
+    """cos and sin whose halves are alike."""
+    half = random(*shape[:-1], shape[-1] // 2, seed=seed) * 3
+    return tuple(f(torch.cat((half, half), -1)).to(device, dtype) for f in (torch.cos, torch.sin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "H", "K", "T", "D", "R"),
+    [(1, 1, 1, 1, 2, 2), (2, 4, 2, 5, 16, 16), (2, 3, 1, 7, 80, 80), (1, 28, 4, 3, 128, 128), (2, 4, 4, 3, 64, 32), (1, 2, 2, 0, 8, 8)],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_rope(device, dtype, B, H, K, T, D, R, shared):
+    q, k = random(B, H, T, D, dtype=dtype, device=device), random(B, K, T, D, dtype=dtype, device=device, seed=1)
+    cos, sin = angles(1 if shared else B, T, R, device=device)
+    wide = [cos.double().cpu(), sin.double().cpu()]
+    compare(lambda q, k: kernels.rope(q, k, cos, sin), lambda q, k: reference.rope(q, k, *wide), [q, k], dtype)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_mrope(device, interleaved):
+    q, k = random(2, 4, 5, 16, device=device), random(2, 2, 5, 16, device=device, seed=1)
+    cos, sin = angles(3, 2, 5, 16, device=device)
+    sections = [4, 2, 2]
+
+    def theirs(q, k):
+        picked = [reference.mrope_angles(values.double().cpu(), sections, interleaved=interleaved) for values in (cos, sin)]
+        return reference.rope(q, k, *picked)
+
+    compare(lambda q, k: kernels.mrope(q, k, cos, sin, sections, interleaved=interleaved), theirs, [q, k], torch.float32)
+
+
+def test_mrope_picks_the_axes_of_transformers():
+    """Qwen2-VL splits by sections; Qwen3-VL interleaves t h w and leaves the rest to t."""
+    assert reference.axis_of_pairs([2, 3, 3], False) == [0, 0, 1, 1, 1, 2, 2, 2]
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+    sections = [24, 20, 20]
+
+    class Rotary(torch.nn.Module):
+        mrope_section = sections
+        recomposed = Qwen3VLTextRotaryEmbedding.recomposition_frequencies
+
+    merged = Rotary().recomposed(torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, 64))
+    assert merged.flatten().tolist() == [float(axis) for axis in reference.axis_of_pairs(sections, True)] * 2
+
+
+def test_rope_keeps_the_layout_of_a_projection(device):
+    """q as it comes from a linear layer: [B, T, H, D] transposed; neither copied before nor after."""
+    q, k = (random(2, 6, heads, 16, device=device, seed=heads).transpose(1, 2) for heads in (4, 2))
+    cos, sin = angles(2, 6, 16, device=device)
+    found = kernels.rope(q, k, cos, sin)
+    for ours, theirs in zip(found, reference.rope(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    if INTERPRETED or device == "cuda":
+        assert found[0].stride() == q.stride()
+
+
+def quantised(*shape, dtype=torch.float32, device="cpu", nested=True, seed=0):
+    from bitsandbytes import functional
+
+    return functional.quantize_4bit(random(*shape, dtype=dtype, device=device, seed=seed), compress_statistics=nested, quant_type="nf4")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 128), (70, 64), (257, 320), (5, 7), (9, 33)])
+def test_nf4_dequantize_is_bitsandbytes_to_the_bit(device, dtype, nested, shape):
+    from bitsandbytes import functional
+
+    codes, state = quantised(*shape, dtype=dtype, device=device, nested=nested)
+    expected = functional.dequantize_4bit(codes, state)
+    found = kernels.nf4_dequantize(codes, state)
+    assert found.dtype == dtype
+    if INTERPRETED and dtype == torch.bfloat16:  # Triton 3.7.1's interpreter cuts off where a GPU rounds
+        assert torch.equal(kernels.nf4_dequantize(codes, state, torch.float32).to(dtype), expected)
+        return
+    assert torch.equal(found, expected)
+    for storage in (torch.float32, torch.bfloat16):  # as ZeRO-3 wants it: packed bytes in a float type
+        if codes.numel() % storage.itemsize == 0:
+            assert torch.equal(kernels.nf4_dequantize(codes.flatten().view(storage), state), expected)
+
+
+LAYERS = [(1, 64, 64, 4), (7, 128, 70, 3), (16, 192, 130, 8), (33, 64, 96, 4), (0, 64, 32, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("M", "K", "N", "r"), LAYERS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_nf4_lora_linear(device, dtype, M, K, N, r, with_bias):
+    codes, state = quantised(N, K, dtype=dtype, device=device)
+    W = kernels.nf4_dequantize(codes, state).cpu().double()
+    inputs = [random(M, K, dtype=dtype, device=device), random(r, K, device=device, seed=1), random(N, r, device=device, seed=2)]
+    inputs += [random(N, device=device, seed=3)] if with_bias else []
+
+    def ours(x, A, B, bias=None):
+        return kernels.nf4_lora_linear(x, codes, state, bias, adapters=((A, B, 0.5),))
+
+    def theirs(x, A, B, bias=0.0):
+        return x @ W.T + bias + 0.5 * (x @ A.T) @ B.T
+
+    compare(ours, theirs, inputs, dtype)
+
+
+def test_nf4_linear_with_no_adapter_and_with_two(device):
+    codes, state = quantised(48, 64, device=device)
+    W = kernels.nf4_dequantize(codes, state).cpu().double()
+    x = random(2, 3, 64, device=device)
+    compare(lambda x: kernels.nf4_lora_linear(x, codes, state), lambda x: x @ W.T, [x.clone()], torch.float32)
+    pairs = [random(*shape, device=device, seed=seed) for seed, shape in enumerate(((4, 64), (48, 4), (2, 64), (48, 2)))]
+    compare(
+        lambda x, a, b, c, d: kernels.nf4_lora_linear(x, codes, state, adapters=((a, b, 0.5), (c, d, 2.0))),
+        lambda x, a, b, c, d: x @ W.T + 0.5 * x @ a.T @ b.T + 2 * x @ c.T @ d.T,
+        [x, *pairs],
+        torch.float32,
+    )
+
+
+def test_dropout_is_the_same_in_both_passes(device):
+    """With A = I and B = I the output shows the mask, and the gradient must carry the same one; its share of zeros is p."""
+    codes, state = quantised(256, 256, device=device)
+    W = kernels.nf4_dequantize(codes, state)
+    x = torch.ones(40, 256, device=device, requires_grad=True)
+    A, B = (torch.eye(256, device=device, requires_grad=True) for _ in range(2))
+    torch.manual_seed(3)
+    y = kernels.nf4_lora_linear(x, codes, state, adapters=((A, B, 1.0),), dropout=0.25)
+    mask = (y - x @ W.T).detach()
+    kept = mask > 0.5
+    assert 0.2 < 1 - kept.float().mean() < 0.3
+    torch.testing.assert_close(mask, kept.float() / 0.75, rtol=1e-3, atol=1e-3)
+    upstream = random(40, 256, device=device)
+    y.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ W + upstream * kept / 0.75, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(A.grad, upstream.T @ (kept / 0.75), rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(B.grad, upstream.T @ (kept / 0.75), rtol=1e-3, atol=2e-3)
+    torch.manual_seed(3)
+    again = kernels.nf4_lora_linear(x, codes, state, adapters=((A, B, 1.0),), dropout=0.25)
+    assert torch.equal(again, y)
+
+
+def test_nothing_large_is_saved():
+    """x itself, the packed weight, A, B and h: no dequantised weight, no copy of x."""
+    codes, state = quantised(256, 256)
+    x, A, B = random(32, 256).requires_grad_(True), random(4, 256).requires_grad_(True), random(256, 4).requires_grad_(True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        kernels.nf4_lora_linear(x, codes, state, adapters=((A, B, 1.0),), dropout=0.5)
+    known = {t.untyped_storage().data_ptr() for t in (x, codes, A, B)}
+    others = [t for t in saved if t.untyped_storage().data_ptr() not in known]
+    assert sum(t.numel() for t in others) <= 32 * 4
+
+
+HEADS = [(1, 8, 5), (6, 16, 40), (37, 24, 515), (4, 8, 4100)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "D", "V"), HEADS)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0}, {"label_smoothing": 0.1, "z_loss": 1e-2}, {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 3.0}],
+    ids=["plain", "softcap", "smoothing and z", "all"],
+)  # fmt: skip
+def test_linear_cross_entropy(device, dtype, N, D, V, options):
+    generator = torch.Generator().manual_seed(N)
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[1::3] = -100
+    hidden, weight = random(N, D, dtype=dtype, device=device), random(V, D, dtype=dtype, device=device, seed=1, scale=0.3)
+    bias = random(V, dtype=dtype, device=device, seed=2)
+    compare(
+        lambda h, w, b: kernels.linear_cross_entropy(h, w, labels.to(h.device), bias=b, **options)[0],
+        lambda h, w, b: reference.linear_cross_entropy(h, w, labels, bias=b, **options)[0],
+        [hidden, weight, bias],
+        dtype,
+    )
+    assert int(kernels.linear_cross_entropy(hidden, weight, labels.to(device))[1]) == int((labels != -100).sum())
+
+
+def test_a_frozen_head_gets_no_gradient_and_chunks_change_nothing(device, monkeypatch):
+    module = importlib.import_module("vlm_kernels.linear_cross_entropy")
+    hidden, weight = random(70, 16, device=device).requires_grad_(True), random(99, 16, device=device, seed=1)
+    labels = torch.arange(70, device=device) % 99
+    found = []
+    for size in (1 << 20, 1):
+        monkeypatch.setitem(module.CHUNK_BYTES, torch.device(device).type, size)
+        loss, _ = kernels.linear_cross_entropy(hidden, weight, labels)
+        hidden.grad = None
+        loss.backward()
+        found.append((loss.detach(), hidden.grad))
+    assert weight.grad is None
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_no_label_at_all(device):
+    hidden, weight = random(5, 8, device=device).requires_grad_(True), random(9, 8, device=device, seed=1).requires_grad_(True)
+    loss, count = kernels.linear_cross_entropy(hidden, weight, torch.full((5,), -100, device=device))
+    loss.backward()
+    assert loss == 0 and count == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_large_and_infinite_logits(device):
+    hidden = torch.tensor([[1e4, 0.0], [0.0, 1.0]], device=device, requires_grad=True)
+    weight = torch.tensor([[1.0, 2.0], [2.0, 1.0], [-1.0, 3.0]], device=device)
+    bias = torch.tensor([0.0, 0.0, -float("inf")], device=device)  # a token that is never allowed
+    labels = torch.tensor([0, 1], device=device)
+    loss, _ = kernels.linear_cross_entropy(hidden, weight, labels, bias=bias)
+    loss.backward()
+    twin = hidden.detach().cpu().double().requires_grad_(True)
+    expected, _ = reference.linear_cross_entropy(twin, weight.cpu().double(), labels.cpu(), bias=bias.cpu().double())
+    torch.testing.assert_close(loss.detach().cpu().double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: kernels.rms_norm(torch.ones(2, 4), torch.ones(3)), "last dimension of x is 4"),
+        (lambda: kernels.rms_norm(torch.ones(2, 4), torch.ones(4), residual=torch.ones(4)), "shapes differ"),
+        (lambda: kernels.layer_norm(torch.ones(2, 4), torch.ones(4), torch.ones(3)), "rows of 4 elements"),
+        (lambda: kernels.swiglu(torch.ones(2, 4), torch.ones(2, 5)), "shapes differ"),
+        (lambda: kernels.rope(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 4, 8), torch.ones(1, 4, 8)), "expected"),
+        (lambda: kernels.mrope(*[torch.ones(1, 2, 3, 8)] * 2, *[torch.ones(3, 1, 3, 8)] * 2, [1, 1, 1]), "the sum of sections"),
+        (lambda: kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 4), torch.ones(2)), "expected"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, reason):
+    with pytest.raises(ValueError, match=reason):
+        call()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="opcheck traces with fake tensors, which the interpreter cannot run")
+def test_ops_are_what_torch_library_expects():
+    """Schema, fake implementation and autograd registration agree: torch.compile and checkpointing then see ordinary ops."""
+    x, weight = random(4, 16), random(16, seed=1)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.vlm_kernels.linear_cross_entropy, (x, random(9, 16), None, torch.arange(4), 0.0, 0.0, 0.0, True, True), test_utils=tests
+    )
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vlm_kernels::")}
+    assert len(names) >= 10, names
+    assert weight.shape == (16,)
