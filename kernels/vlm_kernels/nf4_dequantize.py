@@ -34,8 +34,10 @@ def block_scale(ABSMAX, SCALE_TABLE, OUTER, offset, block, inside, OUTER_BLOCK: 
     if NESTED:
         code = tl.load(ABSMAX + block, mask=inside, other=0).to(tl.int32)
         scale = tl.load(SCALE_TABLE + code, mask=inside, other=0.0) * tl.load(OUTER + block // OUTER_BLOCK, mask=inside, other=0.0)
-        return scale + offset
-    return tl.load(ABSMAX + block, mask=inside, other=0.0)
+        scale += offset
+    else:
+        scale = tl.load(ABSMAX + block, mask=inside, other=0.0)
+    return scale
 
 
 @triton.jit
@@ -43,14 +45,14 @@ def _kernel(
     CODES, ABSMAX, TABLE, SCALE_TABLE, OUTER, OFFSET, W, num_bytes, num_weights, BLOCKSIZE: tl.constexpr, OUTER_BLOCK: tl.constexpr,
     NESTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = byte < num_bytes
-    pair = tl.load(CODES + byte, mask=inside, other=0).to(tl.int32)
-    block = byte // (BLOCKSIZE // 2)  # both weights of a byte lie in one block
-    scale = block_scale(ABSMAX, SCALE_TABLE, OUTER, tl.load(OFFSET), block, inside, OUTER_BLOCK, NESTED)
+    HALF: tl.constexpr = BLOCKSIZE // 2  # bytes of a block of weights, which has one scale
+    block = tl.program_id(0).to(tl.int64) * (BLOCK // HALF) + tl.arange(0, BLOCK // HALF)
+    scale = block_scale(ABSMAX, SCALE_TABLE, OUTER, tl.load(OFFSET), block, block * HALF < num_bytes, OUTER_BLOCK, NESTED)[:, None]
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    pair = tl.load(CODES + byte, mask=byte < num_bytes, other=0).to(tl.int32)
     high = tl.load(TABLE + (pair >> 4)) * scale
     low = tl.load(TABLE + (pair & 15)) * scale
-    weight = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    weight = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(W + weight, tl.interleave(high, low).to(W.dtype.element_ty), mask=weight < num_weights)
 
 

@@ -43,13 +43,15 @@ def _small_batch_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         x = tl.load(X + rows[:, None] * x_stride + columns[None, :], mask=(rows[:, None] < M) & (columns[None, :] < K), other=0.0)
         pair_column = start // 2 + tl.arange(0, BLOCK_K // 2)
-        byte = outputs[:, None].to(tl.int64) * (K // 2) + pair_column[None, :]
         inside = (outputs[:, None] < N) & (pair_column[None, :] < K // 2)
-        pair = tl.load(CODES + byte, mask=inside, other=0).to(tl.int32)
-        scale = block_scale(ABSMAX, SCALE_TABLE, OUTER, offset, byte // (BLOCKSIZE // 2), inside, OUTER_BLOCK, NESTED)
-        high = tl.load(TABLE + (pair >> 4)) * scale
-        low = tl.load(TABLE + (pair & 15)) * scale
-        w = tl.interleave(high, low).to(x.dtype)
+        pair = tl.load(CODES + outputs[:, None].to(tl.int64) * (K // 2) + pair_column[None, :], mask=inside, other=0).to(tl.int32)
+        values = tl.interleave(tl.load(TABLE + (pair >> 4)), tl.load(TABLE + (pair & 15)))
+        block = start // BLOCKSIZE + tl.arange(0, BLOCK_K // BLOCKSIZE)
+        inside = (outputs[:, None] < N) & (block[None, :] < K // BLOCKSIZE)
+        block = outputs[:, None].to(tl.int64) * (K // BLOCKSIZE) + block[None, :]
+        scale = block_scale(ABSMAX, SCALE_TABLE, OUTER, offset, block, inside, OUTER_BLOCK, NESTED)
+        tile = tl.reshape(values, (BLOCK_N, BLOCK_K // BLOCKSIZE, BLOCKSIZE)) * scale[:, :, None]
+        w = tl.reshape(tile, (BLOCK_N, BLOCK_K)).to(x.dtype)
         if INTERPRETED_DOT:  # the interpreter multiplies bfloat16 as if it were integers
             total += tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32))
         else:
@@ -115,7 +117,7 @@ class _NF4LoraLinear(torch.autograd.Function):
 def _base(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
     """x W^T."""
     N, K = state.shape
-    if not runs_kernel(x) or len(x) > SMALL or K % 2 or x.numel() == 0:
+    if not runs_kernel(x) or len(x) > SMALL or K % state.blocksize or state.blocksize > TILE["BLOCK_K"] or x.numel() == 0:
         return torch.nn.functional.linear(x, nf4_dequantize(codes, state, x.dtype))
     nested = state.state2 if state.nested else None
     more = (nested.code, nested.absmax, state.offset) if nested is not None else (state.code, state.code, state.code)
