@@ -18,6 +18,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "Kernel",
     "LogConfig",
     "LoraConfig",
     "MiniVLMConfig",
@@ -26,6 +27,9 @@ __all__ = [
     "ScratchConfig",
     "TrainingConfig",
 ]
+
+
+Kernel = Literal["layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows"]
 
 
 class DataConfig(Section):
@@ -154,6 +158,8 @@ class Config(Section):
     """Seed of every random choice: order of the data, new weights, dropout."""
     model: ModelConfig
     lora: LoraConfig | None = LoraConfig()
+    kernels: Literal["auto", "off"] | list[Kernel] = "auto"
+    """Triton kernels put into the model. auto: all that fit on a GPU, those that help on a CPU; off: none; or a list of names."""
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig

@@ -35,7 +35,7 @@ def _small_batch_kernel(
     NESTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED_DOT: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T for up to BLOCK_M rows: each program makes BLOCK_N columns of y."""
-    rows = tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M).to(tl.int64)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     offset = tl.load(OFFSET)
@@ -57,7 +57,7 @@ def _small_batch_kernel(
         else:
             total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
     inside = (rows[:, None] < M) & (outputs[None, :] < N)
-    tl.store(Y + rows[:, None].to(tl.int64) * N + outputs[None, :], total.to(Y.dtype.element_ty), mask=inside)
+    tl.store(Y + rows[:, None] * N + outputs[None, :], total.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -157,9 +157,10 @@ def nf4_lora_linear(
         raise ValueError(f"nf4_lora_linear: x {tuple(x.shape)} and adapters must fit a weight of shape {(N, K)}")
     rows = x.reshape(-1, K)
     first, *others = adapters or ((None, None, 0.0),)
-    y = _NF4LoraLinear.apply(rows, codes, state, bias, *first, dropout, _draw_seed(dropout))
-    for A, B, scale in others:
-        y = y + (torch.nn.functional.dropout(rows, dropout) @ A.to(x.dtype).T) @ B.to(x.dtype).T * scale
+    with torch.autocast(x.device.type, enabled=False):
+        y = _NF4LoraLinear.apply(rows, codes, state, bias, *first, dropout, _draw_seed(dropout))
+        for A, B, scale in others:
+            y = y + (torch.nn.functional.dropout(rows, dropout) @ A.to(x.dtype).T) @ B.to(x.dtype).T * scale
     return y.view(*x.shape[:-1], N)
 
 

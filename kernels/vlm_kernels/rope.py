@@ -32,7 +32,7 @@ def _rotate_heads(
 ):  # fmt: skip
     """All heads of one token."""
     for start in range(0, HEADS, BLOCK_HEADS):
-        heads = start + tl.arange(0, BLOCK_HEADS)[:, None]
+        heads = start + tl.arange(0, BLOCK_HEADS).to(tl.int64)[:, None]
         pair = tl.arange(0, BLOCK_HALF)[None, :]
         inside = (heads < HEADS) & (pair < HALF)
         first = tl.load(X + heads * x_head + pair, mask=inside, other=0.0).to(tl.float32)

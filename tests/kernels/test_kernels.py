@@ -362,6 +362,31 @@ def test_large_and_infinite_logits(device):
     assert hidden.grad.isfinite().all()
 
 
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="the PyTorch path has no index arithmetic of ours")
+def test_rows_beyond_2_to_the_31_elements():
+    """The third row lies 2^31 + 16 elements behind the first: its number times the stride fits no 32-bit integer. On a CPU the memory
+    between is never touched."""
+    numpy = pytest.importorskip("numpy")
+    stride = 2**30 + 8
+    size = 2 * stride + 64
+    far = torch.from_numpy(numpy.zeros(size, dtype=numpy.float16)) if INTERPRETED else torch.zeros(size, dtype=torch.float16).cuda()
+    x = far.as_strided((3, 64), (stride, 1))
+    x.copy_(random(3, 64))
+    near = x.clone()
+    weight, bias = random(64, dtype=torch.float16, seed=1).to(x.device), random(64, dtype=torch.float16, seed=2).to(x.device)
+    assert torch.equal(kernels.rms_norm(x, weight), kernels.rms_norm(near, weight))
+    assert torch.equal(kernels.layer_norm(x, weight, bias), kernels.layer_norm(near, weight, bias))
+    assert torch.equal(kernels.swiglu(x, near), kernels.swiglu(near, near))
+    assert torch.equal(kernels.geglu(x, near), kernels.geglu(near, near))
+    q = far.as_strided((3, 1, 1, 64), (stride, 64, 64, 1))
+    cos, sin = angles(3, 1, 64, device=x.device)
+    k = near.view(3, 1, 1, 64)
+    for ours, theirs in zip(kernels.rope(q, k, cos, sin), kernels.rope(k, k, cos, sin), strict=True):
+        assert torch.equal(ours, theirs)
+    codes, state = quantised(16, 64, dtype=torch.float16, device=str(x.device))
+    assert torch.equal(kernels.nf4_lora_linear(x, codes, state), kernels.nf4_lora_linear(near, codes, state))
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [

@@ -159,6 +159,9 @@ class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> Any:
         return self.language_model.get_output_embeddings()
 
+    def get_decoder(self) -> Any:
+        return self.language_model.get_decoder()
+
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, height, width] -> [N, tokens, language width]."""
         return self.model.encode_image(pixel_values)

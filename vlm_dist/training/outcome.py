@@ -32,7 +32,7 @@ def config_hash(config: Config) -> str:
 
 
 def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps: int, done: int, log: Log) -> None:
-    """What is about to be trained, in three lines."""
+    """What is about to be trained, in four lines."""
     from vlm_dist.models.lora import count_trainable
 
     counts = count_trainable(loaded.model, loaded.family)
@@ -40,6 +40,7 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
     sides = ", ".join(f"{side} {number:,}" for side, number in sorted(counts.items()))
     form = "NF4" if config.model.load_in_4bit else str(loaded.dtype).removeprefix("torch.")
     log.say(f"run {run.path}: {loaded.family.model_type}, {total:,} parameters in {form}, {sum(counts.values()):,} trainable ({sides})")
+    log.say(f"kernels: {loaded.kernels}")
     log.say(
         f"data: {stream.num_samples:,} samples in {len(stream.shards)} shards; "
         f"{steps} steps of {config.training.global_batch} samples, {steps - done} to go"

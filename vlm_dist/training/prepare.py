@@ -37,6 +37,8 @@ class Loaded:
     family: Family
     dtype: torch.dtype
     fingerprint: str
+    kernels: str
+    """What was put into the model, in words."""
 
 
 def count_steps(config: Config, num_samples: int) -> int:
@@ -92,6 +94,7 @@ def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
 
     from vlm_dist.models.load import choose_dtype, load_model
     from vlm_dist.models.lora import add_lora, freeze_sides
+    from vlm_dist.models.patching import patch_model
     from vlm_dist.models.source import fingerprint
 
     torch.manual_seed(config.seed)
@@ -104,7 +107,9 @@ def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
         freeze_sides(model, family, config.model.freeze)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
-    return Loaded(model, processor, family, choose_dtype(config.model.dtype, ranks.device), fingerprint(source, config.model.revision))
+    dtype = choose_dtype(config.model.dtype, ranks.device)
+    patches = patch_model(model, config.kernels)
+    return Loaded(model, processor, family, dtype, fingerprint(source, config.model.revision), str(patches))
 
 
 def dry_run(config: Config, world_size: int) -> dict[str, Any]:

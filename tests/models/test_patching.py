@@ -1,0 +1,190 @@
+"""A patched model is the same model: loss and every gradient, with every kernel that fits; and all of it can be taken back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from tests.models.test_families import SAMPLES, TEXT_ONLY, batch
+from vlm_dist.config import LoraConfig, ModelConfig
+from vlm_dist.data.collate import collate
+from vlm_dist.data.encode import Encoder
+from vlm_dist.errors import ConfigError
+from vlm_dist.models import patching
+from vlm_dist.models.generate import generate
+from vlm_dist.models.load import load_model
+from vlm_dist.models.lora import add_lora
+from vlm_dist.models.patching import PATCHERS, patch_model
+from vlm_dist.training.loss import summed_loss
+
+CPU = torch.device("cpu")
+
+
+def samples():
+    """The family suite's, with textured pictures: on flat ones attention in the vision tower has no gradient but rounding."""
+    generator = numpy.random.default_rng(0)
+
+    def textured(image):
+        return Image.fromarray(generator.integers(0, 255, (image.height, image.width, 3), dtype=numpy.uint8))
+
+    return [dataclasses.replace(sample, images=[textured(image) for image in sample.images]) for sample in [*SAMPLES, TEXT_ONLY]]
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """auto means every kernel, as on a GPU."""
+    monkeypatch.setattr(patching, "ON_CPU", tuple(PATCHERS))
+
+
+def trainable(checkpoint: str, **options):
+    lora = LoraConfig(r=8, **options)
+    model, processor, family = load_model(ModelConfig(name=checkpoint), checkpoint, CPU, lora=lora)
+    torch.manual_seed(0)
+    model = add_lora(model, family, lora).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, Encoder(processor, 1024)
+
+
+def loss_and_gradients(model, data):
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = summed_loss(model, data)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = gradient.abs().max()
+        assert (found[1][name] - gradient).abs().max() <= 1e-4 * scale + 1e-6, name
+
+
+ALL = {"layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows"}
+LACKING = {  # what a family has no module for, or none that the kernel fits
+    "gemma4": {"layer_norm", "rope"},
+    "mistral3": {"layer_norm"},
+    "pixtral": {"layer_norm"},
+    "qwen2_5_vl": {"layer_norm"},
+}
+
+
+def test_every_kernel_on_every_family(any_checkpoint, everything):
+    model, encoder = trainable(any_checkpoint)
+    data = batch(encoder, samples())
+    expected = loss_and_gradients(model, data)
+    patches = patch_model(model)
+    assert set(patches.counts) == ALL - LACKING.get(any_checkpoint.rsplit("/", 1)[1], set()), str(patches)
+    assert_same(loss_and_gradients(model, data), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(loss_and_gradients(model, data), expected)
+    model.gradient_checkpointing_disable()
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)]
+    patches.restore()
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert_same(loss_and_gradients(model, data), expected)
+
+
+@pytest.mark.parametrize("kernel", sorted(ALL))
+def test_each_alone(qwen, llava, kernel):
+    checkpoint = llava if kernel == "layer_norm" else qwen
+    model, encoder = trainable(checkpoint)
+    data = batch(encoder, samples())
+    expected = loss_and_gradients(model, data)
+    names = ["linear_cross_entropy", kernel] if kernel == "supervised_rows" else [kernel]
+    assert set(patch_model(model, names).counts) == set(names)
+    assert_same(loss_and_gradients(model, data), expected)
+
+
+def test_the_other_calls_of_a_patched_model(qwen, everything):
+    """Logits, generation, a switched-off adapter and evaluation mode."""
+    model, encoder = trainable(qwen)
+    prompt = collate(
+        [encoder.encode_prompt(samples()[0].messages[:1], samples()[0].images)], encoder.processor.tokenizer.pad_token_id, "left"
+    )
+    inputs = {name: tensor for name, tensor in prompt.items() if name != "labels"}
+
+    def observe():
+        with torch.no_grad():
+            trained = model.eval()(**inputs).logits
+            with model.disable_adapter():
+                plain = model(**inputs).logits
+        return trained, plain, generate(model, encoder.processor, prompt, 6)
+
+    before = observe()
+    patch_model(model)
+    loss_and_gradients(model.train(), batch(encoder, samples()))  # leaves its rows behind
+    after = observe()
+    torch.testing.assert_close(after[:2], before[:2], rtol=1e-4, atol=1e-4)
+    assert after[2] == before[2] and (before[0] - before[1]).abs().max() > 0.01
+
+
+def test_dropout_and_trained_heads(llava, everything):
+    """Another draw of the mask, but gradients everywhere; a head that trains whole gets its own."""
+    model, encoder = trainable(llava, dropout=0.3, modules_to_save=["lm_head"], projector="full")
+    data = batch(encoder, samples())
+    plain = loss_and_gradients(model.eval(), data)
+    patches = patch_model(model)
+    assert_same(loss_and_gradients(model, data), plain)
+    assert any("lm_head" in name for name in plain[1])
+    first, second = loss_and_gradients(model.train(), data), loss_and_gradients(model, data)
+    assert first[0] == second[0] and first[0] != plain[0]  # one seed, one mask
+    assert all(gradient.any() for gradient in first[1].values()) and patches.counts["nf4_lora_linear"]
+
+
+def test_dora_keeps_its_own_code(llava, everything):
+    model, encoder = trainable(llava, dora=True)
+    data = batch(encoder, samples())
+    expected = loss_and_gradients(model, data)
+    patches = patch_model(model)
+    assert "nf4_lora_linear" not in patches.counts and "DoRA" in patches.kept["nf4_lora_linear"]
+    assert_same(loss_and_gradients(model, data), expected)
+
+
+def test_on_a_cpu_auto_takes_what_helps(llava):
+    model, _ = trainable(llava)
+    assert set(patch_model(model).counts) == {"linear_cross_entropy", "supervised_rows"}
+    model, _ = trainable(llava)
+    assert not patch_model(model, "off").counts and not getattr(model, "gives_summed_loss", False)
+
+
+def test_a_kernel_that_fits_nothing_is_refused(qwen):
+    model, _ = trainable(qwen)
+    with pytest.raises(ConfigError, match=r"kernels: layer_norm fits nothing in this model \(no such module\); leave it out"):
+        patch_model(model, ["layer_norm"])
+
+
+def test_no_label_trains_nothing(llava, everything):
+    """A blank row alone: zero loss, and a zero gradient for every trainable weight, so that ranks stay in step."""
+    model, encoder = trainable(llava)
+    patch_model(model)
+    data = collate([encoder.encode_prompt(samples()[0].messages[:1], samples()[0].images)], 0)
+    loss, gradients = loss_and_gradients(model, data)
+    assert loss == 0 and len(gradients) == sum(p.requires_grad for p in model.parameters())
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_training_under_deepspeed(settings, tmp_path, stage):
+    """The same losses with all kernels and with none, on real engines; at stage 3 the head's weight is gathered where it is used."""
+    from tests.conftest import losses_of, run_command, write_config
+
+    config = str(write_config({**settings, "training": {"steps": 5, "global_batch": 4, "micro_batch": 2}}, tmp_path))
+    names = "[layer_norm,linear_cross_entropy,mlp,nf4_lora_linear,rms_norm,rope,supervised_rows]"
+    found = []
+    for kernels in ("off", names):
+        folder = tmp_path / f"runs-{len(found)}"
+        options = [f"kernels={kernels}", f"engine.zero_stage={stage}", f"output_dir={folder}", "data.heldout=[]"]
+        result = run_command("train", config, *options)
+        assert result.returncode == 0, result.stderr
+        assert ("20 x nf4_lora_linear" in result.stdout) == (kernels != "off")
+        found.append(losses_of(folder / "tiny"))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)

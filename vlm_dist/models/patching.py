@@ -1,0 +1,220 @@
+"""Our kernels put into a loaded model: object by object, never into another library's modules; all of it can be taken back.
+
+What a kernel computes is compared with what the module computed, on a small input, before it takes its place. A module that it does
+not fit stays as it is, and is named.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+import vlm_kernels
+from vlm_dist.config import Kernel
+from vlm_dist.errors import ConfigError
+from vlm_dist.models.patches import Patches, bind
+from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
+from vlm_kernels import reference
+
+ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
+"""What helps where the kernels run as PyTorch."""
+
+
+def patch_model(model: Any, kernels: Literal["auto", "off"] | Sequence[Kernel] = "auto") -> Patches:
+    """Put kernels into a model, adapted by PEFT or not.
+
+    Raises:
+        ConfigError: a kernel that was asked for by name fits nothing in this model.
+    """
+    patches = Patches()
+    if kernels == "off":
+        return patches
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    on_gpu = next(base.parameters()).device.type == "cuda"
+    wanted = kernels if kernels != "auto" else (tuple(PATCHERS) if on_gpu else ON_CPU)
+    for kernel in PATCHERS:  # in their order: the loss must stand before its rows are used
+        if kernel in wanted:
+            PATCHERS[kernel](base, patches)
+            if kernels != "auto" and not patches.counts[kernel]:
+                raise ConfigError(
+                    f"kernels: {kernel} fits nothing in this model ({patches.kept.get(kernel, 'no such module')}); leave it out"
+                )
+    return patches
+
+
+def _rms_norm(model: Any, patches: Patches) -> None:
+    forms: dict[type, dict[str, Any] | None] = {}
+    for module in model.modules():
+        kind = type(module)
+        if "RMSNorm" not in kind.__name__ or getattr(getattr(module, "weight", None), "ndim", 0) != 1:
+            continue
+        if kind not in forms:
+            forms[kind] = _rms_form(module)
+        form = forms[kind]
+        if form is None:
+            patches.kept["rms_norm"] = f"{kind.__name__} computes something else"
+            continue
+        eps = getattr(module, "variance_epsilon", None) or module.eps
+        patches.put("rms_norm", module, "forward", bind(module, _rms_forward, eps=eps, **form))
+
+
+def _rms_forward(module: Any, hidden_states: torch.Tensor, *, eps: float, offset: float, multiply_wide: bool) -> Any:
+    return vlm_kernels.rms_norm(hidden_states, module.weight, eps, offset=offset, multiply_wide=multiply_wide)
+
+
+def _rms_form(module: Any) -> dict[str, Any] | None:
+    """Which of the conventions a class follows, found by comparing in bfloat16, where they differ; None: none of them."""
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    needed = [
+        p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    if eps is None or len(needed) != 1:
+        return None
+    twin = copy.deepcopy(module).cpu().to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        twin.weight.copy_(torch.randn(twin.weight.shape, generator=generator))
+        x = torch.randn((8, len(twin.weight)), generator=generator).to(torch.bfloat16)
+        expected = twin(x)
+        for offset in (0.0, 1.0):
+            for multiply_wide in (False, True):
+                form = {"offset": offset, "multiply_wide": multiply_wide}
+                if torch.equal(reference.rms_norm(x, twin.weight, eps, **form), expected):
+                    return form
+    return None
+
+
+def _layer_norm(model: Any, patches: Patches) -> None:
+    for module in model.modules():
+        if type(module) is torch.nn.LayerNorm:
+            if module.weight is None or module.bias is None or len(module.normalized_shape) != 1:
+                patches.kept["layer_norm"] = "a LayerNorm without weight or bias"
+                continue
+            patches.put("layer_norm", module, "forward", bind(module, _layer_norm_forward))
+
+
+def _layer_norm_forward(module: Any, input: torch.Tensor) -> torch.Tensor:
+    return vlm_kernels.layer_norm(input, module.weight, module.bias, module.eps)
+
+
+def _mlp(model: Any, patches: Patches) -> None:
+    checked: dict[tuple[type, type], Callable | None] = {}
+    for module in model.modules():
+        if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            continue
+        key = type(module), type(module.act_fn)
+        if key not in checked:
+            checked[key] = _gate_of(module)
+        gate = checked[key]
+        if gate is None:
+            patches.kept["mlp"] = f"{type(module).__name__} with {type(module.act_fn).__name__} computes something else"
+            continue
+        patches.put("mlp", module, "forward", bind(module, _mlp_forward, gate=gate))
+
+
+def _mlp_forward(module: Any, x: torch.Tensor, *, gate: Callable) -> torch.Tensor:
+    return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
+
+
+def _gate_of(module: Any) -> Callable | None:
+    """The kernel that computes act(gate) * up, if the module computes down(act(gate) * up)."""
+    probe = torch.linspace(-6, 6, 64).view(1, 64)
+    gates = (vlm_kernels.swiglu, _geglu_tanh, _geglu_exact)
+    weight = next(module.parameters())
+    width = next(part.in_features for part in module.gate_proj.modules() if hasattr(part, "in_features"))
+    x = torch.randn((1, 2, width), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    with torch.no_grad():
+        for gate in gates:
+            if torch.allclose(gate(probe, torch.ones_like(probe)), module.act_fn(probe), rtol=1e-6, atol=1e-6):
+                expected = module(x)
+                return gate if torch.allclose(_mlp_forward(module, x, gate=gate), expected, rtol=1e-2, atol=1e-3) else None
+    return None
+
+
+def _geglu_tanh(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return vlm_kernels.geglu(gate, up)
+
+
+def _geglu_exact(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return vlm_kernels.geglu(gate, up, tanh=False)
+
+
+def _rope(model: Any, patches: Patches) -> None:
+    """Attention forwards that call `apply_rotary_pos_emb` get a copy of themselves that calls ours."""
+    for module in model.modules():
+        forward = inspect.unwrap(type(module).forward)
+        rotate = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
+        if rotate is None or "apply_rotary_pos_emb" not in forward.__code__.co_names:
+            continue
+        if forward is not type(module).forward or not _is_plain_rope(rotate):
+            patches.kept["rope"] = f"{type(module).__name__} rotates in another way"
+            continue
+        ours = types.FunctionType(
+            forward.__code__, {**forward.__globals__, "apply_rotary_pos_emb": _rotate}, forward.__name__, forward.__defaults__,
+            forward.__closure__,
+        )  # fmt: skip
+        ours.__kwdefaults__ = forward.__kwdefaults__
+        patches.put("rope", module, "forward", types.MethodType(ours, module))
+
+
+def _rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> tuple:
+    if unsqueeze_dim == 0:  # one sequence: cos and sin are [T, R]
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    return vlm_kernels.rope(q, k, cos, sin)
+
+
+def _is_plain_rope(rotate: Callable) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn((2, heads, 3, 8), generator=generator) for heads in (4, 2))
+    half = torch.randn((2, 3, 4), generator=generator)
+    cos, sin = (torch.cat((f(half), f(half)), -1) for f in (torch.cos, torch.sin))
+    if list(inspect.signature(rotate).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(rotate(q, k, cos, sin), reference.rope(q, k, cos, sin), strict=True))
+
+
+def _nf4_lora_linear(model: Any, patches: Patches) -> None:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            if module.lora_variant or any(module.lora_bias.values()):
+                patches.kept["nf4_lora_linear"] = "DoRA and biases in the adapter keep PEFT's own code"
+                continue
+            patches.put("nf4_lora_linear", module, "forward", bind(module, _nf4_forward))
+
+
+def _nf4_forward(module: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    base = module.base_layer
+    dtype = base.compute_dtype or x.dtype
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    kind = x.device.type
+    of_adapters = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    fits = all((of_adapters or module.lora_A[name].weight.dtype) == dtype for name in names)
+    if arguments or options or module.merged or not fits:
+        return type(module).forward(module, x, *arguments, **options)
+    adapters: tuple = () if module.disable_adapters else tuple(
+        (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]) for name in names
+    )  # fmt: skip
+    dropouts = {getattr(module.lora_dropout[name], "p", 0.0) for name in names} if module.training and adapters else {0.0}
+    if len(dropouts) > 1:
+        return type(module).forward(module, x)
+    weight = base.weight
+    y = vlm_kernels.nf4_lora_linear(x.to(dtype), weight, weight.quant_state, base.bias, adapters=adapters, dropout=dropouts.pop())
+    return y.to(x.dtype)
+
+
+PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "mlp": _mlp,
+    "rope": _rope,
+    "nf4_lora_linear": _nf4_lora_linear,
+    "linear_cross_entropy": patch_linear_cross_entropy,
+    "supervised_rows": patch_supervised_rows,
+}

@@ -1,0 +1,124 @@
+"""The loss from hidden states: the output head and cross-entropy in one kernel, on supervised rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils.generic import ModelOutput
+
+import vlm_kernels
+from vlm_dist.models.patches import Patches, bind
+from vlm_kernels import reference
+
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+@dataclass
+class SummedLoss(ModelOutput):
+    """What a patched model returns for `loss_labels`."""
+
+    loss: torch.Tensor | None = None
+
+
+def patch_linear_cross_entropy(model: Any, patches: Patches) -> None:
+    head = model.get_output_embeddings()
+    head = getattr(head, "modules_to_save", {"default": head})["default"]
+    text = model.config.get_text_config()
+    scaled = [name for name in LOGIT_SCALES if getattr(text, name, None) not in (None, 1.0)]
+    if type(head) is not torch.nn.Linear or scaled or model.base_model is model:
+        patches.kept["linear_cross_entropy"] = (
+            f"the output head is a {type(head).__name__}" if not scaled else f"logits are scaled by {scaled[0]}"
+        )
+        return
+    softcap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
+    if not _head_is_plain(model, softcap):
+        patches.kept["linear_cross_entropy"] = "the model does more between hidden states and logits than its head and a soft-cap"
+        return
+    patches.put("linear_cross_entropy", head, "forward", bind(head, _head_forward, softcap=softcap))
+    patches.put("linear_cross_entropy", model, "forward", bind(model, _loss_forward, original=model.forward))
+    patches.put("linear_cross_entropy", model, "gives_summed_loss", True)
+    patches.counts["linear_cross_entropy"] = 1
+
+
+def _head_is_plain(model: Any, softcap: float) -> bool:
+    ids = torch.tensor([[5, 6]], device=model.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        logits = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    model.train(was_training)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    return torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def _head_forward(module: Any, input: torch.Tensor, labels: torch.Tensor | None = None, *, softcap: float) -> torch.Tensor:
+    """The head itself computes the loss where labels are given, so that ZeRO-3 gathers its weight around this call."""
+    if labels is None:
+        return torch.nn.functional.linear(input, module.weight, module.bias)
+    return vlm_kernels.linear_cross_entropy(input, module.weight, labels, bias=module.bias, softcap=softcap)[0]
+
+
+def _loss_forward(model: Any, *arguments: Any, loss_labels: torch.Tensor | None = None, original: Callable, **options: Any) -> Any:
+    """The model's own forward; with `loss_labels` [B, T] the summed loss of the next token instead of logits."""
+    rows = vars(model).get("supervised_rows")
+    if loss_labels is None:
+        if rows is not None:
+            rows.choose(None)
+        return original(*arguments, **options)
+    labels = torch.nn.functional.pad(loss_labels[:, 1:], (0, 1), value=reference.IGNORED).flatten()
+    if rows is not None:
+        rows.choose(labels != reference.IGNORED)
+    hidden = model.base_model(*arguments, **options).last_hidden_state
+    return SummedLoss(loss=model.get_output_embeddings()(hidden.flatten(0, 1), labels=labels))
+
+
+class _Rows:
+    """The rows of a batch that the last decoder layer computes in full: the others' keys and values are all that anyone reads."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+        self.chosen: torch.Tensor | None = None
+        self.total = 0
+
+    def choose(self, supervised: torch.Tensor | None) -> None:
+        self.chosen = None if supervised is None else supervised.nonzero().squeeze(1)
+        self.total = 0 if supervised is None else len(supervised)
+        self.layer.gradient_checkpointing = False  # it would be recomputed at once; and then other rows may be chosen
+
+    def apply(self, forward: Callable, x: torch.Tensor) -> torch.Tensor:
+        """`forward` on the chosen rows of x [B, T, ...]; zero elsewhere."""
+        if self.chosen is None or x.ndim != 3 or x.shape[0] * x.shape[1] != self.total or len(self.chosen) == 0:
+            return forward(x)
+        y = forward(x.flatten(0, 1)[self.chosen])
+        full = y.new_zeros((self.total, y.shape[-1]))
+        return full.index_copy(0, self.chosen, y).view(*x.shape[:2], -1)
+
+
+def patch_supervised_rows(model: Any, patches: Patches) -> None:
+    """Only the rows with a label go through the last layer's query and output projections and MLP: exact, because nothing else reads
+    the others."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    layer = layers[-1] if layers else None
+    parts = [_module(layer, path) for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp")]
+    if not vars(model).get("gives_summed_loss") or None in parts or getattr(layer, "hidden_size_per_layer_input", 0):
+        patches.kept["supervised_rows"] = "needs linear_cross_entropy and a last layer with q_proj, o_proj and mlp"
+        return
+    rows = _Rows(layer)
+    patches.put("supervised_rows", model, "supervised_rows", rows)
+    for part in parts:
+        patches.put("supervised_rows", part, "forward", bind(part, _rows_forward, rows=rows, original=part.forward))
+    patches.counts["supervised_rows"] = 1
+
+
+def _rows_forward(module: Any, x: torch.Tensor, *, rows: _Rows, original: Callable) -> torch.Tensor:
+    return rows.apply(original, x)
+
+
+def _module(parent: Any, path: str) -> Any:
+    for name in path.split("."):
+        parent = getattr(parent, name, None)
+    return parent
