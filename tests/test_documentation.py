@@ -65,7 +65,7 @@ def test_python_of_the_models_page(tmp_path, monkeypatch):
 
 
 def test_pages_name_files_that_exist():
-    for page in [*PAGES, "docs/README.md", "docs/architecture.md", "CONTRIBUTING.md"]:
+    for page in [*PAGES, "docs/README.md", "docs/kernels.md", "docs/architecture.md", "CONTRIBUTING.md"]:
         text = (ROOT / page).read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"

@@ -158,8 +158,8 @@ class Config(Section):
     """Seed of every random choice: order of the data, new weights, dropout."""
     model: ModelConfig
     lora: LoraConfig | None = LoraConfig()
-    kernels: Literal["auto", "off"] | list[Kernel] = "auto"
-    """Triton kernels put into the model. auto: all that fit on a GPU, those that help on a CPU; off: none; or a list of names."""
+    kernels: Literal["auto", "all", "off"] | list[Kernel] = "auto"
+    """Triton kernels put into the model. all that fit it; auto: on a CPU only those that help there; off: none; or a list of names."""
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig

@@ -2,6 +2,7 @@
 
     python -m vlm_kernels.aot                    # one line a compilation
     python -m vlm_kernels.aot --json             # the same as JSON
+    python -m vlm_kernels.aot --markdown         # a table by kernel and target
     python -m vlm_kernels.aot --targets cuda:89 --kernels rms_norm swiglu
 
 Fails (exit code 1) when a kernel spills registers, uses a stack, or wants more shared memory than the GPU has for a block.
@@ -153,6 +154,23 @@ def _sorted(counts: Counter[int]) -> dict[str, int]:
     return {str(bits): counts[bits] for bits in sorted(counts)}
 
 
+def as_table(rows: Sequence[Row], targets: Sequence[str]) -> str:
+    """Registers of a thread and shared memory of a block; equal compilations of several shapes share a line."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(repr((row.kernel, row.constants, row.num_warps)), {"row": row, "shapes": []})
+        line["shapes"] += [row.shape] if row.shape not in line["shapes"] else []
+        line[row.target] = f"{row.registers} / {row.shared / KIB:.3g}"
+    head = ["kernel", "for", "constants", "warps", *targets]
+    table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines.values():
+        row = line["row"]
+        constants = ", ".join(f"{name} {value}" for name, value in row.constants.items())
+        cells = [row.kernel, "; ".join(line["shapes"]), constants, str(row.num_warps), *(line.get(target, "") for target in targets)]
+        table.append("| " + " | ".join(cells) + " |")
+    return "\n".join(table)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m vlm_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -160,12 +178,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="KERNEL")
     parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--markdown", action="store_true", help="one table")
     arguments = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set; compiling needs Triton's compiler: unset it")
     rows = list(compile_all(arguments.targets, arguments.kernels))
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
+    elif arguments.markdown:
+        print(as_table(rows, arguments.targets))
     else:
         for row in rows:
             print(f"{row.kernel:32} {row.target:10} {row.shape:28} {row.registers:4} registers {row.shared:7,} B shared  loads {row.loads}")

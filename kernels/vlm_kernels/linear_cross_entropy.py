@@ -93,15 +93,17 @@ def _row_losses(
     if smoothing:
         loss -= smoothing * capped.mean(-1)
     if with_grad:
-        slope = torch.exp(capped - lse.unsqueeze(1))
+        bend = 1 - (capped / softcap).square() if softcap else None
+        slope = capped.sub_(lse.unsqueeze(1)).exp_()
         if z_loss:
             slope *= (1 + 2 * z_loss * lse).unsqueeze(1)
         if smoothing:
             slope -= smoothing / logits.shape[1]
         slope.scatter_add_(1, place, torch.full_like(lse, smoothing - 1).unsqueeze(1))
-        if softcap:
-            slope *= 1 - (capped / softcap).square()
-        logits.copy_(slope)
+        if bend is not None:
+            slope *= bend
+        if slope.data_ptr() != logits.data_ptr():  # in float32 without a soft-cap they are one
+            logits.copy_(slope)
     return loss
 
 

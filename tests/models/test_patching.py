@@ -14,11 +14,10 @@ from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
 from vlm_dist.errors import ConfigError
-from vlm_dist.models import patching
 from vlm_dist.models.generate import generate
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
-from vlm_dist.models.patching import PATCHERS, patch_model
+from vlm_dist.models.patching import patch_model
 from vlm_dist.training.loss import summed_loss
 
 CPU = torch.device("cpu")
@@ -32,12 +31,6 @@ def samples():
         return Image.fromarray(generator.integers(0, 255, (image.height, image.width, 3), dtype=numpy.uint8))
 
     return [dataclasses.replace(sample, images=[textured(image) for image in sample.images]) for sample in [*SAMPLES, TEXT_ONLY]]
-
-
-@pytest.fixture
-def everything(monkeypatch):
-    """auto means every kernel, as on a GPU."""
-    monkeypatch.setattr(patching, "ON_CPU", tuple(PATCHERS))
 
 
 def trainable(checkpoint: str, **options):
@@ -76,11 +69,11 @@ LACKING = {  # what a family has no module for, or none that the kernel fits
 }
 
 
-def test_every_kernel_on_every_family(any_checkpoint, everything):
+def test_every_kernel_on_every_family(any_checkpoint):
     model, encoder = trainable(any_checkpoint)
     data = batch(encoder, samples())
     expected = loss_and_gradients(model, data)
-    patches = patch_model(model)
+    patches = patch_model(model, "all")
     assert set(patches.counts) == ALL - LACKING.get(any_checkpoint.rsplit("/", 1)[1], set()), str(patches)
     assert_same(loss_and_gradients(model, data), expected)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -103,7 +96,7 @@ def test_each_alone(qwen, llava, kernel):
     assert_same(loss_and_gradients(model, data), expected)
 
 
-def test_the_other_calls_of_a_patched_model(qwen, everything):
+def test_the_other_calls_of_a_patched_model(qwen):
     """Logits, generation, a switched-off adapter and evaluation mode."""
     model, encoder = trainable(qwen)
     prompt = collate(
@@ -119,19 +112,19 @@ def test_the_other_calls_of_a_patched_model(qwen, everything):
         return trained, plain, generate(model, encoder.processor, prompt, 6)
 
     before = observe()
-    patch_model(model)
+    patch_model(model, "all")
     loss_and_gradients(model.train(), batch(encoder, samples()))  # leaves its rows behind
     after = observe()
     torch.testing.assert_close(after[:2], before[:2], rtol=1e-4, atol=1e-4)
     assert after[2] == before[2] and (before[0] - before[1]).abs().max() > 0.01
 
 
-def test_dropout_and_trained_heads(llava, everything):
+def test_dropout_and_trained_heads(llava):
     """Another draw of the mask, but gradients everywhere; a head that trains whole gets its own."""
     model, encoder = trainable(llava, dropout=0.3, modules_to_save=["lm_head"], projector="full")
     data = batch(encoder, samples())
     plain = loss_and_gradients(model.eval(), data)
-    patches = patch_model(model)
+    patches = patch_model(model, "all")
     assert_same(loss_and_gradients(model, data), plain)
     assert any("lm_head" in name for name in plain[1])
     first, second = loss_and_gradients(model.train(), data), loss_and_gradients(model, data)
@@ -139,11 +132,11 @@ def test_dropout_and_trained_heads(llava, everything):
     assert all(gradient.any() for gradient in first[1].values()) and patches.counts["nf4_lora_linear"]
 
 
-def test_dora_keeps_its_own_code(llava, everything):
+def test_dora_keeps_its_own_code(llava):
     model, encoder = trainable(llava, dora=True)
     data = batch(encoder, samples())
     expected = loss_and_gradients(model, data)
-    patches = patch_model(model)
+    patches = patch_model(model, "all")
     assert "nf4_lora_linear" not in patches.counts and "DoRA" in patches.kept["nf4_lora_linear"]
     assert_same(loss_and_gradients(model, data), expected)
 
@@ -161,10 +154,24 @@ def test_a_kernel_that_fits_nothing_is_refused(qwen):
         patch_model(model, ["layer_norm"])
 
 
-def test_no_label_trains_nothing(llava, everything):
+@pytest.mark.slow
+def test_under_torch_compile(llava):
+    model, encoder = trainable(llava)
+    data = batch(encoder, samples())
+    expected = loss_and_gradients(model, data)
+    patch_model(model, "all")
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    inputs = {name: tensor for name, tensor in data.items() if name != "labels"}
+    loss = compiled(**inputs, loss_labels=data["labels"], use_cache=False).loss
+    loss.backward()
+    assert_same((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}), expected)
+
+
+def test_no_label_trains_nothing(llava):
     """A blank row alone: zero loss, and a zero gradient for every trainable weight, so that ranks stay in step."""
     model, encoder = trainable(llava)
-    patch_model(model)
+    patch_model(model, "all")
     data = collate([encoder.encode_prompt(samples()[0].messages[:1], samples()[0].images)], 0)
     loss, gradients = loss_and_gradients(model, data)
     assert loss == 0 and len(gradients) == sum(p.requires_grad for p in model.parameters())
@@ -178,9 +185,8 @@ def test_training_under_deepspeed(settings, tmp_path, stage):
     from tests.conftest import losses_of, run_command, write_config
 
     config = str(write_config({**settings, "training": {"steps": 5, "global_batch": 4, "micro_batch": 2}}, tmp_path))
-    names = "[layer_norm,linear_cross_entropy,mlp,nf4_lora_linear,rms_norm,rope,supervised_rows]"
     found = []
-    for kernels in ("off", names):
+    for kernels in ("off", "all"):
         folder = tmp_path / f"runs-{len(found)}"
         options = [f"kernels={kernels}", f"engine.zero_stage={stage}", f"output_dir={folder}", "data.heldout=[]"]
         result = run_command("train", config, *options)

@@ -25,8 +25,8 @@ ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
 """What helps where the kernels run as PyTorch."""
 
 
-def patch_model(model: Any, kernels: Literal["auto", "off"] | Sequence[Kernel] = "auto") -> Patches:
-    """Put kernels into a model, adapted by PEFT or not.
+def patch_model(model: Any, kernels: Literal["auto", "all", "off"] | Sequence[Kernel] = "auto") -> Patches:
+    """Put kernels into a model, adapted by PEFT or not: "all" that fit it, or those of a list.
 
     Raises:
         ConfigError: a kernel that was asked for by name fits nothing in this model.
@@ -36,11 +36,12 @@ def patch_model(model: Any, kernels: Literal["auto", "off"] | Sequence[Kernel] =
         return patches
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     on_gpu = next(base.parameters()).device.type == "cuda"
-    wanted = kernels if kernels != "auto" else (tuple(PATCHERS) if on_gpu else ON_CPU)
+    by_name = not isinstance(kernels, str)
+    wanted = kernels if by_name else (ON_CPU if kernels == "auto" and not on_gpu else tuple(PATCHERS))
     for kernel in PATCHERS:  # in their order: the loss must stand before its rows are used
         if kernel in wanted:
             PATCHERS[kernel](base, patches)
-            if kernels != "auto" and not patches.counts[kernel]:
+            if by_name and not patches.counts[kernel]:
                 raise ConfigError(
                     f"kernels: {kernel} fits nothing in this model ({patches.kept.get(kernel, 'no such module')}); leave it out"
                 )
