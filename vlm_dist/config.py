@@ -24,6 +24,7 @@ __all__ = [
     "MiniVLMConfig",
     "ModelConfig",
     "OptimConfig",
+    "RayConfig",
     "ScratchConfig",
     "TrainingConfig",
 ]
@@ -114,6 +115,21 @@ class EngineConfig(Section):
     """Further DeepSpeed settings, passed through as they are; settings that this file owns are refused."""
 
 
+class RayConfig(Section):
+    """Workers of launch/ray_train.py; one worker is one rank."""
+
+    workers: PositiveInt | None = None
+    """Workers; none given: one for every GPU of the cluster, or one where there is no GPU."""
+    min_workers: PositiveInt | None = None
+    """Go on with fewer workers, down to this number, when nodes are lost, and grow again when they come back."""
+    cpus_per_worker: PositiveFloat = 1
+    """CPUs that each worker reserves."""
+    max_failures: NonNegativeInt = 3
+    """Restarts after a worker or node was lost; each continues from the newest checkpoint."""
+    address: str | None = None
+    """A running cluster; none given: RAY_ADDRESS, else a new cluster on this machine."""
+
+
 class EvaluationConfig(Section):
     """Answers are generated for held-out questions and compared with the truth: before, during and after training."""
 
@@ -164,6 +180,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig
     engine: EngineConfig = EngineConfig()
+    ray: RayConfig = RayConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -1,6 +1,7 @@
 """Who is this process among the others: the only reader of RANK, WORLD_SIZE and their kin.
 
-torchrun and the deepspeed launcher set the variables; a plain `python` process becomes a world of one.
+torchrun, the deepspeed launcher and Ray set the variables; under srun they are taken from SLURM's; a plain `python` process becomes a
+world of one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from vlm_dist.errors import MachineError
 
 if TYPE_CHECKING:
     import torch
@@ -64,12 +67,24 @@ class Ranks:
 
 def env_world_size() -> int:
     """The number of ranks that the launcher announced, without starting anything."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or _from_slurm().get("WORLD_SIZE", "1"))
 
 
 def env_rank() -> int:
     """The rank that the launcher announced, without starting anything."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or _from_slurm().get("RANK", "0"))
+
+
+def _from_slurm() -> dict[str, str]:
+    """The variables of a task that srun started; nothing elsewhere, such as in a batch script or an interactive allocation."""
+    if "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
+        return {}
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "MASTER_PORT": str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000),
+    }
 
 
 def start() -> Ranks:
@@ -77,6 +92,13 @@ def start() -> Ranks:
     import torch
     import torch.distributed as dist
 
+    if "RANK" not in os.environ:
+        for name, value in _from_slurm().items():
+            os.environ.setdefault(name, value)
+        if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+            raise MachineError(
+                "srun on several nodes: MASTER_ADDR is not set; export the first node's name, as launch/slurm/train.sbatch does"
+            )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)

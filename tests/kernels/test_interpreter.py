@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -14,4 +15,4 @@ def test_kernels_in_the_interpreter():
         command, capture_output=True, text=True, cwd=ROOT, env=child_environment(TRITON_INTERPRET="1"), timeout=900, check=False
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "interpreted" not in result.stdout  # only failures name their parameters
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 300

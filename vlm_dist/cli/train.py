@@ -36,7 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
         return _dry_run(config, arguments)
     from vlm_dist.training.train import train
 
-    summary = train(config, resume_anyway=arguments.resume_anyway)
+    return _end(train(config, resume_anyway=arguments.resume_anyway), arguments)
+
+
+def run_on_ray(arguments: argparse.Namespace) -> int:
+    """The same, by workers of a Ray cluster."""
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return _dry_run(config, arguments)
+    from vlm_dist.training.on_ray import train_on_ray
+
+    return _end(train_on_ray(config, resume_anyway=arguments.resume_anyway), arguments)
+
+
+def _end(summary: dict[str, Any], arguments: argparse.Namespace) -> int:
     if env_rank() == 0:
         _tell(summary, arguments)
     if summary["ended"] == "interrupted":

@@ -129,6 +129,7 @@ def finished(config: Config, run: RunDir, progress: Progress, stream: Stream, ra
         if summary["quarantined"]:
             log.say(f"{summary['quarantined']} unusable samples were skipped; they are named in {run.quarantine}")
         log.say(f"finished {progress.step} steps in {progress.wall_s:.0f} s; result: {final}")
+    ranks.barrier()
     return summary
 
 
@@ -138,6 +139,7 @@ def interrupted(config: Config, run: RunDir, progress: Progress, stop: StopReque
     if ranks.is_first:
         write_json(run.summary, summary)
         log.say(f"interrupted by {summary['signal']} after step {progress.step}; saved. Run the same command again to continue")
+    ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
     return summary
 
 

@@ -1,0 +1,94 @@
+"""launch/ray_train.py on a real Ray cluster on this machine: the same losses, mistakes told once, and a killed worker's run continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, child_environment, losses_of, run_command, write_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    environment = child_environment(RAY_USAGE_STATS_ENABLED="0", RAY_ADDRESS="")
+    environment.pop("RAY_ADDRESS")
+    command = [sys.executable, "launch/ray_train.py", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def config(settings, tmp_path) -> str:
+    settings["data"]["heldout"] = []
+    settings["training"] = {"steps": 6, "global_batch": 4, "micro_batch": 2}
+    return str(write_config(settings, tmp_path))
+
+
+def test_two_workers_give_the_losses_of_one_process(config, tmp_path):
+    code, out, err = finish(start("--config", config, "ray.workers=2", "name=ray", "--json"))
+    assert code == 0, err[-3000:]
+    assert json.loads(out[out.index("{\n") :])["ended"] == "finished"
+    assert run_command("train", config, "name=plain").returncode == 0
+    runs = tmp_path / "runs"
+    assert losses_of(runs / "ray") == pytest.approx(losses_of(runs / "plain"), rel=1e-4)
+    assert (runs / "ray" / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((runs / "ray" / "environment.json").read_text())["ranks"] == 2
+    assert {path.name for path in (runs / "ray" / "logs").iterdir()} >= {"rank-0.log", "rank-1.log"}
+
+
+def test_a_mistake_is_told_once_with_its_exit_code(config, tmp_path):
+    code, _, err = finish(start("--config", config, f"data.train={tmp_path}/nothing-*.tar", "ray.workers=1"))
+    assert code == 3
+    assert err.strip().splitlines()[-1].startswith("vlm-dist: data.train: no shard matches")
+
+
+def test_more_workers_than_the_cluster_has(config):
+    code, _, err = finish(start("--config", config, "ray.workers=2", "ray.cpus_per_worker=500", "training.micro_batch=1"))
+    assert code == 6 and "the cluster has room for 0" in err.strip().splitlines()[-1]
+
+
+def test_a_killed_worker_is_started_again_and_nothing_is_lost(config, tmp_path):
+    """SIGKILL to one of two workers in mid-run: Ray restarts the group, and the losses are those of an uninterrupted run."""
+    more = ["training.steps=30", "checkpoint.save_every=5"]
+    process = start("--config", config, "ray.workers=2", "name=killed", *more)
+    metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 8, process)
+    victim = next(pid for pid in descendants(process.pid) if "RayTrainWorker" in command_of(pid))
+    os.kill(victim, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 0, err[-3000:]
+    assert run_command("train", config, "name=plain", *more).returncode == 0
+    assert losses_of(tmp_path / "runs" / "killed") == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("it did not happen in 300 s")
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, by /proc. Ray's daemons leave their parent, so everything started later by this user counts."""
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and int(path.name) > pid]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""

@@ -1,0 +1,66 @@
+"""Under a real SLURM controller with two nodes: the same losses; and a job that outlives its time limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, child_environment, losses_of, run_command, write_config
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def config(settings, tmp_path) -> str:
+    settings["data"]["heldout"] = []
+    settings["training"] = {"steps": 6, "global_batch": 4, "micro_batch": 2}
+    return str(write_config(settings, tmp_path))
+
+
+def environment(slurm: dict[str, str]) -> dict[str, str]:
+    return child_environment(SLURM_CONF=slurm["SLURM_CONF"], VLM_DIST_PYTHON=sys.executable)
+
+
+def test_srun_on_two_nodes_gives_the_losses_of_one_process(slurm, config, tmp_path):
+    assert run_command("train", config, "name=plain").returncode == 0
+    command = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch"]
+    result = subprocess.run([*command, config, "name=slurm"], capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False)
+    log = (tmp_path / "job.log").read_text()
+    assert result.returncode == 0, log
+    runs = tmp_path / "runs"
+    assert losses_of(runs / "slurm") == pytest.approx(losses_of(runs / "plain"), rel=1e-4)
+    assert json.loads((runs / "slurm" / "environment.json").read_text())["ranks"] == 2 and "2 tasks, start 1" in log
+
+
+def test_a_mistake_ends_the_job_with_its_exit_code(slurm, config, tmp_path):
+    command = ["sbatch", "--wait", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch", config, "optim.lrr=1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False)
+    assert result.returncode == 2 and "optim.lrr" in (tmp_path / "job.log").read_text()
+
+
+def test_a_job_saves_before_its_limit_queues_again_and_ends(slurm, config, tmp_path):
+    """SIGUSR1 in mid-run, as SLURM sends before the time limit: checkpoint, requeue, continue; the losses are those of one long run."""
+    more = ["training.steps=60", "checkpoint.save_every=1000"]
+    assert run_command("train", config, "name=plain", *more).returncode == 0
+    command = ["sbatch", "--parsable", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch", config, "name=limited", *more]
+    job = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=True).stdout.strip()
+    metrics = tmp_path / "runs" / "limited" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5, tmp_path)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=environment(slurm), check=True)
+    summary = tmp_path / "runs" / "limited" / "summary.json"
+    wait_for(lambda: summary.exists() and json.loads(summary.read_text())["ended"] == "finished", tmp_path)
+    log = (tmp_path / "job.log").read_text()
+    assert "the time limit is near; saving" in log and "saved; queueing again" in log and "start 2" in log
+    assert losses_of(tmp_path / "runs" / "limited") == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
+
+
+def wait_for(condition, folder) -> None:
+    for _ in range(2400):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError((folder / "job.log").read_text() if (folder / "job.log").exists() else "no log")

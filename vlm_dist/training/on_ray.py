@@ -1,0 +1,158 @@
+"""The same `train(config)` as a Ray Train job: Ray places one worker a rank, watches them, and starts them again when one is lost.
+
+Ray's own checkpoints are not used: a restarted group finds the newest good checkpoint in the run directory, as any other start does.
+So the run directory must lie where every node sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.config import Config, RayConfig
+from vlm_dist.errors import ConfigError, MachineError, UserError
+from vlm_dist.run_dir import RunDir
+from vlm_dist.training.engine import check_batches
+
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")  # no secrets: Ray shows them
+
+
+class _Outcome:
+    """An actor that remembers how the run ended: what workers return, Ray does not hand on."""
+
+    def __init__(self) -> None:
+        self.summary: dict[str, Any] | None = None
+        self.mistake: tuple[str, int] | None = None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self.summary = summary
+
+    def fail(self, message: str, exit_code: int) -> None:
+        self.mistake = self.mistake or (message, exit_code)
+
+    def get(self) -> tuple[dict[str, Any] | None, tuple[str, int] | None]:
+        return self.summary, self.mistake
+
+
+def train_on_ray(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
+    """Train on a Ray cluster; a new one on this machine where none is running.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: as `train` raises on a worker (which is then not started again), or workers were lost more often than allowed.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    _connect(config.ray)
+    try:
+        workers, use_gpu = _workers(config)
+        reserved = {"CPU": config.ray.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+        outcome = ray.remote(num_cpus=0)(_Outcome).remote()
+        run = RunDir(Path(config.output_dir) / config.name)
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"config": config.model_dump(mode="json"), "cwd": os.getcwd(), "again": resume_anyway, "outcome": outcome},
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=reserved),
+            run_config=RunConfig(
+                name=config.name, storage_path=str((run.path / "ray").resolve()), failure_config=FailureConfig(config.ray.max_failures)
+            ),
+        )
+        return _fit(trainer, outcome)
+    finally:
+        ray.shutdown()
+
+
+def _fit(trainer: Any, outcome: Any) -> dict[str, Any]:
+    import ray
+    from ray.train import TrainingFailedError
+
+    problem = None
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        problem = str(error).strip().splitlines()[-1][:300]
+    summary, mistake = ray.get(outcome.get.remote())
+    if mistake is not None:
+        error = UserError(mistake[0])
+        error.exit_code = mistake[1]
+        raise error
+    if summary is None:
+        raise MachineError(
+            f"ray: the workers failed ({problem}); their words are in the run's logs/ and in Ray's dashboard. Run again to continue"
+        )
+    return summary
+
+
+def _connect(config: RayConfig) -> None:
+    """Join a running cluster, or start one whose ports listen on this machine alone."""
+    import ray
+
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(_python_path())
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=True, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise MachineError(f"ray.address: no cluster answers at '{address}' ({str(error).splitlines()[0][:200]})") from None
+
+
+def _python_path() -> list[str]:
+    """Where workers find vlm_dist and vlm_kernels if they are not installed there: beside this file."""
+    root = Path(__file__).resolve().parents[2]
+    return [str(root), str(root / "kernels")]
+
+
+def _workers(config: Config) -> tuple[int | tuple[int, int], bool]:
+    """The number of workers, or its bounds, and whether each has a GPU.
+
+    Raises:
+        ConfigError: the batch cannot be cut for some allowed number of workers.
+        MachineError: the cluster has fewer CPUs or GPUs than the workers reserve.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    most = config.ray.workers or max(1, gpus)
+    least = config.ray.min_workers or most
+    if least > most:
+        raise ConfigError(f"ray.min_workers={least} is more than ray.workers={most}")
+    for number in range(least, most + 1):
+        check_batches(config, number)
+    have = gpus if gpus else int(resources.get("CPU", 0) // config.ray.cpus_per_worker)
+    if have < least:
+        raise MachineError(
+            f"ray.workers: {least} workers are asked for, the cluster has room for {have} ({gpus} GPUs, {resources.get('CPU', 0):g} CPUs); "
+            "ask for fewer, or lower ray.cpus_per_worker"
+        )
+    return (least, most) if least < most else most, gpus > 0
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """One rank. A mistake of the user's ends the run: a restarted worker sees that it was told already."""
+    import ray
+    from ray.train import get_context
+
+    from vlm_dist.training.train import train
+
+    outcome = settings["outcome"]
+    if ray.get(outcome.get.remote())[1] is not None:
+        return
+    os.chdir(settings["cwd"])
+    try:
+        summary = train(Config(**settings["config"]), resume_anyway=settings["again"])
+    except UserError as error:
+        ray.get(outcome.fail.remote(str(error), error.exit_code))
+        raise
+    finally:
+        sys.stdout.flush()
+    if get_context().get_world_rank() == 0:
+        ray.get(outcome.finish.remote(summary))
