@@ -9,10 +9,11 @@ started=$SECONDS
 
 echo "== packages"
 scripts/setup.sh
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
-    echo "== chromium, for the tests of pages"
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! (command -v chromium && command -v slurmctld) >/dev/null; then
+    echo "== chromium, for the tests of pages, and SLURM, for those of its launcher"
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        chromium chromium-driver fonts-dejavu-core slurm-wlm munge >/dev/null
 fi
 
 echo "== lint"

@@ -127,7 +127,7 @@ class RayConfig(Section):
     max_failures: NonNegativeInt = 3
     """Restarts after a worker or node was lost; each continues from the newest checkpoint."""
     address: str | None = None
-    """A running cluster; none given: RAY_ADDRESS, else a new cluster on this machine."""
+    """A running cluster; none given: RAY_ADDRESS, else one that runs on this machine, else a new one here."""
 
 
 class EvaluationConfig(Section):

@@ -28,7 +28,9 @@ def environment(slurm: dict[str, str]) -> dict[str, str]:
 def test_srun_on_two_nodes_gives_the_losses_of_one_process(slurm, config, tmp_path):
     assert run_command("train", config, "name=plain").returncode == 0
     command = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch"]
-    result = subprocess.run([*command, config, "name=slurm"], capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False)
+    result = subprocess.run(
+        [*command, config, "name=slurm"], capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False, timeout=240
+    )
     log = (tmp_path / "job.log").read_text()
     assert result.returncode == 0, log
     runs = tmp_path / "runs"
@@ -38,7 +40,7 @@ def test_srun_on_two_nodes_gives_the_losses_of_one_process(slurm, config, tmp_pa
 
 def test_a_mistake_ends_the_job_with_its_exit_code(slurm, config, tmp_path):
     command = ["sbatch", "--wait", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch", config, "optim.lrr=1"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False, timeout=240)
     assert result.returncode == 2 and "optim.lrr" in (tmp_path / "job.log").read_text()
 
 
