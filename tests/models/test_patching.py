@@ -154,6 +154,24 @@ def test_a_kernel_that_fits_nothing_is_refused(qwen):
         patch_model(model, ["layer_norm"])
 
 
+def test_nothing_is_saved_where_nothing_trains(llava):
+    """Adapters in the last language layer alone: the vision tower and the layers below keep nothing for a backward pass."""
+    model, encoder = trainable(llava, vision=False, layers={"language": [-1]})
+    patch_model(model, "all")
+    base = model.get_base_model().model
+    saved: list[torch.Tensor] = []
+    marks: dict[str, list[int]] = {}
+    parts = {"vision": base.vision_tower, "first": base.language_model.layers[0], "last": base.language_model.layers[-1]}
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: marks.setdefault(name, []).append(len(saved)))
+        part.register_forward_hook(lambda *_, name=name: marks[name].append(len(saved)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        loss = summed_loss(model, batch(encoder, samples()))
+    loss.backward()
+    kept = {name: after - before for name, (before, after) in marks.items()}
+    assert kept["vision"] == kept["first"] == 0 and kept["last"] > 0, kept
+
+
 @pytest.mark.slow
 def test_under_torch_compile(llava):
     model, encoder = trainable(llava)
