@@ -181,6 +181,8 @@ def linear_cross_entropy(
         z_loss: weight of logsumexp^2 (PaLM, arXiv:2204.02311).
         softcap: logits are bounded by softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); 0: not.
 
+    All is computed in the dtype of `hidden`, under autocast in autocast's, as torch's own linear layer would be.
+
     Returns:
         (loss, count): float32 scalar, int64 scalar. Without any label both are 0, and so is the gradient.
 
@@ -192,9 +194,16 @@ def linear_cross_entropy(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}; "
             "expected [N, D], [V, D], [N]"
         )
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     grad = torch.is_grad_enabled()
     with_dw = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    loss, *_ = _linear_cross_entropy(hidden, weight, bias, labels, label_smoothing, z_loss, softcap, grad and hidden.requires_grad, with_dw)
+    with torch.autocast(kind, enabled=False):
+        loss, *_ = _linear_cross_entropy(
+            hidden, weight, bias, labels, label_smoothing, z_loss, softcap, grad and hidden.requires_grad, with_dw
+        )
     return loss, (labels != IGNORED).sum()
 
 

@@ -349,6 +349,17 @@ def test_no_label_at_all(device):
     assert loss == 0 and count == 0 and not hidden.grad.any() and not weight.grad.any()
 
 
+def test_autocast_decides_the_dtype(device):
+    """As for torch's own linear layer: float32 weights compute in bfloat16, gradients come back in the weights' dtype."""
+    labels = torch.tensor([1, 2, 0, 4], device=device)
+    hidden, weight = random(4, 8, device=device).requires_grad_(True), random(9, 8, device=device, seed=1).requires_grad_(True)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        loss, _ = kernels.linear_cross_entropy(hidden, weight, labels)
+    expected, _ = kernels.linear_cross_entropy(hidden.detach().bfloat16(), weight.detach().bfloat16(), labels)
+    loss.backward()
+    assert torch.equal(loss, expected) and hidden.grad.dtype == weight.grad.dtype == torch.float32 and weight.grad.any()
+
+
 def test_large_and_infinite_logits(device):
     hidden = torch.tensor([[1e4, 0.0], [0.0, 1.0]], device=device, requires_grad=True)
     weight = torch.tensor([[1.0, 2.0], [2.0, 1.0], [-1.0, 3.0]], device=device)

@@ -132,6 +132,37 @@ def test_dropout_and_trained_heads(llava):
     assert all(gradient.any() for gradient in first[1].values()) and patches.counts["nf4_lora_linear"]
 
 
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("whole", [[], ["lm_head"]])
+def test_in_bfloat16(qwen, load_in_4bit, whole):
+    """As on a GPU: a bfloat16 base, adapters in float32, computed under autocast. Every kernel fits, with dropout too, and the losses
+    agree within bfloat16's rounding."""
+    lora = LoraConfig(r=8, dropout=0.1, modules_to_save=whole)
+    config = ModelConfig(name=qwen, dtype="bfloat16", load_in_4bit=load_in_4bit)
+    model, processor, family = load_model(config, qwen, CPU, lora=lora)
+    model = add_lora(model, family, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            torch.nn.init.normal_(parameter, std=0.05)
+    modes = {name: module.training for name, module in model.named_modules()}
+    data = batch(Encoder(processor, 1024), samples())
+    losses = []
+    for kernels in ("off", "all"):
+        patches = patch_model(model, kernels)
+        assert {name: module.training for name, module in model.named_modules()} == modes
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(summed_loss(model, data))
+        for name, module in model.named_modules():
+            module.training = modes[name]
+    expected = ALL - LACKING["qwen2_5_vl"] - (set() if load_in_4bit else {"nf4_lora_linear"})
+    assert set(patches.counts) == expected, str(patches)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
+    losses[1].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_dora_keeps_its_own_code(llava):
     model, encoder = trainable(llava, dora=True)
     data = batch(encoder, samples())

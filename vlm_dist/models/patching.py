@@ -110,7 +110,7 @@ def _mlp(model: Any, patches: Patches) -> None:
             continue
         key = type(module), type(module.act_fn)
         if key not in checked:
-            checked[key] = _gate_of(module)
+            checked[key] = _gate_of(module, model.dtype)
         gate = checked[key]
         if gate is None:
             patches.kept["mlp"] = f"{type(module).__name__} with {type(module.act_fn).__name__} computes something else"
@@ -122,18 +122,24 @@ def _mlp_forward(module: Any, x: torch.Tensor, *, gate: Callable) -> torch.Tenso
     return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
-def _gate_of(module: Any) -> Callable | None:
+def _gate_of(module: Any, dtype: torch.dtype) -> Callable | None:
     """The kernel that computes act(gate) * up, if the module computes down(act(gate) * up)."""
     probe = torch.linspace(-6, 6, 64).view(1, 64)
-    gates = (vlm_kernels.swiglu, _geglu_tanh, _geglu_exact)
-    weight = next(module.parameters())
+    device = next(module.parameters()).device
     width = next(part.in_features for part in module.gate_proj.modules() if hasattr(part, "in_features"))
-    x = torch.randn((1, 2, width), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    with torch.no_grad():
-        for gate in gates:
-            if torch.allclose(gate(probe, torch.ones_like(probe)), module.act_fn(probe), rtol=1e-6, atol=1e-6):
-                expected = module(x)
-                return gate if torch.allclose(_mlp_forward(module, x, gate=gate), expected, rtol=1e-2, atol=1e-3) else None
+    x = torch.randn((1, 2, width), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    was_training = {part: part.training for part in module.modules()}
+    module.eval()  # dropout would make two calls differ
+    try:
+        with torch.no_grad():
+            for gate in (vlm_kernels.swiglu, _geglu_tanh, _geglu_exact):
+                if torch.allclose(gate(probe, torch.ones_like(probe)), module.act_fn(probe), rtol=1e-6, atol=1e-6):
+                    expected = module(x).float()
+                    difference = _mlp_forward(module, x, gate=gate).float() - expected
+                    return gate if difference.norm() <= 1e-2 * expected.norm() else None
+    finally:
+        for part, training in was_training.items():
+            part.training = training
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 import vlm_kernels
+from vlm_dist.models.generate import autocast
 from vlm_dist.models.patches import Patches, bind
 from vlm_kernels import reference
 
@@ -45,12 +46,13 @@ def patch_linear_cross_entropy(model: Any, patches: Patches) -> None:
 
 def _head_is_plain(model: Any, softcap: float) -> bool:
     ids = torch.tensor([[5, 6]], device=model.device)
-    was_training = model.training
+    was_training = {part: part.training for part in model.modules()}
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(model):  # a head that trains whole may be in float32 beside a bfloat16 base
         expected = model(input_ids=ids, use_cache=False).logits
         logits = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    model.train(was_training)
+    for part, training in was_training.items():
+        part.training = training
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     return torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
