@@ -31,6 +31,7 @@ DEVELOPMENT = [
     *TRL,
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.8",
     "hypothesis>=6",
     "ruff>=0.14",
     "pyright>=1.1.400",

@@ -3,6 +3,7 @@
 #   scripts/test.sh                     everything but the GPU tests
 #   scripts/test.sh tests/data -x       further arguments go to pytest
 #   scripts/test.sh -m gpu              the GPU tests, on a machine that has one
+#   TEST_PROCESSES=8 scripts/test.sh    as many test files at a time
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
@@ -21,9 +22,9 @@ echo "== lint"
 .venv/bin/ruff format --check .
 
 echo "== tests"
-export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 case " $* " in
-    *" -m "*) .venv/bin/python -m pytest "$@" ;;
-    *) .venv/bin/python -m pytest -m "not gpu" "$@" ;;
+    *" -m "*) .venv/bin/python -m pytest "$@" ;; # the GPU is not shared between processes
+    *) .venv/bin/python -m pytest -m "not gpu" -n "${TEST_PROCESSES:-2}" --dist loadfile --durations 15 "$@" ;;
 esac
 echo "tests: done in $((SECONDS - started)) s"

@@ -21,6 +21,17 @@ from vlm_dist.testing import tiny_families
 quiet_libraries()
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("caption", "qa", "reading")
+LONG_FIRST = ("test_documentation", "launch", "kernels/test_interpreter", "training", "models")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The longest files first, so that parallel workers end together."""
+
+    def place(item) -> int:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((number for number, start in enumerate(LONG_FIRST) if path.startswith(start)), len(LONG_FIRST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

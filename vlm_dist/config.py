@@ -18,6 +18,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "HealthConfig",
     "Kernel",
     "LogConfig",
     "LoraConfig",
@@ -152,6 +153,23 @@ class CheckpointConfig(Section):
     """Older checkpoints are deleted."""
 
 
+class HealthConfig(Section):
+    """When a step, a rank or the loss goes wrong. What happened is told in events.jsonl."""
+
+    max_skipped: NonNegativeInt = 5
+    """A step whose loss or gradient is no finite number is left out on all ranks; more than so many in a row end the run."""
+    spike_factor: PositiveFloat | None = 10
+    """A loss so many spreads above the median of the last 64 is a spike; null: not looked for."""
+    on_spike: Literal["tell", "rollback"] = "tell"
+    """tell: go on; rollback: go back to the last checkpoint and leave out the samples seen since."""
+    max_rollbacks: NonNegativeInt = 3
+    """More rollbacks end the run."""
+    slow_factor: PositiveFloat = 1.5
+    """A rank that needs so many times as long as the others for its own work is named."""
+    timeout_s: PositiveFloat | None = 900
+    """Seconds without any progress until the run ends, with the stack of every rank that can be reached; null: wait for ever."""
+
+
 class LogConfig(Section):
     """What is written while training runs. metrics.jsonl always is."""
 
@@ -183,6 +201,7 @@ class Config(Section):
     ray: RayConfig = RayConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -46,6 +46,13 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def sum_and_gather(self, value: float, mine: float) -> tuple[float, list[float]]:
+        """The sum of `value` over all ranks, and every rank's `mine` in order: one collective for both."""
+        places = [0.0] * self.world_size
+        places[self.rank] = mine
+        total, *gathered = self.sums([value, *places])
+        return total, gathered
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank: the same answer on all."""
         return self.sum(float(flag)) > 0

@@ -35,6 +35,16 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """What happened besides steps: skipped steps, spikes, rollbacks, slow ranks, starts; one JSON a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def starts(self) -> Path:
+        """When each earlier start of this run began and when it was last alive; one JSON a line."""
+        return self.path / "logs" / "starts.jsonl"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -72,8 +82,16 @@ class RunDir:
     def log(self, rank: int) -> Path:
         return self.path / "logs" / f"rank-{rank}.log"
 
+    def beat(self, rank: int) -> Path:
+        """Rewritten every few seconds while the rank lives."""
+        return self.path / "logs" / f"rank-{rank}.alive.json"
+
+    def stacks(self, rank: int) -> Path:
+        """What a rank was doing when the run hung."""
+        return self.path / "logs" / f"rank-{rank}.stacks.txt"
+
     def read_summary(self) -> dict[str, Any] | None:
-        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+        return read_json(self.summary)
 
     @classmethod
     def open(cls, config: Config, *, resume_anyway: bool = False, write: bool = True) -> RunDir:
@@ -107,6 +125,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

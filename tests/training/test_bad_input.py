@@ -139,7 +139,7 @@ def test_unsupported_architecture(settings, tmp_path, capsys):
 
 def test_a_loss_that_is_no_number(settings, tmp_path, capsys):
     code, line = fails(capsys, "train", str(write_config(settings, tmp_path)), "optim.lr=1e30", "optim.grad_clip=0", "training.steps=20")
-    assert code == 7 and "the loss of step" in line
+    assert code == 7 and "whose loss or gradient is no finite number" in line
     assert json.loads((Path(settings["output_dir"]) / "tiny" / "summary.json").read_text())["ended"] == "failed"
 
 

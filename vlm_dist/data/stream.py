@@ -43,6 +43,8 @@ class Step:
 
     micro_batches: list[dict[str, Any]]
     counts: Counts
+    keys: list[list[str]]
+    """The samples of each micro-batch."""
 
 
 @dataclass
@@ -61,13 +63,15 @@ class Stream:
     world_size: int = 1
     _step: int = 0
     _ready: queue.Queue | None = None
+    _thread: threading.Thread | None = None
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def next_step(self) -> Step:
         """The micro-batches of the next optimizer step; always global_batch / (micro_batch x ranks) of them."""
         if self._ready is None:
             self._ready = queue.Queue(maxsize=self.config.prefetch)
-            threading.Thread(target=self._produce, args=(self._ready, self._step), daemon=True).start()
+            self._thread = threading.Thread(target=self._produce, args=(self._ready, self._step), name="stream", daemon=True)
+            self._thread.start()
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item
@@ -87,8 +91,10 @@ class Stream:
         self._step = state["step"]
 
     def close(self) -> None:
-        """Stop the background thread."""
+        """Stop the background thread, and wait for it: Python must not end while it is inside a library."""
         self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=60)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """Every step from `start` on, without end."""
@@ -102,16 +108,20 @@ class Stream:
     def _produce(self, ready: queue.Queue, start: int) -> None:
         try:
             for step in self.steps(start):
-                while not self._stopped.is_set():
-                    try:
-                        ready.put(step, timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
-                if self._stopped.is_set():
+                if not self._hand_over(ready, step):
                     return
-        except BaseException as error:  # handed to the trainer, who raises it
-            ready.put(error)
+        except BaseException as error:  # the trainer raises it
+            self._hand_over(ready, error)
+
+    def _hand_over(self, ready: queue.Queue, item: Step | BaseException) -> bool:
+        """Wait for a free place; False if the stream is closed meanwhile."""
+        while not self._stopped.is_set():
+            try:
+                ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
 
     def _samples(self, skip: int) -> Iterator[dict[str, Any]]:
         """Raw samples in the order of training, from number `skip` on."""
@@ -141,9 +151,10 @@ class Stream:
         )
 
     def _collate(self, encoded: list[Encoded | None]) -> Step:
-        batches, counts = [], Counts()
+        batches, counts, keys = [], Counts(), []
         for start in range(0, len(encoded), self.micro_batch):
             rows = [sample for sample in encoded[start : start + self.micro_batch] if sample is not None]
+            keys.append([row.key for row in rows])
             counts.samples += len(rows)
             counts.tokens += sum(row.length for row in rows)
             counts.labels += sum(int((row.labels[:, 1:] != IGNORED).sum()) for row in rows)
@@ -151,7 +162,7 @@ class Stream:
                 rows.append(self._blank)
             batches.append(collate(rows, self.encoder.processor.tokenizer.pad_token_id))
             counts.slots += batches[-1]["input_ids"].numel()
-        return Step(batches, counts)
+        return Step(batches, counts, keys)
 
     @property
     def _blank(self) -> Encoded:

@@ -68,11 +68,13 @@ def _scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     at = [row["step"] for row in steps]
+    whole = [row for row in steps if row["loss"] is not None and row["grad_norm"] is not None]  # not those that were left out
+    at_whole = [row["step"] for row in whole]
     plots = [
-        ("Loss", line_plot(at, [row["loss"] for row in steps], "mean over supervised tokens", log=True, smooth=True)),
+        ("Loss", line_plot(at_whole, [row["loss"] for row in whole], "mean over supervised tokens", log=True, smooth=True)),
         ("Learning rate", line_plot(at, [row["lr"] for row in steps], "")),
         ("Throughput", line_plot(at, [row["tokens_per_s"] for row in steps], "tokens per second", smooth=True)),
-        ("Gradient norm", line_plot(at, [row["grad_norm"] for row in steps], "before clipping", log=True, smooth=True)),
+        ("Gradient norm", line_plot(at_whole, [row["grad_norm"] for row in whole], "before clipping", log=True, smooth=True)),
     ]
     scores = _scores(rows)
     if scores:

@@ -6,6 +6,7 @@ DeepSpeed's `torch_autocast`. So the optimizer's weights are the master weights 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config, EngineConfig
@@ -99,22 +100,26 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def take_step(engine: Any, grad_clip: float) -> float | None:
-    """End a micro-batch: on the last of an optimizer step, clip and update.
+def take_step(engine: Any, grad_clip: float) -> float:
+    """End a micro-batch: on the last of an optimizer step, clip and update, unless the gradient is not finite somewhere.
 
     Returns:
-        The gradient norm before clipping after an update, else None.
+        The gradient norm over all ranks before clipping: NaN where no update was made.
     """
     import torch
 
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
-        return None
-    norm = None
-    if engine.zero_optimization_stage() == 0:
-        norm = torch.nn.utils.clip_grad_norm_(trainable(engine).values(), grad_clip or float("inf"))
+        return math.nan
+    if engine.zero_optimization_stage():  # leaves out such an update by itself
+        engine.step()
+        return float(engine.get_global_grad_norm() or 0.0) if engine.was_step_applied() else math.nan
+    norm = float(torch.nn.utils.clip_grad_norm_(trainable(engine).values(), grad_clip or float("inf")))
+    if not math.isfinite(norm):
+        for parameter in trainable(engine).values():
+            parameter.grad = None  # the optimizer passes over it
     engine.step()
-    return float(norm if norm is not None else engine.get_global_grad_norm() or 0.0)
+    return norm if math.isfinite(norm) else math.nan
 
 
 def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +35,15 @@ class Evaluation:
         }
 
 
-def evaluate(model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks) -> Evaluation:
-    """Answer the last turn of each sample, greedily. Every rank answers its share; every rank gets the whole result."""
+def evaluate(
+    model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks, beat: Callable[[], object] = lambda: None
+) -> Evaluation:
+    """Answer the last turn of each sample, greedily. Every rank answers its share, and calls `beat` before each batch; every rank gets
+    the whole result."""
     mine = samples[ranks.rank :: ranks.world_size]
     rows = []
     for start in range(0, len(mine), config.batch_size):
+        beat()
         batch = mine[start : start + config.batch_size]
         prompts = [encoder.encode_prompt(question_of(sample), sample.images, sample.key) for sample in batch]
         inputs = collate(prompts, encoder.processor.tokenizer.pad_token_id, side="left")

@@ -6,13 +6,18 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 from vlm_dist.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,14 @@ class Log:
         else:
             logger.info(text)
 
+    def event(self, kind: str, step: int, text: str, **details: Any) -> None:
+        """Something besides a step: a line for people, and one in events.jsonl."""
+        if self.ranks.is_first:
+            self.say(f"step {step}: {kind}: {text}")
+            row = {"time": round(time.time(), 3), "step": step, "event": kind, "text": text, **details}
+            with self.run.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: steps that were done after the checkpoint from which the run continues."""
         if self.ranks.is_first and self.run.metrics.exists():
@@ -67,10 +80,8 @@ class Log:
         if not self.ranks.is_first:
             return
         self._write(metrics)
-        line = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['samples_per_s']:.1f} samples/s  "
-            f"{metrics['tokens_per_s']:,.0f} tokens/s"
-        )
+        loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        line = f"loss {loss}  lr {metrics['lr']:.2e}  {metrics['samples_per_s']:.1f} samples/s  {metrics['tokens_per_s']:,.0f} tokens/s"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=metrics["step"], numbers=line)
         elif metrics["step"] % self.config.log.every == 0 or metrics["step"] == self.steps:
@@ -117,21 +128,47 @@ class Log:
 
 
 class StepTimer:
-    """Seconds of the current step, and how many of them were spent waiting for data."""
+    """Seconds of the current step, how many of them were spent waiting for data, and how many this rank worked on its own: reading and
+    the forward pass, in which it waits for no other rank (at ZeRO stage 3 it does)."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
         self.begin()
 
     def begin(self) -> None:
         self._start = time.perf_counter()
         self.data_wait_s = 0.0
+        self._forward: list[tuple[Any, Any]] = []
 
     def data_arrived(self) -> None:
         self.data_wait_s = time.perf_counter() - self._start
 
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around each forward pass."""
+        begin = self._now()
+        yield
+        self._forward.append((begin, self._now()))
+
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._start
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that this rank waited for data or computed forward passes. On a GPU all of them must have ended."""
+        if self._on_gpu:
+            return self.data_wait_s + sum(begin.elapsed_time(end) for begin, end in self._forward) / 1000
+        return self.data_wait_s + sum(end - begin for begin, end in self._forward)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _made(path: Path) -> Path:

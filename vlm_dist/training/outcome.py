@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import signal
+import statistics
+import time
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
@@ -13,8 +16,8 @@ from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Counts, Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import CheckpointError
-from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, write_json, write_text
-from vlm_dist.training.health import StopRequest
+from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, read_json, read_jsonl, write_json, write_text
+from vlm_dist.training.health import Health, StopRequest
 from vlm_dist.training.log import Log, StepTimer
 from vlm_dist.training.prepare import Loaded
 
@@ -48,15 +51,17 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
 
 
 def step_metrics(
-    progress: Progress, counts: Counts, loss: float, lr: float, grad_norm: float, timer: StepTimer, ranks: Ranks
+    progress: Progress, counts: Counts, loss: float, lr: float, grad_norm: float, timer: StepTimer, busy_s: list[float], ranks: Ranks
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Tokens and samples are totals over all ranks since the run began; rates are this step's."""
+    """One line of metrics.jsonl. Tokens and samples are totals over all ranks since the run began; rates are this step's. What is not
+    finite is null."""
     seconds = timer.seconds
+    slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
     return {
         "step": progress.step,
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,
         "lr": lr,
-        "grad_norm": grad_norm,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "samples": progress.samples,
         "tokens": progress.tokens,
         "label_tokens": progress.label_tokens,
@@ -64,6 +69,7 @@ def step_metrics(
         "tokens_per_s": round(counts.tokens / seconds, 1),
         "step_s": round(seconds, 5),
         "data_wait_s": round(timer.data_wait_s, 5),
+        "busy_s": {"mean": round(statistics.fmean(busy_s), 5), "max": round(busy_s[slowest], 5), "slowest_rank": slowest},
         "padding_fraction": round(1 - counts.tokens / max(1, counts.slots), 4),
         "peak_memory_bytes": peak_memory(ranks),
     }
@@ -121,9 +127,9 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
         raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
 
 
-def finished(config: Config, run: RunDir, progress: Progress, stream: Stream, ranks: Ranks, log: Log) -> dict[str, Any]:
+def finished(config: Config, run: RunDir, progress: Progress, stream: Stream, health: Health, ranks: Ranks, log: Log) -> dict[str, Any]:
     final = run.adapter if config.lora is not None else run.model
-    summary = _summary("finished", progress, log) | {"result": str(final), "quarantined": len(stream.quarantine)}
+    summary = _summary("finished", run, progress, health, log) | {"result": str(final), "quarantined": len(stream.quarantine)}
     if ranks.is_first:
         write_json(run.summary, summary)
         if summary["quarantined"]:
@@ -133,9 +139,11 @@ def finished(config: Config, run: RunDir, progress: Progress, stream: Stream, ra
     return summary
 
 
-def interrupted(config: Config, run: RunDir, progress: Progress, stop: StopRequest, ranks: Ranks, log: Log) -> dict[str, Any]:
+def interrupted(
+    config: Config, run: RunDir, progress: Progress, stop: StopRequest, health: Health, ranks: Ranks, log: Log
+) -> dict[str, Any]:
     number = stop.signal or signal.SIGTERM
-    summary = _summary("interrupted", progress, log) | {"signal": signal.Signals(number).name}
+    summary = _summary("interrupted", run, progress, health, log) | {"signal": signal.Signals(number).name}
     if ranks.is_first:
         write_json(run.summary, summary)
         log.say(f"interrupted by {summary['signal']} after step {progress.step}; saved. Run the same command again to continue")
@@ -153,5 +161,18 @@ def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:
             logger.warning("%s cannot be written: %s", run.summary, error)
 
 
-def _summary(ended: str, progress: Progress, log: Log) -> dict[str, Any]:
-    return {"ended": ended, **vars(progress), "eval": log.evaluations()}
+def _summary(ended: str, run: RunDir, progress: Progress, health: Health, log: Log) -> dict[str, Any]:
+    return {
+        "ended": ended, **vars(progress), "skipped_steps": health.skipped, "rollbacks": health.rollbacks,
+        "goodput": goodput(run, progress.productive_s), "eval": log.evaluations(),
+    }  # fmt: skip
+
+
+def goodput(run: RunDir, productive_s: float) -> float | None:
+    """Share of the time in which the run's processes lived, over all its starts, that went into steps that count. The rest: loading,
+    evaluating, saving, steps left out, and what was lost in crashes."""
+    this = read_json(run.beat(0))
+    if this is None:
+        return None
+    lived = sum(start["ended"] - start["started"] for start in read_jsonl(run.starts)) + time.time() - this["started"]
+    return round(productive_s / max(lived, 1e-9), 4)

@@ -1,0 +1,153 @@
+"""The losses of a run do not depend on the launcher, the number of ranks, the ZeRO stage or how the batch is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, child_environment, losses_of, write_config
+from vlm_dist import load_config, train
+from vlm_dist.run_dir import read_jsonl
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+BIN = Path(sys.executable).parent
+
+
+def port(offset: int) -> str:
+    return str(21_000 + (os.getpid() * 7 + offset) % 18_000)
+
+
+def start(*words: str) -> subprocess.Popen:
+    environment = child_environment(PATH=f"{BIN}:{os.environ['PATH']}")
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def torchrun(*words: str, offset: int = 0) -> subprocess.Popen:
+    return start(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", port(offset), *words)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == code, output[-6000:]
+    return output
+
+
+@pytest.fixture
+def config(settings, shards, tmp_path) -> str:
+    """Captions and short answers mixed, so that a mean of means would fail."""
+    settings["data"].update(heldout=[], train=[*shards["qa-train"], *shards["caption-train"]])
+    settings["training"] = {"steps": 4, "global_batch": 4, "micro_batch": 4}
+    settings["checkpoint"] = {"save_every": 0}
+    return str(write_config(settings, tmp_path))
+
+
+@pytest.fixture
+def reference(config, tmp_path):
+    """Losses of one process with one micro-batch a step."""
+
+    def losses(name: str, *overrides: str) -> list[float]:
+        train(load_config(config, [*overrides, f"name={name}"]))
+        return losses_of(tmp_path / "runs" / name)
+
+    return losses
+
+
+def many(config: str, runs: list[list[str]], folder: Path, faults: dict[int, str] | None = None) -> Path:
+    path = folder / "runs.json"
+    path.write_text(
+        json.dumps([{"config": config, "overrides": run, "fault": (faults or {}).get(number)} for number, run in enumerate(runs)])
+    )
+    return path
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, family):
+    """LoRA and QLoRA; 1 micro-batch of 4 on one rank, 1 x 2 rounds on two."""
+    model = f"model.name={checkpoint(family)}"
+    forms = {"qlora": [model], "lora": [model, "model.load_in_4bit=false"]}
+    runs = {
+        f"{form}-{stage}": [*options, f"name={form}-{stage}", f"engine.zero_stage={stage}", "training.micro_batch=1"]
+        for form, options in forms.items()
+        for stage in (0, 1, 2, 3)
+    }
+    runs["qlora-2-whole"] = [model, "name=qlora-2-whole", "training.micro_batch=2"]
+    output = finish(torchrun("tests/launch/many.py", many(config, list(runs.values()), tmp_path)))
+    expected = {form: reference(f"{form}-here", *options) for form, options in forms.items()}
+    for name in runs:
+        assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected[name.split("-")[0]], rel=1e-4), (name, output[-2000:])
+
+
+def test_several_agents_and_hosts(config, reference, tmp_path):
+    """torchrun with a rendezvous of two agents, and the deepspeed launcher with two hosts in its hostfile, one rank each."""
+    arguments = ["launch/train.py", "--config", config, "training.micro_batch=1"]
+    endpoint = f"127.0.0.1:{port(1)}"
+    agents = [
+        start(BIN / "torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint,
+              "--rdzv-id", "test", *arguments, "name=agents")
+        for _ in range(2)
+    ]  # fmt: skip
+    for agent in agents:
+        finish(agent)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    hosts = [
+        start(BIN / "deepspeed", "--hostfile", hostfile, "--no_ssh", "--node_rank", str(number), "--master_addr", "127.0.0.1",
+              "--master_port", port(2), *arguments, "name=hosts")
+        for number in range(2)
+    ]  # fmt: skip
+    for host in hosts:
+        finish(host)
+    expected = reference("here")
+    for name in ("agents", "hosts"):
+        run = tmp_path / "runs" / name
+        assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+        assert losses_of(run) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_spoiled_step_and_a_slow_rank(config, tmp_path):
+    """What befalls one of two ranks is known to both: the step is left out on both; the slow one is named."""
+    runs = [[f"name=nan-{stage}", f"engine.zero_stage={stage}", "training.micro_batch=1"] for stage in (0, 1, 2, 3)]
+    runs.append(["name=slow", "training.steps=25", "training.micro_batch=2"])
+    faults = {**dict.fromkeys(range(4), "nan"), 4: "slow"}
+    output = finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path, faults), offset=3))
+    for stage in range(4):
+        run = tmp_path / "runs" / f"nan-{stage}"
+        losses = losses_of(run)
+        assert losses[1] is None and None not in losses[2:], output[-2000:]
+        assert [row["event"] for row in read_jsonl(run / "events.jsonl")] == ["skipped"]
+        assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 1
+        assert len(read_jsonl(run / "events.jsonl")[0]["samples"]) == 1
+    (event,) = read_jsonl(tmp_path / "runs" / "slow" / "events.jsonl")
+    assert event["event"] == "slow rank" and event["rank"] == 1 and event["busy_s"] > 0.1
+
+
+@pytest.mark.skipif(shutil.which("py-spy", path=f"{BIN}:{os.environ['PATH']}") is None, reason="py-spy is not installed here")
+def test_a_hung_rank_ends_the_run_by_name(config, tmp_path):
+    """SIGSTOP to one of two ranks: within the timeout the other says which one, keeps the stacks of both, and both are gone."""
+    process = torchrun("launch/train.py", "--config", config, "training.micro_batch=1", "training.steps=5000", "health.timeout_s=5",
+                       "name=hung", offset=4)  # fmt: skip
+    logs = tmp_path / "runs" / "hung" / "logs"
+    metrics = tmp_path / "runs" / "hung" / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    victim = json.loads((logs / "rank-1.alive.json").read_text())["pid"]
+    os.kill(victim, signal.SIGSTOP)
+    output = finish(process, 1)
+    assert "no progress for 5 s" in output and f"rank 1 ({os.uname().nodename}, process {victim}) has not been heard of" in output
+    summary = json.loads((tmp_path / "runs" / "hung" / "summary.json").read_text())
+    assert summary["ended"] == "failed" and "rank 1" in summary["reason"]
+    assert "_run_loop" in (logs / "rank-0.stacks.txt").read_text() and "_run_loop" in (logs / "rank-1.stacks.txt").read_text()
+    assert not Path(f"/proc/{victim}").exists()

@@ -1,0 +1,171 @@
+"""A hung rank ends the run, by name and with everybody's stacks, instead of blocking it for ever.
+
+Every rank's thread writes `logs/rank-R.alive.json` every few seconds: that it lives, and how far its main thread is. When a rank's
+main thread has made no progress for `health.timeout_s`, its thread reads the others' files: whoever has stopped writing is not running
+any more (stopped, swapped out, its machine gone); else whoever is furthest behind is what the others wait for.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.distributed import Ranks
+from vlm_dist.run_dir import RunDir, write_json
+
+logger = logging.getLogger(__name__)
+EXIT_CODE = 8
+LONGEST_INTERVAL = 10.0
+
+
+class Watchdog:
+    """Use it as a context around the training loop. `beat` says that the main thread goes on.
+
+    Args:
+        started: when this start of the run began (time.monotonic).
+        timeout_s: without progress for so long, the process ends with exit code 8; None: never.
+    """
+
+    def __init__(self, run: RunDir, ranks: Ranks, timeout_s: float | None, started: float):
+        self.run, self.ranks, self.timeout_s = run, ranks, timeout_s
+        self.interval = min(LONGEST_INTERVAL, (timeout_s or 600) / 10)
+        self._started = time.time() - (time.monotonic() - started)
+        self._beats, self._doing, self._step, self._last = 0, "starting", 0, time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._write()
+
+    def beat(self, doing: str, step: int | None = None) -> None:
+        """The main thread goes on, now with `doing`."""
+        self._beats += 1
+        self._doing, self._last = doing, time.monotonic()
+        self._step = self._step if step is None else step
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._write()
+            if self.timeout_s is not None and time.monotonic() - self._last > self.timeout_s:
+                self._end()
+
+    def _write(self) -> None:
+        place = {"rank": self.ranks.rank, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+        times = {"started": self._started, "now": time.time()}
+        where = {"step": self._step, "doing": self._doing, "beats": self._beats}
+        try:
+            write_json(self.run.beat(self.ranks.rank), {**place, **times, **where})
+        except OSError as error:  # a full disk: told by whoever needs it more
+            logger.warning("%s cannot be written: %s", self.run.beat(self.ranks.rank), error)
+
+    def _end(self) -> None:
+        """Say who hangs, keep the stacks, stop what no longer answers, and leave."""
+        others = self._others()
+        silent = [rank for rank in others if rank["silent_s"] > max(3 * self.interval, 2.0)]
+        least = min((rank["beats"] for rank in others), default=self._beats)
+        behind = [rank for rank in others if rank["beats"] == least < self._beats]
+        suspects = silent or behind
+        with self.run.stacks(self.ranks.rank).open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            _dump_collectives(file)
+        for rank in silent:
+            if rank["host"] == socket.gethostname():
+                _dump_with_py_spy(rank["pid"], self.run.stacks(rank["rank"]))
+        reason = self._reason(suspects, bool(silent))
+        print(f"vlm-dist: {reason}", file=sys.stderr, flush=True)
+        alive = {rank["rank"] for rank in others} - {rank["rank"] for rank in silent} | {self.ranks.rank}
+        if self.ranks.rank == min(alive):
+            write_json(self.run.summary, {"ended": "failed", "reason": reason, "step": self._step})
+        else:
+            time.sleep(min(2.0, self.interval))  # its words first
+        for rank in silent:
+            if rank["host"] == socket.gethostname():
+                _kill(rank)  # a stopped process hears nothing else, and would keep its memory
+        os._exit(EXIT_CODE)
+
+    def _reason(self, suspects: list[dict[str, Any]], silent: bool) -> str:
+        what = "; ".join(
+            f"rank {rank['rank']} ({rank['host']}, process {rank['pid']}) "
+            + (f"has not been heard of for {rank['silent_s']:.0f} s" if silent else "is what the others wait for")
+            + f", last in '{rank['doing']}' of step {rank['step']}"
+            for rank in suspects[:8]
+        )
+        return (
+            f"training: no progress for {self.timeout_s:g} s (health.timeout_s) in '{self._doing}' of step {self._step} on rank "
+            f"{self.ranks.rank}: {what or 'no other rank is behind'}; stacks are in {self.run.stacks(0).parent}. "
+            "Run the same command again to continue from the last checkpoint"
+        )
+
+    def _others(self) -> list[dict[str, Any]]:
+        """The other ranks' last words, and for how long they have been silent by the file system's clock."""
+        now = self.run.beat(self.ranks.rank).stat().st_mtime
+        found = []
+        for number in range(self.ranks.world_size):
+            path = self.run.beat(number)
+            if number != self.ranks.rank and path.exists():
+                found.append({**json.loads(path.read_text()), "silent_s": now - path.stat().st_mtime})
+        return found
+
+
+def note_earlier_start(run: RunDir) -> None:
+    """Move what an earlier start left in rank 0's file to `logs/starts.jsonl`. Call it on the first rank, before the new start."""
+    path = run.beat(0)
+    if path.exists():
+        beat = json.loads(path.read_text())
+        with run.starts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"started": beat["started"], "ended": beat["now"], "step": beat["step"]}) + "\n")
+    for left in path.parent.glob("rank-*.alive.json"):
+        left.unlink()
+
+
+def _dump_collectives(file: Any) -> None:
+    """NCCL's flight recorder, where torch keeps one (TORCH_FR_BUFFER_SIZE): the last collectives and their state."""
+    import torch
+
+    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace_json", None)
+    if torch.cuda.is_available() and dump is not None:
+        file.write(f"\nNCCL flight recorder: {dump()}\n")
+
+
+def _dump_with_py_spy(pid: int, path: Path) -> None:
+    beside = Path(sys.executable).with_name("py-spy")
+    program = str(beside) if beside.exists() else shutil.which("py-spy")
+    if program is None:
+        path.write_text("py-spy is not installed; nobody else can look into a stopped process\n")
+        return
+    with path.open("w") as file:
+        subprocess.run([program, "dump", "--nonblocking", "--pid", str(pid)], stdout=file, stderr=file, timeout=20, check=False)
+
+
+def _born(pid: int) -> str:
+    """When a process of this machine began, in ticks since the machine did; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _kill(rank: dict[str, Any]) -> None:
+    if _born(rank["pid"]) == rank["born"] != "":  # not another process that has its number now
+        try:
+            os.kill(rank["pid"], signal.SIGKILL)
+        except OSError:
+            return  # gone in between, or another user's
