@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vlm_dist.cli import config, data, evaluate, export, generate, report, train
 from vlm_dist.cli.parsers import parse
@@ -34,6 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(parser, argv)
     quiet_libraries()
     return run_reporting(lambda: arguments.run(arguments), debug=arguments.debug)
+
+
+def launch(description: str | None, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
+    """The command line of the scripts in launch/; returns the exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML configuration")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides such as optim.lr=2e-4")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK is what counts")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    train.add_options(parser)
+    arguments = parse(parser, argv)
+    quiet_libraries()
+    return run_reporting(lambda: run(arguments), debug=arguments.debug)
 
 
 def run_reporting(action, *, debug: bool = False) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,26 @@ from vlm_dist.training.engine import check_batches
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")  # no secrets: Ray shows them
 
 
+MISTAKE_TIMEOUT_S = 15  # until every rank has met a mistake that all will meet
+
+
 class _Outcome:
     """An actor that remembers how the run ended: what workers return, Ray does not hand on."""
 
     def __init__(self) -> None:
         self.summary: dict[str, Any] | None = None
         self.mistake: tuple[str, int] | None = None
+        self.told = 0
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.summary = summary
 
     def fail(self, message: str, exit_code: int) -> None:
         self.mistake = self.mistake or (message, exit_code)
+        self.told += 1
+
+    def ranks_that_told(self) -> int:
+        return self.told
 
     def get(self) -> tuple[dict[str, Any] | None, tuple[str, int] | None]:
         return self.summary, self.mistake
@@ -137,22 +146,26 @@ def _workers(config: Config) -> tuple[int | tuple[int, int], bool]:
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """One rank. A mistake of the user's ends the run: a restarted worker sees that it was told already."""
+    """One rank. A mistake of the user's ends the run: when every rank has met it, all return, and there is nothing to start again."""
     import ray
     from ray.train import get_context
 
     from vlm_dist.training.train import train
 
-    outcome = settings["outcome"]
-    if ray.get(outcome.get.remote())[1] is not None:
+    outcome, context = settings["outcome"], get_context()
+    if ray.get(outcome.get.remote())[1] is not None:  # a rank met it alone, and Ray started the group again
         return
     os.chdir(settings["cwd"])
     try:
         summary = train(Config(**settings["config"]), resume_anyway=settings["again"])
     except UserError as error:
         ray.get(outcome.fail.remote(str(error), error.exit_code))
-        raise
+        for _ in range(MISTAKE_TIMEOUT_S * 5):
+            if ray.get(outcome.ranks_that_told.remote()) == context.get_world_size():
+                return
+            time.sleep(0.2)
+        raise  # the others wait for this rank: Ray must end them
     finally:
         sys.stdout.flush()
-    if get_context().get_world_rank() == 0:
+    if context.get_world_rank() == 0:
         ray.get(outcome.finish.remote(summary))
