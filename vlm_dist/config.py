@@ -151,6 +151,14 @@ class CheckpointConfig(Section):
     """Save every so many steps; 0: only at the end and when interrupted."""
     keep_last: PositiveInt = 2
     """Older checkpoints are deleted."""
+    keep_best: NonNegativeInt = 0
+    """But so many of those with the highest score are kept: of those saved at a step that was evaluated (evaluation.every)."""
+    best_metric: str = "exact_match"
+    """The score that keep_best goes by."""
+    write_async: bool = True
+    """Training waits only for a copy in memory; it is written meanwhile. false: it waits for the disk too."""
+    mirror: str | None = None
+    """Copy each checkpoint to this URL (s3://, gs://, a path; through fsspec), and start from there where the run directory has none."""
 
 
 class HealthConfig(Section):

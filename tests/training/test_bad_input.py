@@ -158,19 +158,19 @@ def test_disk_full_while_saving(settings, tmp_path, left):
         config = str(write_config(settings, tmp_path))
         code = (
             "import sys, pathlib, shutil\n"
-            "from vlm_dist.training import train as loop, checkpoint\n"
+            "from vlm_dist.training import saver\n"
             "from vlm_dist.cli.main import main\n"
-            "save = loop.save_checkpoint\n"
-            "def fill_then_save(folder, engine, step, *rest):\n"
+            "write = saver.write_checkpoint\n"
+            "def fill_then_write(folder, step, *rest):\n"
             "    if step == 2:\n"
             f"        free = shutil.disk_usage({str(disk)!r}).free\n"
             f"        pathlib.Path({str(disk)!r}, 'filler').write_bytes(bytes(max(0, free - {left})))\n"
-            "    return save(folder, engine, step, *rest)\n"
-            "loop.save_checkpoint = fill_then_save\n"
+            "    return write(folder, step, *rest)\n"
+            "saver.write_checkpoint = fill_then_write\n"
             "sys.exit(main(sys.argv[1:]))"
         )
         result = subprocess.run(
-            [sys.executable, "-c", code, "train", config, "checkpoint.save_every=1", "lora.r=1"],
+            [sys.executable, "-c", code, "train", config, "checkpoint.save_every=1", "lora.r=1", "checkpoint.write_async=false"],
             capture_output=True, text=True, cwd=ROOT, env=child_environment(), timeout=300, check=False,
         )  # fmt: skip
         assert result.returncode == 5, result.stderr

@@ -11,9 +11,11 @@ import pytest
 
 from tests.conftest import write_config
 from vlm_dist import load_config, train
+from vlm_dist.cli.main import main
 from vlm_dist.errors import CheckpointError
+from vlm_dist.run_dir import read_jsonl
 from vlm_dist.testing import tiny_checkpoint
-from vlm_dist.training.checkpoint import find_checkpoints, newest_good_checkpoint, verify_checkpoint
+from vlm_dist.training.checkpoint import find_checkpoints, newest_good_checkpoint, prune, verify_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,64 @@ def test_an_interrupted_save_leaves_nothing_that_counts(run):
     partial = run / "checkpoints" / ".step-00000009.partial"
     shutil.copytree(find_checkpoints(run / "checkpoints")[0], partial)
     assert newest_good_checkpoint(run / "checkpoints").name == "step-00000004"
+
+
+def test_written_beside_the_training_or_not_it_is_the_same(trained, tmp_path):
+    """Bytes of the last checkpoint; and what each save cost is told."""
+    config = load_config(trained / "config.yaml", [f"output_dir={tmp_path}", "checkpoint.write_async=false"])
+    train(config)
+    here = tmp_path / "tiny" / "checkpoints" / "step-00000004"
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (here / name).read_bytes() == (trained / "checkpoints" / "step-00000004" / name).read_bytes()
+    saves = [row for row in read_jsonl(trained / "events.jsonl") if row["event"] == "checkpoint"]
+    assert [row["step"] for row in saves] == [1, 2, 3, 4] and all(row["stall_s"] > 0 and row["write_s"] > 0 for row in saves)
+
+
+def test_the_best_are_kept(run):
+    """By the score in state.json; those without one count for nothing."""
+    folder = run / "checkpoints"
+    for step, score in ((2, 0.5), (3, 0.9)):
+        state = json.loads((folder / f"step-0000000{step}" / "state.json").read_text())
+        (folder / f"step-0000000{step}" / "state.json").write_text(json.dumps({**state, "scores": {"exact_match": score}}))
+    assert [path.name for path in prune(folder, keep_last=1, keep_best=1)] == ["step-00000002"]
+    assert [path.name for path in find_checkpoints(folder)] == ["step-00000004", "step-00000003"]
+
+
+def test_scores_stand_in_the_checkpoint(trained, shards, tmp_path):
+    more = ["evaluation.every=2", "evaluation.samples=2", "evaluation.max_new_tokens=2", f"data.heldout=[{shards['qa-heldout'][0]}]"]
+    train(load_config(trained / "config.yaml", [f"output_dir={tmp_path}", *more]), resume_anyway=True)
+    scores = [json.loads((path / "state.json").read_text())["scores"] for path in find_checkpoints(tmp_path / "tiny" / "checkpoints")]
+    assert scores[0] is None and scores[1] is None and scores[2]["samples"] == 2  # steps 4, 3, 2
+
+
+def test_a_mirror_gives_back_what_the_disk_lost(trained, tmp_path):
+    """The run's folder is gone; the same command continues from the mirror, passing over a damaged copy."""
+    config = load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'runs'}", f"checkpoint.mirror=file://{tmp_path}/mirror"])
+    train(config)
+    names = sorted(path.name for path in (tmp_path / "mirror").iterdir())
+    assert names == ["step-00000002", "step-00000003", "step-00000004"]
+    assert verify_checkpoint(tmp_path / "mirror" / "step-00000004") is None
+    (tmp_path / "mirror" / "step-00000004" / "state.json").write_text("{}")
+    shutil.rmtree(tmp_path / "runs")
+    summary = train(config)
+    assert summary["step"] == 4 and len(read_jsonl(tmp_path / "runs" / "tiny" / "metrics.jsonl")) == 1  # step 4 alone
+
+
+def test_a_mirror_that_cannot_be_used(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'runs'}", f"checkpoint.mirror={tmp_path}/file/mirror"])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.mirror: '.*/file/mirror' cannot be used"):
+        train(config)
+
+
+def test_the_command_lists_verifies_and_prunes(run, capsys):
+    assert main(["checkpoints", str(run), "--verify", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["problem"]) for row in rows] == [(4, None), (3, None), (2, None)] and rows[0]["bytes"] > 1000
+    (run / "checkpoints" / "step-00000003" / "optimizer.safetensors").unlink()
+    assert main(["checkpoints", str(run), "--verify"]) == 5
+    shown = capsys.readouterr().out
+    assert "step-00000003" in shown and "optimizer.safetensors is missing" in shown and "whole" in shown
+    assert main(["checkpoints", str(run), "--prune", "1"]) == 0
+    assert [path.name for path in find_checkpoints(run / "checkpoints")] == ["step-00000004"]
+    assert main(["checkpoints", str(run / "nowhere")]) == 2 and "no run" in capsys.readouterr().err

@@ -7,12 +7,12 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from vlm_dist.cli import config, data, evaluate, export, generate, report, train
+from vlm_dist.cli import checkpoints, config, data, evaluate, export, generate, report, train
 from vlm_dist.cli.parsers import parse
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
-COMMANDS = (data, config, train, evaluate, report, generate, export)
+COMMANDS = (data, config, train, evaluate, report, checkpoints, generate, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   data synth      make a synthetic data set
@@ -20,6 +20,7 @@ prepare   data synth      make a synthetic data set
 check     config          explain every setting
 train     train           train, or continue where it stopped
 look      eval, report    scores on held-out samples; one page about a run
+          checkpoints     list, verify or prune a run's checkpoints
 use       generate        ask a trained model about a picture
           export          write the adapter or a merged model for use elsewhere"""
 

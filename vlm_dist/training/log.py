@@ -61,10 +61,11 @@ class Log:
         else:
             logger.info(text)
 
-    def event(self, kind: str, step: int, text: str, **details: Any) -> None:
-        """Something besides a step: a line for people, and one in events.jsonl."""
+    def event(self, kind: str, step: int, text: str, *, quiet: bool = False, **details: Any) -> None:
+        """Something besides a step: a line for people, unless `quiet`, and one in events.jsonl."""
         if self.ranks.is_first:
-            self.say(f"step {step}: {kind}: {text}")
+            if not quiet:
+                self.say(f"step {step}: {kind}: {text}")
             row = {"time": round(time.time(), 3), "step": step, "event": kind, "text": text, **details}
             with self.run.events.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -17,12 +17,11 @@ from vlm_dist.data.stream import Counts, Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import CheckpointError
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, read_json, read_jsonl, write_json, write_text
-from vlm_dist.training.health import Health, StopRequest
 from vlm_dist.training.log import Log, StepTimer
 from vlm_dist.training.prepare import Loaded
 
 if TYPE_CHECKING:
-    from vlm_dist.training.train import Progress
+    from vlm_dist.training.session import Progress, Session
 
 logger = logging.getLogger(__name__)
 THUMBNAIL = 128  # pixels on the longer side
@@ -105,9 +104,10 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
     """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
     from vlm_dist.models.card import adapter_card
     from vlm_dist.models.record import make_record
-    from vlm_dist.training.checkpoint import MAKE_ROOM, gather_weights, why_not_written
+    from vlm_dist.training.checkpoint import MAKE_ROOM, why_not_written
+    from vlm_dist.training.snapshot import gather_weights
 
-    weights = gather_weights(engine)
+    weights = gather_weights(engine, keep=ranks.is_first)
     base = loaded.model.get_base_model().loaded_as if config.lora is not None else None
     record = make_record(engine.module, loaded.processor, base, loaded.fingerprint) if base is not None else None
     if not ranks.is_first:
@@ -127,27 +127,28 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
         raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
 
 
-def finished(config: Config, run: RunDir, progress: Progress, stream: Stream, health: Health, ranks: Ranks, log: Log) -> dict[str, Any]:
-    final = run.adapter if config.lora is not None else run.model
-    summary = _summary("finished", run, progress, health, log) | {"result": str(final), "quarantined": len(stream.quarantine)}
-    if ranks.is_first:
+def finished(session: Session, progress: Progress) -> dict[str, Any]:
+    run, log = session.run, session.log
+    final = run.adapter if session.config.lora is not None else run.model
+    summary = _summary("finished", session, progress) | {"result": str(final), "quarantined": len(session.stream.quarantine)}
+    if session.ranks.is_first:
         write_json(run.summary, summary)
         if summary["quarantined"]:
             log.say(f"{summary['quarantined']} unusable samples were skipped; they are named in {run.quarantine}")
+        if summary["skipped_steps"] or summary["rollbacks"]:
+            log.say(f"{summary['skipped_steps']} steps were left out, {summary['rollbacks']} rollbacks; see {run.events}")
         log.say(f"finished {progress.step} steps in {progress.wall_s:.0f} s; result: {final}")
-    ranks.barrier()
+    session.ranks.barrier()
     return summary
 
 
-def interrupted(
-    config: Config, run: RunDir, progress: Progress, stop: StopRequest, health: Health, ranks: Ranks, log: Log
-) -> dict[str, Any]:
-    number = stop.signal or signal.SIGTERM
-    summary = _summary("interrupted", run, progress, health, log) | {"signal": signal.Signals(number).name}
-    if ranks.is_first:
-        write_json(run.summary, summary)
-        log.say(f"interrupted by {summary['signal']} after step {progress.step}; saved. Run the same command again to continue")
-    ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
+def interrupted(session: Session, progress: Progress, stop_signal: int | None) -> dict[str, Any]:
+    name = signal.Signals(stop_signal or signal.SIGTERM).name  # none: another rank was told
+    summary = _summary("interrupted", session, progress) | {"signal": name}
+    if session.ranks.is_first:
+        write_json(session.run.summary, summary)
+        session.log.say(f"interrupted by {name} after step {progress.step}; saved. Run the same command again to continue")
+    session.ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
     return summary
 
 
@@ -161,11 +162,10 @@ def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:
             logger.warning("%s cannot be written: %s", run.summary, error)
 
 
-def _summary(ended: str, run: RunDir, progress: Progress, health: Health, log: Log) -> dict[str, Any]:
-    return {
-        "ended": ended, **vars(progress), "skipped_steps": health.skipped, "rollbacks": health.rollbacks,
-        "goodput": goodput(run, progress.productive_s), "eval": log.evaluations(),
-    }  # fmt: skip
+def _summary(ended: str, session: Session, progress: Progress) -> dict[str, Any]:
+    health = session.health
+    totals = {**vars(progress), "skipped_steps": health.skipped, "rollbacks": health.rollbacks}
+    return {"ended": ended, **totals, "goodput": goodput(session.run, progress.productive_s), "eval": session.log.evaluations()}
 
 
 def goodput(run: RunDir, productive_s: float) -> float | None:

@@ -1,0 +1,149 @@
+"""What the training loop holds, and the moves that need several of these at once: continue, go back, save, evaluate."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from vlm_dist.config import Config
+from vlm_dist.data.samples import Sample
+from vlm_dist.data.stream import Counts, Stream
+from vlm_dist.distributed import Ranks
+from vlm_dist.run_dir import RunDir
+from vlm_dist.training import outcome
+from vlm_dist.training.engine import start_engine
+from vlm_dist.training.evaluate import evaluate
+from vlm_dist.training.health import Health
+from vlm_dist.training.log import Log
+from vlm_dist.training.prepare import Loaded, count_steps
+from vlm_dist.training.saver import Saver
+from vlm_dist.training.snapshot import load_checkpoint
+from vlm_dist.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Totals over all ranks since the run began, over every start of it."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    wall_s: float = 0.0
+    productive_s: float = 0.0
+    """Seconds of the steps that count: not of those left out, rolled back or lost in a crash."""
+    data_step: int = 0
+    """Steps of data used; more than `step` after a rollback."""
+
+    def after(self, counts: Counts, wall_s: float, step_s: float) -> Progress:
+        """The totals after one more step."""
+        return Progress(
+            step=self.step + 1,
+            samples=self.samples + counts.samples,
+            tokens=self.tokens + counts.tokens,
+            label_tokens=self.label_tokens + counts.labels,
+            wall_s=round(wall_s, 3),
+            productive_s=round(self.productive_s + step_s, 3),
+            data_step=self.data_step + 1,
+        )
+
+
+class Session:
+    """Use it as a context: leaving it waits for the last checkpoint and closes the logs.
+
+    Args:
+        started: when this start of the run began (time.monotonic).
+    """
+
+    def __init__(self, config: Config, run: RunDir, loaded: Loaded, stream: Stream, heldout: list[Sample], ranks: Ranks, started: float):
+        self.config, self.run, self.loaded, self.stream, self.heldout, self.ranks = config, run, loaded, stream, heldout, ranks
+        self.steps = count_steps(config, stream.num_samples)
+        self.engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
+        self.log = Log(run, config, ranks, self.steps)
+        self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
+        self.health = Health(config.health, self.log, ranks)
+        self.saver = Saver(run, config.checkpoint, ranks, self.log)
+        self._started, self._wall_before = started, 0.0
+        self._scores: tuple[int, dict[str, Any]] | None = None
+        self._parts = ExitStack()
+
+    def __enter__(self) -> Session:
+        for part in (self.log, self.watchdog, self.saver):
+            self._parts.enter_context(part)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._parts.__exit__(*error)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the run so far, over all its starts since the checkpoints that they continued from."""
+        return round(self._wall_before + time.monotonic() - self._started, 3)
+
+    def restore(self) -> Progress:
+        """Continue from the newest whole checkpoint, if there is one."""
+        checkpoint = self.saver.newest()
+        if checkpoint is None:
+            self.log.rewind(-1)
+            return Progress()
+        state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
+        self.stream.restore(state["data"])
+        self.health.restore(state["health"])
+        self.log.rewind(state["step"])
+        self.log.say(f"continuing from {checkpoint} (step {state['step']})")
+        progress = Progress(**state["progress"])
+        self._wall_before = progress.wall_s
+        return progress
+
+    def roll_back(self, progress: Progress) -> Progress:
+        """Weights, optimizer and totals of the last checkpoint; the data goes on."""
+        checkpoint = self.saver.newest()
+        if checkpoint is None:
+            self.log.event("no rollback", progress.step, "there is no checkpoint yet; going on")
+            return progress
+        state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
+        self.log.rewind(state["step"])
+        left_out = progress.step - state["step"]
+        self.log.event(
+            "rollback", progress.step, f"back to {checkpoint.name}; the samples of {left_out} steps are left out", to=state["step"]
+        )
+        return replace(Progress(**state["progress"]), data_step=progress.data_step, wall_s=progress.wall_s)
+
+    def save(self, progress: Progress) -> int:
+        """Take a checkpoint; returns its step."""
+        self.watchdog.beat("saving")
+        state = {
+            "version": 2,
+            "progress": vars(progress),
+            "data": self.stream.state_after(progress.data_step),
+            "health": self.health.state(),
+            "scores": self._scores[1] if self._scores and self._scores[0] == progress.step else None,
+            "rng": {"rule": "seeded by (seed, data_step, rank) at each step", "seed": self.config.seed},
+            "config_sha256": outcome.config_hash(self.config),
+            "base_fingerprint": self.loaded.fingerprint,
+        }
+        self.saver.save(self.engine, progress.step, state)
+        return progress.step
+
+    def evaluate(self, step: int, phase: str) -> None:
+        """Score the held-out samples, and keep the answers of before and after."""
+        if not self.heldout:
+            return
+        beat = partial(self.watchdog.beat, "evaluating")
+        evaluation = evaluate(self.engine.module, self.stream.encoder, self.heldout, self.config.evaluation, self.ranks, beat)
+        if phase != "during" and self.ranks.is_first:
+            outcome.write_answers(self.run, phase, evaluation.rows, self.heldout)
+        self._scores = step, evaluation.scores
+        self.log.evaluation(step, phase, evaluation.scores)
+
+    def finish(self, progress: Progress, stop_signal: int | None) -> dict[str, Any]:
+        """Export the result and write summary.json; of an interrupted run only that."""
+        self.saver.wait()
+        if progress.step < self.steps:
+            return outcome.interrupted(self, replace(progress, wall_s=self.wall_s), stop_signal)
+        self.evaluate(progress.step, "after")
+        outcome.export(self.config, self.run, self.engine, self.loaded, self.ranks, self.log)
+        return outcome.finished(self, replace(progress, wall_s=self.wall_s))
