@@ -94,6 +94,7 @@ def test_resolved_config_reads_back_the_same():
 def test_differences_name_old_and_new():
     old, new = parse_config(GOOD), parse_config(GOOD, ["optim.lr=1e-3", "log.every=3"])
     assert differences(old, new, ["optim", "training"]) == ["optim.lr: 0.0001 -> 0.001"]
+    assert differences(old, new, ["optim"], ["optim.lr"]) == []
 
 
 def test_config_is_frozen():

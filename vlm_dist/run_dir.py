@@ -14,6 +14,15 @@ from vlm_dist.errors import ConfigError
 
 # What changes the numbers that a run computes. The other sections may change between two starts of the same run.
 DECISIVE_SECTIONS = ("seed", "model", "lora", "data", "optim", "training", "engine")
+# What they hold besides: how the work is cut and placed (the parity tests show that no number depends on it).
+HARMLESS = (
+    "engine.zero_stage",
+    "engine.offload",
+    "engine.nvme_path",
+    "training.micro_batch",
+    "model.gradient_checkpointing",
+    "data.prefetch",
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class RunDir:
         """
         run = cls(Path(config.output_dir) / config.name)
         if run.config.exists() and not resume_anyway:
-            changed = differences(load_config(run.config), config, DECISIVE_SECTIONS)
+            changed = differences(load_config(run.config), config, DECISIVE_SECTIONS, HARMLESS)
             if changed:
                 raise ConfigError(
                     f"{run.path}: holds a run of another configuration ({'; '.join(changed)}); "

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 tests/launch/many.py RUNS.json
 
 RUNS.json: [{"config": path, "overrides": [...], "fault": null}, ...]. A fault befalls rank 1 alone: "nan" (the loss of its third forward
-pass), "slow" (each forward pass takes 0.1 s more).
+pass), "slow" (each forward pass takes 0.1 s more), a number (SIGTERM after the forward passes of so many steps).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vlm_dist.training import train as loop
 summed_loss = loop.summed_loss
 
 
-def faulty(fault: str):
+def faulty(fault: str | int):
     calls = 0
 
     def forward(*arguments):
@@ -28,6 +29,8 @@ def faulty(fault: str):
         calls += 1
         if fault == "slow":
             time.sleep(0.1)
+        if fault == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
         return summed_loss(*arguments) * (float("nan") if fault == "nan" and calls == 3 else 1.0)
 
     return forward

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import ROOT, child_environment, losses_of, write_config
 from vlm_dist import load_config, train
 from vlm_dist.run_dir import read_jsonl
+from vlm_dist.training import outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
@@ -62,7 +63,7 @@ def reference(config, tmp_path):
     return losses
 
 
-def many(config: str, runs: list[list[str]], folder: Path, faults: dict[int, str] | None = None) -> Path:
+def many(config: str, runs: list[list[str]], folder: Path, faults: dict[int, str | int] | None = None) -> Path:
     path = folder / "runs.json"
     path.write_text(
         json.dumps([{"config": config, "overrides": run, "fault": (faults or {}).get(number)} for number, run in enumerate(runs)])
@@ -85,6 +86,39 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
     expected = {form: reference(f"{form}-here", *options) for form, options in forms.items()}
     for name in runs:
         assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected[name.split("-")[0]], rel=1e-4), (name, output[-2000:])
+
+
+def test_resuming_at_other_world_sizes_and_stages(config, reference, tmp_path):
+    """(2 ranks, stage 2) -> (1, 0) -> (2, 3) -> (2, 1) -> (1, 0): stopped by SIGTERM to one rank in the middle of an epoch each time,
+    over the end of the epoch; the curve is that of one process that never stopped, and every sample was used once."""
+    more = ["name=changing", "training.steps=34"]
+    two = [*more, "training.micro_batch=2"]
+    finish(torchrun("tests/launch/many.py", many(config, [[*two, "engine.zero_stage=2"]], tmp_path, {0: 5}), offset=5))
+    state = tmp_path / "runs" / "changing" / "summary.json"
+    assert json.loads(state.read_text())["step"] == 5 and json.loads(state.read_text())["signal"] == "SIGTERM"
+    stopped_at(config, 12, more)
+    runs = [[*two, "engine.zero_stage=3"], [*two, "engine.zero_stage=1"]]
+    finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path, {0: 7, 1: 9}), offset=6))
+    assert json.loads(state.read_text())["step"] == 28
+    train(load_config(config, more))
+    assert losses_of(tmp_path / "runs" / "changing") == pytest.approx(reference("whole", "training.steps=34"), rel=1e-4)
+    assert json.loads(state.read_text())["samples"] == 4 * 34
+
+
+def stopped_at(config: str, step: int, overrides: list[str]) -> None:
+    """A run in this process that is asked to stop after this step."""
+    step_metrics = outcome.step_metrics
+
+    def stop(progress, *rest):
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_metrics(progress, *rest)
+
+    outcome.step_metrics = stop
+    try:
+        assert train(load_config(config, overrides))["step"] == step
+    finally:
+        outcome.step_metrics = step_metrics
 
 
 def test_several_agents_and_hosts(config, reference, tmp_path):

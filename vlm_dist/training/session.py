@@ -37,8 +37,10 @@ class Progress:
     """Seconds of the steps that count: not of those left out, rolled back or lost in a crash."""
     data_step: int = 0
     """Steps of data used; more than `step` after a rollback."""
+    updates: int = 0
+    """Updates of the optimizer; fewer than `step` where steps were left out."""
 
-    def after(self, counts: Counts, wall_s: float, step_s: float) -> Progress:
+    def after(self, counts: Counts, wall_s: float, step_s: float, *, skipped: bool) -> Progress:
         """The totals after one more step."""
         return Progress(
             step=self.step + 1,
@@ -46,8 +48,9 @@ class Progress:
             tokens=self.tokens + counts.tokens,
             label_tokens=self.label_tokens + counts.labels,
             wall_s=round(wall_s, 3),
-            productive_s=round(self.productive_s + step_s, 3),
+            productive_s=round(self.productive_s + step_s * (not skipped), 3),
             data_step=self.data_step + 1,
+            updates=self.updates + (not skipped),
         )
 
 

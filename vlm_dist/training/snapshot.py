@@ -62,7 +62,7 @@ def load_checkpoint(path: Path, engine: Any, fingerprint: str) -> dict[str, Any]
         )
     for name, parameter in parameters.items():
         _set_parameter(engine, parameter, weights[stored[name]])
-    _set_optimizer_state(engine, moments, int(state["step"]))
+    _set_optimizer_state(engine, moments, int(state["progress"]["updates"]))
     return state
 
 
@@ -136,7 +136,8 @@ def _optimizer_state(engine: Any, *, keep: bool) -> dict[str, Any]:
     return state
 
 
-def _set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
+def _set_optimizer_state(engine: Any, state: dict[str, Any], updates: int) -> None:
+    import torch
     from deepspeed.utils import safe_set_full_optimizer_state
 
     parameters = trainable(engine)
@@ -151,8 +152,8 @@ def _set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
         elif entry in ("exp_avg", "exp_avg_sq"):
             safe_set_full_optimizer_state(parameter, value.to(engine.device), entry)
     optimizer = engine.optimizer.optimizer if sharded else engine.optimizer
-    for entries in optimizer.state.values():
-        _set_count(entries, step)
+    for entries in optimizer.state.values():  # Adam corrects its bias by it; torch keeps a tensor, bitsandbytes an int
+        entries["step"] = torch.tensor(float(updates)) if isinstance(optimizer, torch.optim.AdamW) else updates
 
 
 def _create_moments(engine: Any) -> None:
@@ -169,10 +170,3 @@ def _create_moments(engine: Any) -> None:
         }
     if engine.zero_optimization_stage() < 3:
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def _set_count(entries: dict[str, Any], step: int) -> None:
-    """The number of updates done, from which Adam corrects its bias: torch keeps a tensor, bitsandbytes an int."""
-    import torch
-
-    entries["step"] = torch.tensor(float(step)) if isinstance(entries.get("step"), torch.Tensor) else step

@@ -102,7 +102,7 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
         mean_loss, step_s = loss_sum / num_labels, timer.seconds
         verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, losses)
         health.watch_speed(progress.step + 1, busy_s)
-        progress = progress.after(counts, session.wall_s, 0.0 if verdict == "skipped" else step_s)
+        progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
         log.step(outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks))
         if verdict == "spike" and health.may_roll_back(progress.step):
             progress = session.roll_back(progress)
