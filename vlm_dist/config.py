@@ -112,6 +112,10 @@ class EngineConfig(Section):
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """ZeRO stage: what is sharded over ranks. auto: 0 on one rank, 2 on several."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """optimizer: its moments and the update stay in the host's memory (ZeRO-Offload; zero_stage 1 to 3); all: the weights too (3)."""
+    nvme_path: str | None = None
+    """What is offloaded goes to a folder on an NVMe disk instead of the host's memory (ZeRO-Infinity; zero_stage 3)."""
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, passed through as they are; settings that this file owns are refused."""
 

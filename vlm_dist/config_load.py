@@ -59,8 +59,8 @@ def dump_config(config: Config) -> str:
 def differences(old: Config, new: Config, sections: Iterable[str], harmless: Iterable[str] = ()) -> list[str]:
     """`key: old -> new` for each leaf that differs in the given top-level sections and is not among the `harmless`."""
     flat_old, flat_new = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
-    wanted, passed_over = tuple(sections), tuple(harmless)
-    keys = [key for key in {**flat_old, **flat_new} if key.split(".")[0] in wanted and key not in passed_over]
+    wanted, passed_over = tuple(sections), tuple(f"{key}." for key in harmless)
+    keys = [key for key in {**flat_old, **flat_new} if key.split(".")[0] in wanted and not f"{key}.".startswith(passed_over)]
     return [
         f"{key}: {json.dumps(flat_old.get(key))} -> {json.dumps(flat_new.get(key))}"
         for key in keys

@@ -81,8 +81,9 @@ class ModelConfig(Section):
     """Number type of weights and computation; auto: bfloat16 on a GPU that has it, else float32."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel that transformers uses; auto: sdpa."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    gradient_checkpointing: bool | dict[Literal["vision", "language"], bool | PositiveInt] = False
+    """Recompute activations in the backward pass: much less memory, about a third more time. true: in all layers; or by side, in all or
+    in the first so many, e.g. {language: 16, vision: true}."""
     freeze: list[Side] = []
     """Parts left untrained when every weight trains (lora: null): vision, projector, language."""
     trust_remote_code: bool = False

@@ -17,6 +17,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # torch: raised inside DeepSpeed and peft on every start
     warnings.filterwarnings("ignore", message=".*torch.utils._pytree.*", category=FutureWarning)
+    # torch 2.13: DeepSpeed calls these by their old names at ZeRO stage 3
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*", category=UserWarning)
 
 

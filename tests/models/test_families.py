@@ -10,8 +10,11 @@ from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Sample
+from vlm_dist.errors import ModelError
 from vlm_dist.families import FAMILIES
+from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.generate import generate
+from vlm_dist.models.introspect import family_of
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.training.loss import summed_loss
@@ -94,17 +97,32 @@ def test_every_adapter_learns_and_the_picture_counts(parts):
 
 
 def test_gradient_checkpointing_changes_no_gradient(parts):
+    """In all layers, and in the first of the language model and all of the vision tower, which keeps more in memory."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     model, encoder = parts
     data = batch(encoder, SAMPLES)
-    found = []
-    for _ in range(2):
-        summed_loss(model, data).backward()
+    found, kept = [], []
+    vision = any(isinstance(m, GradientCheckpointingLayer) for n, m in model.named_modules() if family_of(model).vision in n)
+    if not vision:
+        with pytest.raises(ModelError, match="no layers there"):
+            checkpoint_gradients(model, family_of(model), {"vision": True})
+        model.gradient_checkpointing_disable()
+    for wanted in (False, {"language": 1, "vision": vision}, True):
+        checkpoint_gradients(model, family_of(model), wanted)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.nbytes) or t, lambda t: t):
+            loss = summed_loss(model, data)
+        loss.backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        kept.append(sum(saved))
         model.zero_grad()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert found[0].keys() == found[1].keys()
+    assert found[0].keys() == found[1].keys() == found[2].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[2][name], gradient, rtol=1e-4, atol=1e-5)
+    several = len([m for n, m in model.get_decoder().named_modules() if isinstance(m, GradientCheckpointingLayer)]) > 1
+    assert kept[0] > kept[1] >= kept[2] and (kept[1] > kept[2] or not several)
 
 
 def test_four_samples_are_overfitted(parts):

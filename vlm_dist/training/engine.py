@@ -7,11 +7,12 @@ DeepSpeed's `torch_autocast`. So the optimizer's weights are the master weights 
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config, EngineConfig
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.families import Family
 from vlm_dist.training.optim import build_optimizer
 
@@ -64,7 +65,7 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str) -> dict[s
         raise ConfigError(
             f"optim.name=adamw_8bit cannot be sharded (engine.zero_stage is {stage} here); use adamw, or engine.zero_stage: 0"
         )
-    zero = {"stage": stage, "overlap_comm": False, **config.engine.deepspeed.get("zero_optimization", {})}
+    zero = {"stage": stage, "overlap_comm": False, **_offload(config, stage), **config.engine.deepspeed.get("zero_optimization", {})}
     return {
         "train_micro_batch_size_per_gpu": config.training.micro_batch,
         "gradient_accumulation_steps": check_batches(config, world_size),
@@ -77,21 +78,54 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str) -> dict[s
     }
 
 
+def _offload(config: Config, stage: int) -> dict[str, Any]:
+    """DeepSpeed's words for engine.offload and engine.nvme_path (ZeRO-Offload, arXiv:2101.06840; ZeRO-Infinity, arXiv:2104.07857)."""
+    engine = config.engine
+    if engine.offload == "none":
+        if engine.nvme_path is not None:
+            raise ConfigError("engine.nvme_path: nothing is offloaded; set engine.offload: optimizer or all")
+        return {}
+    least = 3 if engine.offload == "all" or engine.nvme_path else 1
+    if stage < least:
+        raise ConfigError(f"engine.offload={engine.offload} needs engine.zero_stage {least} or more, it is {stage}")
+    if config.optim.name != "adamw":
+        raise ConfigError(
+            f"engine.offload={engine.offload}: the update runs on the CPU, which optim.name={config.optim.name} cannot; use adamw"
+        )
+    place: dict[str, Any] = {"device": "nvme" if engine.nvme_path else "cpu", "pin_memory": False}
+    place |= {"nvme_path": engine.nvme_path} if engine.nvme_path else {}
+    return {"offload_optimizer": place} | ({"offload_param": place} if engine.offload == "all" else {})
+
+
 def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: torch.dtype, ranks: Ranks) -> Any:
     """Wrap the model in a DeepSpeed engine; trainable weights become float32."""
     import deepspeed
 
     _skip_shared_memory_op()
+    if config.engine.nvme_path is not None:
+        _check_nvme(config.engine.nvme_path)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device),
-        optimizer=build_optimizer(model, config.optim, family),
+        optimizer=build_optimizer(model, config.optim, family, on_cpu=config.engine.offload != "none"),
         config=deepspeed_config(config, ranks.world_size, str(dtype).removeprefix("torch.")),
     )
     engine.train()
     return engine
+
+
+def _check_nvme(path: str) -> None:
+    """Raises:
+    MachineError: DeepSpeed's asynchronous I/O cannot be compiled here, or the folder cannot be written.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
+
+    if not os.access(path, os.W_OK):
+        raise MachineError(f"engine.nvme_path: '{path}' is no folder that can be written; make it, or give another")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise MachineError("engine.nvme_path: DeepSpeed's asynchronous I/O needs libaio (on Debian: apt-get install libaio-dev)")
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import OptimConfig
+from vlm_dist.errors import MachineError
 from vlm_dist.families import Family
 
 if TYPE_CHECKING:
     import torch
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family, *, on_cpu: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over the trainable parameters; bitsandbytes' 8-bit form keeps its moments in
     one byte each (Dettmers et al. 2021, arXiv:2110.02861). Biases, norms and other one-dimensional weights do not decay. Each group
-    carries `lr_scale`: its side's learning rate relative to optim.lr."""
+    carries `lr_scale`: its side's learning rate relative to optim.lr. With `on_cpu` it is DeepSpeed's AdamW for offloaded weights, which is
+    compiled when it is first used."""
     import torch
 
     rates = {"vision": config.lr_vision, "projector": config.lr_projector, "language": config.lr_language}
@@ -31,7 +36,24 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family)
         from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(groups, **settings)
+    if on_cpu:
+        return _cpu_adam(groups, settings)
     return torch.optim.AdamW(groups, **settings)
+
+
+def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    folder = str(Path(sys.executable).parent)  # ninja lies beside Python
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
+    try:
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    except (RuntimeError, OSError) as error:
+        raise MachineError(
+            f"engine.offload: DeepSpeed's CPU optimizer cannot be compiled ({str(error).splitlines()[0][:200]}); it needs g++. "
+            "Install that, or set engine.offload: none"
+        ) from None
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

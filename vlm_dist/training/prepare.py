@@ -92,6 +92,7 @@ def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
     """Load the base, and choose what trains: adapters (lora) or the weights themselves (lora: null)."""
     import torch
 
+    from vlm_dist.models.checkpointing import checkpoint_gradients
     from vlm_dist.models.load import choose_dtype, load_model
     from vlm_dist.models.lora import add_lora, freeze_sides
     from vlm_dist.models.patching import patch_model
@@ -105,8 +106,7 @@ def load_trainable(config: Config, run: RunDir, ranks: Ranks) -> Loaded:
         model = add_lora(model, family, config.lora)
     else:
         freeze_sides(model, family, config.model.freeze)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+    checkpoint_gradients(model, family, config.model.gradient_checkpointing)
     dtype = choose_dtype(config.model.dtype, ranks.device)
     patches = patch_model(model, config.kernels)
     return Loaded(model, processor, family, dtype, fingerprint(source, config.model.revision), str(patches))

@@ -1,0 +1,71 @@
+"""What is offloaded changes no number, and its checkpoints continue where nothing is offloaded, and back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import losses_of, write_config
+from vlm_dist import load_config, train
+from vlm_dist.errors import ConfigError, MachineError
+
+pytestmark = pytest.mark.slow
+FORMS = {"plain": [], "optimizer-1": ["engine.zero_stage=1", "engine.offload=optimizer"],
+         "optimizer-2": ["engine.zero_stage=2", "engine.offload=optimizer"],
+         "all-3": ["engine.zero_stage=3", "engine.offload=all"]}  # fmt: skip
+
+
+@pytest.fixture
+def run(settings, tmp_path):
+    settings["data"]["heldout"] = []
+
+    def start(name: str, *overrides: str) -> Path:
+        train(load_config(write_config(settings, tmp_path), [f"name={name}", *overrides]))
+        return Path(settings["output_dir"]) / name
+
+    return start
+
+
+def test_offloaded(run):
+    """Losses of each form (the optimizer is DeepSpeed's own, compiled here), and a checkpoint of each continued by the next."""
+    expected = losses_of(run("plain"))
+    folders = {name: run(name, *options) for name, options in FORMS.items()}
+    for folder in folders.values():
+        assert losses_of(folder) == pytest.approx(expected, rel=1e-4)
+    names = list(FORMS)
+    for name, following in zip(names, [*names[1:], names[0]], strict=True):
+        shutil.rmtree(folders[name] / "checkpoints" / "step-00000004")
+        (folders[name] / "summary.json").unlink()
+        run(name, *FORMS[following])
+        assert losses_of(folders[name]) == pytest.approx(expected, rel=1e-4), (name, following)
+
+
+def test_on_an_nvme_disk(run, tmp_path):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    options = ["engine.zero_stage=3", "engine.offload=all", f"engine.nvme_path={tmp_path}"]
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        with pytest.raises(MachineError, match="apt-get install libaio-dev"):
+            run("refused", *options)
+        pytest.skip("libaio is not installed here: only the refusal was tested")
+    assert losses_of(run("nvme", *options)) == pytest.approx(losses_of(run("plain")), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["engine.offload=optimizer"], "engine.offload=optimizer needs engine.zero_stage 1 or more, it is 0"),
+        (["engine.offload=all", "engine.zero_stage=2"], "needs engine.zero_stage 3 or more, it is 2"),
+        (["engine.nvme_path=/tmp"], "nothing is offloaded"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run, options, words):
+    with pytest.raises(ConfigError, match=words):
+        run("refused", *options)
+
+
+def test_a_folder_that_is_not_there(run):
+    with pytest.raises(MachineError, match="'/nowhere' is no folder"):
+        run("refused", "engine.zero_stage=3", "engine.offload=all", "engine.nvme_path=/nowhere")
