@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, child_environment, losses_of, write_config
+from tests.conftest import ROOT, child_environment, losses_of, run_command, write_config
 from vlm_dist import load_config, train
+from vlm_dist.cli.main import main
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.training import outcome
 
@@ -158,11 +160,15 @@ def test_a_spoiled_step_and_a_slow_rank(config, tmp_path):
         run = tmp_path / "runs" / f"nan-{stage}"
         losses = losses_of(run)
         assert losses[1] is None and None not in losses[2:], output[-2000:]
-        assert [row["event"] for row in read_jsonl(run / "events.jsonl")] == ["skipped"]
+        (event,) = events(run)
+        assert event["event"] == "skipped" and len(event["samples"]) == 1
         assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 1
-        assert len(read_jsonl(run / "events.jsonl")[0]["samples"]) == 1
-    (event,) = read_jsonl(tmp_path / "runs" / "slow" / "events.jsonl")
+    (event,) = events(tmp_path / "runs" / "slow")
     assert event["event"] == "slow rank" and event["rank"] == 1 and event["busy_s"] > 0.1
+
+
+def events(run: Path) -> list[dict]:
+    return [row for row in read_jsonl(run / "events.jsonl") if row["event"] != "checkpoint"]
 
 
 @pytest.mark.skipif(shutil.which("py-spy", path=f"{BIN}:{os.environ['PATH']}") is None, reason="py-spy is not installed here")
@@ -185,3 +191,47 @@ def test_a_hung_rank_ends_the_run_by_name(config, tmp_path):
     assert summary["ended"] == "failed" and "rank 1" in summary["reason"]
     assert "_run_loop" in (logs / "rank-0.stacks.txt").read_text() and "_run_loop" in (logs / "rank-1.stacks.txt").read_text()
     assert not Path(f"/proc/{victim}").exists()
+
+
+def test_zero_3_shards_the_4_bit_base(config, tmp_path):
+    """Each of two ranks holds half of the NF4 base, nothing whole while it waits, and no more than the layer it computes."""
+    thresholds = dict.fromkeys(
+        ("stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0
+    )
+    options = ["engine.zero_stage=3", "training.micro_batch=1", f"engine.deepspeed={json.dumps({'zero_optimization': thresholds})}"]
+    output = finish(torchrun("tests/launch/held.py", config, *options, offset=7))
+    held = json.loads(re.search(r"HELD (.*)", output)[1])
+    assert len(held["ranks"]) == 2
+    for rank in held["ranks"]:
+        assert rank["share"] == pytest.approx(rank["whole"] / 2, rel=0.01) and rank["at_rest"] == 0
+        assert rank["most_gathered"] <= 1.05 * held["largest"] < 0.5 * rank["whole"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--deepspeed", "--gpus", "2"], ["deepspeed", "--num_gpus 2 launch/train.py --config"]),
+        (["--deepspeed", "--gpus", "2", "--nodes", "2", "--head", "a"], ["--hostfile hostfile --num_nodes 2 --master_addr a --num_gpus 2"]),
+        (["--torchrun", "--nodes", "2", "--head", "a"], ["--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id tiny"]),
+        (["--slurm", "--gpus", "2", "--nodes", "2"], ["sbatch --job-name=tiny --nodes=2 --ntasks-per-node=2 --gpus-per-node=2"]),
+        (["--ray", "--gpus", "4"], ["launch/ray_train.py --config", "optim.lr=0.1", "ray.workers=4"]),
+        (["--ray", "--address", "http://127.0.0.1:8265"], ["ray job submit --address http://127.0.0.1:8265", "ray.workers=1"]),
+    ],
+)
+def test_launch_prints_the_command(config, capsys, options, expected):
+    assert main(["launch", config, "optim.lr=0.1", "training.micro_batch=1", *options, "--print"]) == 0
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in expected), shown
+
+
+def test_launch_starts_it(config, tmp_path):
+    result = run_command("launch", config, "--torchrun", "--gpus", "2", "name=started", "training.micro_batch=1", timeout=400)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "runs" / "started" / "environment.json").read_text())["ranks"] == 2
+
+
+def test_launch_refuses_what_cannot_be(config, capsys):
+    assert main(["launch", config, "--torchrun", "--gpus", "3", "--print"]) == 2
+    assert "is not a multiple of micro_batch x ranks" in capsys.readouterr().err
+    assert main(["launch", config, "training.micro_batch=1", "--torchrun", "--gpus", "2", "--nodes", "2", "--print"]) == 2
+    assert "--head" in capsys.readouterr().err

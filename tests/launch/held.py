@@ -1,0 +1,56 @@
+"""What each rank holds of the model at ZeRO stage 3: a JSON line from rank 0.
+
+torchrun --nproc-per-node 2 tests/launch/held.py CONFIG
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from vlm_dist import distributed, load_config
+from vlm_dist.data.encode import Encoder
+from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.stream import open_stream
+from vlm_dist.run_dir import RunDir
+from vlm_dist.training.engine import start_engine
+from vlm_dist.training.loss import summed_loss
+from vlm_dist.training.prepare import load_trainable
+
+
+def main() -> None:
+    config = load_config(sys.argv[1], sys.argv[2:])
+    ranks = distributed.start()
+    loaded = load_trainable(config, RunDir(Path(config.output_dir) / "held"), ranks)
+    whole = {name: parameter.nbytes for name, parameter in loaded.model.named_parameters() if not parameter.requires_grad}
+    engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
+    base = {name: parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    shares = {name: parameter.ds_tensor.nbytes for name, parameter in base.items()}
+
+    def gathered() -> int:
+        return sum(parameter.data.nbytes for parameter in base.values())
+
+    most, at_rest = 0, gathered()
+
+    def look(*_) -> None:
+        nonlocal most
+        most = max(most, gathered())
+
+    for module in engine.module.modules():
+        module.register_forward_pre_hook(look)
+    stream = open_stream(
+        config.data, loaded.processor, Quarantine(Path(config.output_dir) / "quarantine.jsonl", 0.5), seed=0, global_batch=2,
+        micro_batch=1, rank=ranks.rank, world_size=ranks.world_size,
+    )  # fmt: skip
+    assert isinstance(stream.encoder, Encoder)
+    engine.backward(summed_loss(engine, stream.next_step().micro_batches[0]))
+    engine.step()
+    stream.close()
+    found = ranks.gather({"whole": sum(whole.values()), "share": sum(shares.values()), "at_rest": at_rest, "most_gathered": most})
+    if ranks.is_first:
+        print("HELD " + json.dumps({"ranks": found, "largest": max(whole.values())}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""`vlm-dist launch`: the command that starts a training under each launcher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.cli.parsers import add_config, new_parser
+from vlm_dist.config import Config
+from vlm_dist.config_load import load_config
+from vlm_dist.errors import ConfigError, MachineError
+
+ROOT = Path(__file__).resolve().parents[2]
+PORT = 29_500
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(
+        commands,
+        "launch",
+        "Start a training on several GPUs or nodes, or print the command that does.",
+        "vlm-dist launch configs/quickstart.yaml --slurm --nodes 2 --gpus 8 --print",
+    )
+    add_config(parser)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--deepspeed", dest="launcher", action="store_const", const=_deepspeed, help="DeepSpeed's launcher; nodes by hostfile"
+    )
+    kind.add_argument("--torchrun", dest="launcher", action="store_const", const=_torchrun, help="torchrun; the same command on every node")
+    kind.add_argument("--slurm", dest="launcher", action="store_const", const=_slurm, help="sbatch; goes on by itself after the time limit")
+    kind.add_argument("--ray", dest="launcher", action="store_const", const=_ray, help="Ray: a running cluster, or one on this machine")
+    parser.add_argument("--gpus", metavar="N", type=_positive, help="processes on each node, one a GPU (default: the GPUs of this machine)")
+    parser.add_argument("--nodes", metavar="M", type=_positive, default=1, help="nodes (default: 1)")
+    parser.add_argument("--head", metavar="HOST", help="several nodes: name or address of the first")
+    parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
+    parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
+    parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
+    parser.add_argument("--print", dest="only_print", action="store_true", help="print the command, start nothing")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vlm_dist.training.engine import check_batches
+
+    if not (ROOT / "launch" / "train.py").exists():
+        raise MachineError(
+            f"launch: the scripts of launch/ are not beside the package ({ROOT}); use a checkout, installed with `pip install -e .`"
+        )
+    config = load_config(arguments.config, arguments.overrides)
+    arguments.gpus = arguments.gpus or _gpus_here()
+    check_batches(config, arguments.gpus * arguments.nodes)
+    command = arguments.launcher(arguments, config)
+    print(shlex.join(command), flush=True)
+    if arguments.only_print:
+        return 0
+    if shutil.which(command[0]) is None:
+        raise MachineError(f"launch: '{command[0]}' is not installed here, or not on PATH; --print prints the command for use elsewhere")
+    return os.execvp(command[0], command)
+
+
+def _training(arguments: argparse.Namespace, script: str = "train.py") -> list[str]:
+    return [_script(script), "--config", arguments.config, *arguments.overrides]
+
+
+def _deepspeed(arguments: argparse.Namespace, config: Config) -> list[str]:
+    command = [_beside_python("deepspeed")]
+    if arguments.nodes > 1:
+        if not Path(arguments.hostfile).exists() and not arguments.only_print:
+            raise ConfigError(f"--hostfile: '{arguments.hostfile}' is missing; write a line `HOST slots={arguments.gpus}` for each node")
+        command += ["--hostfile", arguments.hostfile, "--num_nodes", str(arguments.nodes), "--master_addr", _head(arguments)]
+    return [*command, "--num_gpus", str(arguments.gpus), *_training(arguments)]
+
+
+def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
+    command = [_beside_python("torchrun"), "--nproc-per-node", str(arguments.gpus)]
+    if arguments.nodes > 1:
+        endpoint = f"{_head(arguments)}:{PORT}"
+        command += ["--nnodes", str(arguments.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", config.name]
+    else:
+        command += ["--standalone"]
+    return [*command, *_training(arguments)]
+
+
+def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
+    size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}"]
+    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}"]
+    return ["sbatch", *options, _script("slurm/train.sbatch"), arguments.config, *arguments.overrides]
+
+
+def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
+    workers = f"ray.workers={arguments.gpus * arguments.nodes}"
+    if arguments.address is None:
+        return [_python(), *_training(arguments, "ray_train.py"), workers]
+    left_out = '{"excludes": [".venv", ".git", "data", "runs"]}'
+    job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", left_out, "--"]
+    return [_beside_python("ray"), *job, _python(), *_training(arguments, "ray_train.py"), workers]
+
+
+def _script(name: str) -> str:
+    path = ROOT / "launch" / name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _python() -> str:
+    return _short(Path(sys.executable))
+
+
+def _beside_python(name: str) -> str:
+    path = Path(sys.executable).with_name(name)
+    return _short(path) if path.exists() else name
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _head(arguments: argparse.Namespace) -> str:
+    if arguments.head is None:
+        raise ConfigError("--head: several nodes need the name or address of the first, which all of them reach")
+    return arguments.head
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
