@@ -111,7 +111,7 @@ class EngineConfig(Section):
     """DeepSpeed."""
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    """ZeRO stage: what is sharded over ranks. auto: 0 on one rank, 2 on several."""
+    """ZeRO stage: what is sharded over ranks. auto: 0 with lora or on one rank, 2 for full training on several; 2 or 3 with offload."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """optimizer: its moments and the update stay in the host's memory (ZeRO-Offload; zero_stage 1 to 3); all: the weights too (3)."""
     nvme_path: str | None = None

@@ -164,11 +164,12 @@ def freeze_sides(model: torch.nn.Module, family: Family, sides: Iterable[str]) -
 
 
 def count_trainable(model: torch.nn.Module, family: Family) -> Counter[str]:
-    """Trainable parameters by side, and all parameters as 'total' (4-bit weights counted as the weights they hold)."""
+    """Trainable parameters by side, and all parameters as 'total' (4-bit weights counted as the weights they hold, sharded ones whole)."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
-        counts["total"] += state.shape.numel() if state is not None else parameter.numel()
+        number = getattr(parameter, "ds_numel", parameter.numel())
+        counts["total"] += state.shape.numel() if state is not None else number
         if parameter.requires_grad:
-            counts[family.side_of(name.removeprefix("base_model.model."))] += parameter.numel()
+            counts[family.side_of(name.removeprefix("base_model.model."))] += number
     return counts

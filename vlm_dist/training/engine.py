@@ -10,7 +10,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from vlm_dist.config import Config, EngineConfig
+from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.families import Family
@@ -25,11 +25,15 @@ OWNED_KEYS = (
 )  # fmt: skip
 
 
-def zero_stage(config: EngineConfig, world_size: int) -> int:
-    """The ZeRO stage (Rajbhandari et al. 2019, arXiv:1910.02054) that a configuration means on so many ranks."""
-    if config.zero_stage == "auto":
-        return 0 if world_size == 1 else 2
-    return config.zero_stage
+def zero_stage(config: Config, world_size: int) -> int:
+    """The ZeRO stage (Rajbhandari et al. 2019, arXiv:1910.02054) that a configuration means on so many ranks. auto: what is offloaded
+    needs one; adapters are small, and stage 0 sends the least (docs/scaling.md); every weight's optimizer state is worth sharding."""
+    engine = config.engine
+    if engine.zero_stage != "auto":
+        return engine.zero_stage
+    if engine.offload == "all" or engine.nvme_path is not None:
+        return 3
+    return 2 if engine.offload == "optimizer" or (world_size > 1 and config.lora is None) else 0
 
 
 def check_batches(config: Config, world_size: int) -> int:
@@ -58,7 +62,7 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str) -> dict[s
     owned = [key for key in config.engine.deepspeed if key in OWNED_KEYS]
     if owned:
         raise ConfigError(f"engine.deepspeed.{owned[0]} is decided by this file's own keys; remove it (see `vlm-dist config --explain`)")
-    stage = zero_stage(config.engine, world_size)
+    stage = zero_stage(config, world_size)
     if config.engine.deepspeed.get("zero_optimization", {}).get("stage", stage) != stage:
         raise ConfigError("engine.deepspeed.zero_optimization.stage contradicts engine.zero_stage; set only engine.zero_stage")
     if config.optim.name == "adamw_8bit" and stage > 0:

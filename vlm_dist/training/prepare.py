@@ -144,7 +144,7 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
         "micro_batch": config.training.micro_batch,
         "accumulation_rounds": rounds,
         "ranks": world_size,
-        "zero_stage": zero_stage(config.engine, world_size),
+        "zero_stage": zero_stage(config, world_size),
     }
 
 
