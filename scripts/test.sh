@@ -25,6 +25,6 @@ echo "== tests"
 export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 case " $* " in
     *" -m "*) .venv/bin/python -m pytest "$@" ;; # the GPU is not shared between processes
-    *) .venv/bin/python -m pytest -m "not gpu" -n "${TEST_PROCESSES:-2}" --dist loadfile --durations 15 "$@" ;;
+    *) .venv/bin/python -m pytest -m "not gpu" -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations 15 "$@" ;;
 esac
 echo "tests: done in $((SECONDS - started)) s"

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from vlm_dist.cli.main import main
 
-PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md", "docs/models.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md", "docs/models.md", "docs/scaling.md", "docs/security.md"]
 COMMAND = re.compile(r"^(?:    |\$ |    \$ )(?:\.venv/bin/)?vlm-dist (.+?)(?:\s{2,}#.*)?$", re.M)
 # Shown for a machine with a GPU and a network; run at tiny scale in test_train.py, test_pack.py and test_mini_vlm.py.
 NOT_HERE = ("qwen2_5_vl_7b_qlora", "jxie/flickr8k", "mini_vlm_flickr8k")

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "launch",
         "Start a training on several GPUs or nodes, or print the command that does.",
-        "vlm-dist launch configs/quickstart.yaml --slurm --nodes 2 --gpus 8 --print",
+        "vlm-dist launch configs/qwen2_5_vl_7b_qlora.yaml --slurm --nodes 2 --gpus 8 --print",
     )
     add_config(parser)
     kind = parser.add_mutually_exclusive_group(required=True)
