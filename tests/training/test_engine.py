@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import losses_of, write_config
 from vlm_dist import load_config, train
 from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.training.engine import deepspeed_config
 
 pytestmark = pytest.mark.slow
 FORMS = {"plain": [], "optimizer-1": ["engine.zero_stage=1", "engine.offload=optimizer"],
@@ -69,3 +70,12 @@ def test_what_does_not_fit_is_refused(run, options, words):
 def test_a_folder_that_is_not_there(run):
     with pytest.raises(MachineError, match="'/nowhere' is no folder"):
         run("refused", "engine.zero_stage=3", "engine.offload=all", "engine.nvme_path=/nowhere")
+
+
+def test_buckets_are_no_larger_than_what_is_reduced(settings, tmp_path):
+    """DeepSpeed's default would take 2 GB beside adapters of some kB; what is given in engine.deepspeed counts."""
+    config = load_config(write_config(settings, tmp_path), ["engine.zero_stage=2"])
+    assert deepspeed_config(config, 1, "float32", 1000)["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert deepspeed_config(config, 1, "float32", 10**10)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    more = load_config(write_config(settings, tmp_path), ["engine.deepspeed={zero_optimization: {reduce_bucket_size: 77}}"])
+    assert deepspeed_config(more, 1, "float32", 1000)["zero_optimization"]["reduce_bucket_size"] == 77

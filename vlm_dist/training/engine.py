@@ -23,6 +23,7 @@ OWNED_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
     "scheduler", "bf16", "fp16", "torch_autocast",
 )  # fmt: skip
+LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's own default
 
 
 def zero_stage(config: Config, world_size: int) -> int:
@@ -53,8 +54,12 @@ def check_batches(config: Config, world_size: int) -> int:
     return training.global_batch // (training.micro_batch * world_size)
 
 
-def deepspeed_config(config: Config, world_size: int, dtype_name: str) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_trainable: int = LARGEST_BUCKET) -> dict[str, Any]:
     """The DeepSpeed JSON of a configuration.
+
+    Args:
+        num_trainable: trainable parameters. DeepSpeed's bucket for their gradients is no larger: its default would take 2 GB beside
+            adapters of some MB.
 
     Raises:
         ConfigError: engine.deepspeed sets what our own keys decide, or the optimizer does not fit the stage.
@@ -69,7 +74,14 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str) -> dict[s
         raise ConfigError(
             f"optim.name=adamw_8bit cannot be sharded (engine.zero_stage is {stage} here); use adamw, or engine.zero_stage: 0"
         )
-    zero = {"stage": stage, "overlap_comm": False, **_offload(config, stage), **config.engine.deepspeed.get("zero_optimization", {})}
+    bucket = {"reduce_bucket_size": min(num_trainable, LARGEST_BUCKET)}
+    zero = {
+        "stage": stage,
+        "overlap_comm": False,
+        **bucket,
+        **_offload(config, stage),
+        **config.engine.deepspeed.get("zero_optimization", {}),
+    }
     return {
         "train_micro_batch_size_per_gpu": config.training.micro_batch,
         "gradient_accumulation_steps": check_batches(config, world_size),
@@ -114,7 +126,9 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device),
         optimizer=build_optimizer(model, config.optim, family, on_cpu=config.engine.offload != "none"),
-        config=deepspeed_config(config, ranks.world_size, str(dtype).removeprefix("torch.")),
+        config=deepspeed_config(
+            config, ranks.world_size, str(dtype).removeprefix("torch."), sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ),
     )
     engine.train()
     return engine

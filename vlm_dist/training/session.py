@@ -79,7 +79,10 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._parts.__exit__(*error)
+        try:
+            self._parts.__exit__(*error)
+        finally:
+            self.engine.destroy()  # its hooks hold buffers that outlive it, e.g. in a notebook
 
     @property
     def wall_s(self) -> float:
