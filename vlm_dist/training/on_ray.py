@@ -110,9 +110,10 @@ def _connect(config: RayConfig) -> None:
     try:
         ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=True, logging_level=logging.WARNING)
     except ConnectionError as error:
+        why = str(error).splitlines()[0][:200]
         raise MachineError(
-            f"ray.address: no cluster answers at '{address}' ({str(error).splitlines()[0][:200]}); is it running, and does it ask for a token "
-            "(RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
+            f"ray.address: no cluster answers at '{address}' ({why}); is it running, and does it ask for a token (RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
         ) from None
 
 
