@@ -19,6 +19,7 @@ from vlm_dist import load_config, train
 from vlm_dist.cli.main import main
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.training import outcome
+from vlm_dist.training.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
@@ -28,11 +29,30 @@ def port(offset: int) -> str:
     return str(21_000 + (os.getpid() * 7 + offset) % 18_000)
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_running():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # ranks that outlived their launcher too
+        except ProcessLookupError:
+            continue
+
+
 def start(*words: str) -> subprocess.Popen:
+    """A launcher in a process group of its own."""
     environment = child_environment(PATH=f"{BIN}:{os.environ['PATH']}")
-    return subprocess.Popen(
-        [str(word) for word in words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    command = [str(word) for word in words]
+    STARTED.append(
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
     )
+    return STARTED[-1]
 
 
 def torchrun(*words: str, offset: int = 0) -> subprocess.Popen:
@@ -90,6 +110,22 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
         assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected[name.split("-")[0]], rel=1e-4), (name, output[-2000:])
 
 
+def test_a_rank_with_text_alone_beside_one_with_pictures(config, reference, shards, qwen, tmp_path):
+    """Every other sample has no picture, one sample a micro-batch: at no stage does a rank wait for a vision tower that another skips."""
+    from webdataset.writer import TarWriter
+
+    with TarWriter(str(tmp_path / "text.tar")) as tar:
+        for number in range(60):
+            turns = [{"role": "user", "content": f"What is {number} + 1?"}, {"role": "assistant", "content": str(number + 1)}]
+            tar.write({"__key__": f"text-{number}", "json": {"messages": turns}})
+    data = [f"model.name={qwen}", f"data.train={json.dumps([*shards['qa-train'], str(tmp_path / 'text.tar')])}", "training.steps=6"]
+    runs = [[*data, f"name=mixed-{stage}", f"engine.zero_stage={stage}", "training.micro_batch=1"] for stage in (0, 1, 2, 3)]
+    finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path), offset=8))
+    expected = reference("mixed-here", *data)
+    for stage in (0, 1, 2, 3):
+        assert losses_of(tmp_path / "runs" / f"mixed-{stage}") == pytest.approx(expected, rel=1e-4), stage
+
+
 def test_resuming_at_other_world_sizes_and_stages(config, reference, tmp_path):
     """(2 ranks, stage 2) -> (1, 0) -> (2, 3) -> (2, 1) -> (1, 0): stopped by SIGTERM to one rank in the middle of an epoch each time,
     over the end of the epoch; the curve is that of one process that never stopped, and every sample was used once."""
@@ -105,6 +141,35 @@ def test_resuming_at_other_world_sizes_and_stages(config, reference, tmp_path):
     train(load_config(config, more))
     assert losses_of(tmp_path / "runs" / "changing") == pytest.approx(reference("whole", "training.steps=34"), rel=1e-4)
     assert json.loads(state.read_text())["samples"] == 4 * 34
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_that_is_told_to_stop(config, tmp_path, launcher):
+    """SIGTERM to the launcher's process group, as a scheduler sends with a grace period: the ranks stop at the same step, save, and are
+    gone. (On one host the deepspeed command does not hand on a SIGTERM that it alone gets.)"""
+    arguments = ["launch/train.py", "--config", config, "training.micro_batch=1", "training.steps=5000", "name=told"]
+    if launcher == "torchrun":
+        process = torchrun(*arguments, offset=9)
+    else:
+        process = start(BIN / "deepspeed", "--num_gpus", "2", "--master_port", port(10), *arguments)
+    run = tmp_path / "runs" / "told"
+    wait_for_steps(run, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=120)  # until the last rank has closed its output
+    summary = json.loads((run / "summary.json").read_text())
+    assert process.returncode != 0 and summary["ended"] == "interrupted" and summary["signal"] == "SIGTERM"
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    assert checkpoint.name == f"step-{summary['step']:08d}" and verify_checkpoint(checkpoint) is None
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen) -> None:
+    metrics = run / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("no step in 120 s")
 
 
 def stopped_at(config: str, step: int, overrides: list[str]) -> None:
@@ -177,12 +242,7 @@ def test_a_hung_rank_ends_the_run_by_name(config, tmp_path):
     process = torchrun("launch/train.py", "--config", config, "training.micro_batch=1", "training.steps=5000", "health.timeout_s=5",
                        "name=hung", offset=4)  # fmt: skip
     logs = tmp_path / "runs" / "hung" / "logs"
-    metrics = tmp_path / "runs" / "hung" / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
-            break
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "runs" / "hung", process)
     victim = json.loads((logs / "rank-1.alive.json").read_text())["pid"]
     os.kill(victim, signal.SIGSTOP)
     output = finish(process, 1)

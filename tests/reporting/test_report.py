@@ -24,11 +24,14 @@ def run(tmp_path) -> Path:
     for step in range(1, 41):
         numbers = {"loss": 5 / step, "lr": 1e-3, "grad_norm": 1.0, "samples": 8 * step, "tokens": 100 * step, "label_tokens": 10 * step}
         speed = {"tokens_per_s": 50.0, "step_s": 2.0, "data_wait_s": 0.1, "padding_fraction": 0.1, "peak_memory_bytes": 2**30}
-        rows.append({"step": step, **numbers, **speed})
+        rows.append({"step": step, **numbers, **speed, **({"loss": None, "grad_norm": None} if step == 7 else {})})
     for phase, step, share in (("before", 0, 0.0), ("during", 20, 0.5), ("after", 40, 1.0)):
         rows.append({"step": step, "phase": phase, "eval": {"exact_match": share, "samples": 2, "by_kind": {"colour": share}}})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "summary.json").write_text(json.dumps({"ended": "finished", "wall_s": 80.0}))
+    (run / "summary.json").write_text(json.dumps({"ended": "finished", "wall_s": 80.0, "goodput": 0.87}))
+    events = [{"time": 1e9, "step": step, "event": "checkpoint", "text": f"step-{step:08d}"} for step in (10, 40)]
+    events.insert(0, {"time": 1e9, "step": 7, "event": "skipped", "text": "the loss is nan; no update. Samples: <b>k7</b>"})
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     for phase, answers in (("before", ["blue", "?"]), ("after", ["red", "<script>alert(1)</script>"])):
         lines = []
         for number, answer in enumerate(answers):
@@ -47,6 +50,7 @@ def test_page_is_self_contained_and_escaped(run):
     assert not re.search(r"(?:src|href)=\"(?!data:)(?!#)", page)
     assert "<script>alert(1)</script>" not in page and "&lt;script&gt;" in page
     assert page.count("<svg") == 5 and page.count("data:image/png;base64,") == 2
+    assert "step-00000040" in page and "step-00000010" not in page and "&lt;b&gt;k7" in page and "87%" in page
     for words in ("0.0 % before", "<b>100.0 %</b>", "cannot be decoded", "finished", "demo"):
         assert words in page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vlm_dist.reporting.plots import line_plot
 from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 MOST_PICTURES = 48
+MOST_EVENTS = 100
 
 
 def write_report(run_dir: Path) -> Path:
@@ -33,6 +35,7 @@ def write_report(run_dir: Path) -> Path:
         scores=_scores(rows),
         plots=_plots(steps, rows),
         answers=_answers(run),
+        events=_events(run),
         quarantined=read_jsonl(run.quarantine)[:100],
         config=run.config.read_text(encoding="utf-8"),
         environment=run.environment.read_text(encoding="utf-8") if run.environment.exists() else "",
@@ -57,6 +60,8 @@ def _facts(run: RunDir, steps: list[dict[str, Any]]) -> dict[str, str]:
     }
     if summary.get("wall_s"):
         facts["wall time"] = f"{summary['wall_s']:.0f} s"
+    if summary.get("goodput") is not None:
+        facts["goodput"] = f"{summary['goodput']:.0%}"
     if summary.get("reason"):
         facts["reason"] = summary["reason"]
     return facts
@@ -81,6 +86,14 @@ def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tupl
         shares = [100 * score["exact_match"] for score in scores]
         plots.append(("Held-out exact match", line_plot([score["step"] for score in scores], shares, "%", marks=True)))
     return plots
+
+
+def _events(run: RunDir) -> list[dict[str, Any]]:
+    """What happened besides steps; of the checkpoints only the last."""
+    rows = read_jsonl(run.events)
+    saves = [row for row in rows if row["event"] == "checkpoint"]
+    shown = [row for row in rows if row["event"] != "checkpoint" or row is saves[-1]]
+    return [{**row, "clock": datetime.fromtimestamp(row["time"]).strftime("%Y-%m-%d %H:%M:%S")} for row in shown[-MOST_EVENTS:]]
 
 
 def _answers(run: RunDir) -> list[dict[str, Any]]:
