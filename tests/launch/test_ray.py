@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,8 @@ from tests.conftest import ROOT, child_environment, losses_of, run_command, writ
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    environment = child_environment(RAY_USAGE_STATS_ENABLED="0", RAY_ADDRESS="")
+def start(*arguments: str, **changes: str) -> subprocess.Popen:
+    environment = child_environment(RAY_USAGE_STATS_ENABLED="0", RAY_ADDRESS="", **changes)
     environment.pop("RAY_ADDRESS")
     command = [sys.executable, "launch/ray_train.py", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
@@ -65,6 +66,57 @@ def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(config, t
     assert json.loads((run / "environment.json").read_text())["ranks"] == 2
     logs = [(run / "logs" / f"rank-{rank}.log") for rank in range(2)]
     assert all(path.exists() for path in logs) and "continuing from" in logs[0].read_text()
+
+
+def test_a_node_is_lost_and_training_goes_on_with_fewer_workers(config, tmp_path):
+    """Two Ray nodes of one CPU each; the second node's raylet is killed in mid-run: one worker goes on from the newest checkpoint, with the
+    losses of one process."""
+    more = ["training.steps=40", "training.micro_batch=1", "checkpoint.save_every=4"]
+    address = f"127.0.0.1:{free_port()}"
+    nodes = [ray_node("--head", f"--port={address.split(':')[1]}", "--node-ip-address=127.0.0.1", f"--dashboard-port={free_port()}")]
+    try:
+        wait_for(lambda: ray_says(address).count("node_") == 1, nodes[0])
+        nodes.append(ray_node(f"--address={address}"))
+        wait_for(lambda: ray_says(address).count("node_") == 2, nodes[1])
+        process = start("--config", config, "ray.workers=2", "ray.min_workers=1", f"ray.address={address}", "name=lost", *more,
+                        RAY_AUTH_MODE="disabled")  # fmt: skip
+        run = tmp_path / "runs" / "lost"
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses_of(run)) >= 6, process)
+        assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+        raylet = next(pid for pid in descendants(nodes[1].pid) if "raylet/raylet" in command_of(pid) and parent_of(pid) == nodes[1].pid)
+        os.kill(raylet, signal.SIGKILL)
+        code, _, err = finish(process)
+        assert code == 0, err[-3000:]
+        assert json.loads((run / "environment.json").read_text())["ranks"] == 1
+        assert run_command("train", config, "name=plain", *more).returncode == 0
+        assert losses_of(run) == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(60)
+
+
+def ray_node(*options: str) -> subprocess.Popen:
+    """One Ray node with one CPU, without a token: it listens on this machine alone."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
+    environment = child_environment(RAY_AUTH_MODE="disabled")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def ray_says(address: str) -> str:
+    command = [str(Path(sys.executable).with_name("ray")), "status", "--address", address]
+    environment = child_environment(RAY_AUTH_MODE="disabled")
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60).stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:

@@ -38,10 +38,23 @@ def test_srun_on_two_nodes_gives_the_losses_of_one_process(slurm, config, tmp_pa
     assert json.loads((runs / "slurm" / "environment.json").read_text())["ranks"] == 2 and "2 tasks, start 1" in log
 
 
-def test_a_mistake_ends_the_job_with_its_exit_code(slurm, config, tmp_path):
-    command = ["sbatch", "--wait", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch", config, "optim.lrr=1"]
+def test_an_array_of_configurations_and_a_mistake(slurm, config, tmp_path):
+    """Each task takes the configuration of its number; a mistake ends it with its exit code, and so does a number without one."""
+    other = tmp_path / "other.yaml"
+    other.write_text("name: other\n")
+    command = [
+        "sbatch",
+        "--wait",
+        "--array=0-2",
+        f"--output={tmp_path}/job-%a.log",
+        "launch/slurm/train.sbatch",
+        f"{config},{other}",
+        "optim.lrr=1",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False, timeout=240)
-    assert result.returncode == 2 and "optim.lrr" in (tmp_path / "job.log").read_text()
+    first, second, third = ((tmp_path / f"job-{task}.log").read_text() for task in range(3))
+    assert result.returncode == 2 and "optim.lrr" in first and config in first
+    assert str(other) in second and "has no configuration; 2 were given" in third
 
 
 def test_a_job_saves_before_its_limit_queues_again_and_ends(slurm, config, tmp_path):
