@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,7 +46,12 @@ def test_a_mistake_is_told_once_with_its_exit_code(config, tmp_path):
 
 
 def test_more_workers_than_the_cluster_has(config):
-    code, _, err = finish(start("--config", config, "ray.workers=2", "ray.cpus_per_worker=500", "training.micro_batch=1"))
+    """On a new cluster, although a dead one left its note here."""
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1\n")
+        more = ["ray.workers=2", "ray.cpus_per_worker=500", "training.micro_batch=1"]
+        code, _, err = finish(start("--config", config, *more, RAY_TMPDIR=folder))
     assert code == 6 and "the cluster has room for 0" in err.strip().splitlines()[-1]
 
 
@@ -73,7 +80,18 @@ def test_a_node_is_lost_and_training_goes_on_with_fewer_workers(config, tmp_path
     losses of one process."""
     more = ["training.steps=40", "training.micro_batch=1", "checkpoint.save_every=4"]
     address = f"127.0.0.1:{free_port()}"
-    nodes = [ray_node("--head", f"--port={address.split(':')[1]}", "--node-ip-address=127.0.0.1", f"--dashboard-port={free_port()}")]
+    folder = tempfile.mkdtemp(
+        prefix="ray-", dir="/tmp"
+    )  # so that no other run takes this for the machine's cluster; sockets want short paths
+    nodes = [
+        ray_node(
+            "--head",
+            f"--temp-dir={folder}",
+            f"--port={address.split(':')[1]}",
+            "--node-ip-address=127.0.0.1",
+            f"--dashboard-port={free_port()}",
+        )
+    ]
     try:
         wait_for(lambda: ray_says(address).count("node_") == 1, nodes[0])
         nodes.append(ray_node(f"--address={address}"))
@@ -94,6 +112,7 @@ def test_a_node_is_lost_and_training_goes_on_with_fewer_workers(config, tmp_path
         for node in reversed(nodes):
             node.terminate()
             node.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def ray_node(*options: str) -> subprocess.Popen:

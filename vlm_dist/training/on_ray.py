@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,7 @@ def _connect(config: RayConfig) -> None:
 
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(_python_path())
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = config.address or os.environ.get("RAY_ADDRESS") or _cluster_here()
     try:
         ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=True, logging_level=logging.WARNING)
     except ConnectionError as error:
@@ -115,6 +117,20 @@ def _connect(config: RayConfig) -> None:
             f"ray.address: no cluster answers at '{address}' ({why}); is it running, and does it ask for a token (RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
         ) from None
+
+
+def _cluster_here() -> str:
+    """The cluster that `ray start` noted on this machine, if it still answers (Ray itself would wait minutes for a dead one), else a new
+    one."""
+    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    if not note.exists():
+        return "local"
+    host, _, port = note.read_text().strip().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return "local"
+    return "auto"
 
 
 def _python_path() -> list[str]:
