@@ -69,5 +69,5 @@ def test_pages_name_files_that_exist():
         text = (ROOT / page).read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
-        for name in re.findall(r"\b(?:scripts|configs|launch|docs)/[\w/.-]+\.(?:sh|py|yaml|md|json|png)\b", text):
+        for name in re.findall(r"(?<![\w/.])(?:scripts|configs|launch|docs|tests)/[\w/.-]+\.(?:sh|py|yaml|md|json|png)\b", text):
             assert (ROOT / name).exists(), f"{page}: {name}"
