@@ -11,10 +11,10 @@ started=$SECONDS
 echo "== packages"
 scripts/setup.sh
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! (command -v chromium && command -v slurmctld) >/dev/null; then
-    echo "== chromium, for the tests of pages, and SLURM, for those of its launcher"
+    echo "== chromium, for the tests of pages, SLURM, for those of its launcher, and libaio, for offloading to a disk"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        chromium chromium-driver fonts-dejavu-core slurm-wlm munge >/dev/null
+        chromium chromium-driver fonts-dejavu-core slurm-wlm munge libaio-dev >/dev/null
 fi
 
 echo "== lint"

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from vlm_dist import distributed, load_config
-from vlm_dist.data.encode import Encoder
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.stream import open_stream
 from vlm_dist.run_dir import RunDir
@@ -43,7 +42,6 @@ def main() -> None:
         config.data, loaded.processor, Quarantine(Path(config.output_dir) / "quarantine.jsonl", 0.5), seed=0, global_batch=2,
         micro_batch=1, rank=ranks.rank, world_size=ranks.world_size,
     )  # fmt: skip
-    assert isinstance(stream.encoder, Encoder)
     engine.backward(summed_loss(engine, stream.next_step().micro_batches[0]))
     engine.step()
     stream.close()

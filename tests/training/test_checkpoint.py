@@ -164,6 +164,20 @@ def test_a_mirror_that_cannot_be_used(trained, tmp_path):
         train(config)
 
 
+def test_a_mirror_that_fails_on_the_way_ends_nothing(trained, tmp_path):
+    mirror = tmp_path / "mirror"
+    options = [f"output_dir={tmp_path / 'runs'}", f"checkpoint.mirror={mirror}"]
+    train(load_config(trained / "config.yaml", options))
+    for path in ("checkpoints/step-00000004", "checkpoints/step-00000003"):
+        shutil.rmtree(tmp_path / "runs" / "tiny" / path)
+    (tmp_path / "runs" / "tiny" / "summary.json").unlink()
+    shutil.rmtree(mirror)
+    mirror.write_text("")
+    assert train(load_config(trained / "config.yaml", options))["ended"] == "finished"
+    told = [row for row in read_jsonl(tmp_path / "runs" / "tiny" / "events.jsonl") if row["event"] == "mirror failed"]
+    assert [row["step"] for row in told] == [3, 4] and "cannot be written" in told[0]["text"]
+
+
 def test_the_command_lists_verifies_and_prunes(run, capsys):
     assert main(["checkpoints", str(run), "--verify", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

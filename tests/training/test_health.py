@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 from tests.conftest import losses_of, write_config
 from vlm_dist import load_config, train
 from vlm_dist.config import HealthConfig
+from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError
-from vlm_dist.run_dir import read_jsonl
+from vlm_dist.run_dir import RunDir, read_jsonl
 from vlm_dist.training import train as loop
 from vlm_dist.training.health import DivergedError, Health
+from vlm_dist.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +111,33 @@ def test_spikes_without_end(run, monkeypatch):
     spoil(monkeypatch, set(range(37, 999)), 1000.0)
     with pytest.raises(DivergedError, match="after 1 rollbacks"):
         run("training.steps=40", "checkpoint.save_every=4", "health.on_spike=rollback", "health.max_rollbacks=1")
+
+
+def test_a_spike_before_the_first_checkpoint_and_a_loss_that_stays_high(run, monkeypatch):
+    """Nothing to go back to: told, and no rollback is counted; and the median follows, so that it is not told for ever."""
+    spoil(monkeypatch, set(range(37, 999)), 1000.0)
+    summary, folder = run("training.steps=60", "checkpoint.save_every=0", "health.on_spike=rollback", "health.max_rollbacks=0")
+    told = [row["step"] for row in read_jsonl(folder / "events.jsonl") if row["event"] == "spike"]
+    assert summary["rollbacks"] == 0 and summary["step"] == 60 and told[0] == 19 and told[-1] < 45
+
+
+def test_a_hung_rank_is_the_one_that_is_behind(tmp_path):
+    """By step first: what ranks did in earlier steps, such as batches of an evaluation, does not count."""
+    run = RunDir(tmp_path)
+    dogs = [Watchdog(run, Ranks(rank, rank, 3, torch.device("cpu")), 50.0, time.monotonic()) for rank in range(3)]
+    run.beat(0).parent.mkdir()
+    for rank, dog in enumerate(dogs):
+        for _ in range(10 * rank):
+            dog.beat("evaluating")
+        dog.beat("reading", 7)
+        if rank != 1:
+            dog.beat("computing")
+        dog._write()
+    others = dogs[0]._others()
+    assert [rank["rank"] for rank in dogs[0]._behind(others)] == [1] and dogs[0]._silent(others) == []
+    assert dogs[1]._behind(dogs[1]._others()) == []
+    os.utime(run.beat(2), (0, 0))
+    assert [rank["rank"] for rank in dogs[0]._silent(dogs[0]._others())] == [2]
 
 
 def test_memory_that_runs_out_is_told_with_what_to_change(run, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
@@ -135,15 +136,28 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
 
 
 def _check_nvme(path: str) -> None:
-    """Raises:
-    MachineError: DeepSpeed's asynchronous I/O cannot be compiled here, or the folder cannot be written.
+    """Write and read a block as DeepSpeed will.
+
+    Raises:
+        MachineError: DeepSpeed's asynchronous I/O cannot be compiled here, or cannot use the folder.
     """
+    import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
     if not os.access(path, os.W_OK):
         raise MachineError(f"engine.nvme_path: '{path}' is no folder that can be written; make it, or give another")
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise MachineError("engine.nvme_path: DeepSpeed's asynchronous I/O needs libaio (on Debian: apt-get install libaio-dev)")
+    block, back = torch.ones(1 << 18), torch.zeros(1 << 18)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path) as file:
+            handle = AsyncIOBuilder().load(verbose=False).aio_handle(1 << 20, 8, False, True, 1)
+            handle.sync_pwrite(block, file.name, 0)
+            handle.sync_pread(back, file.name, 0)
+    except (RuntimeError, OSError) as error:  # RuntimeError: of the compiler, or of the handle
+        raise MachineError(f"engine.nvme_path: DeepSpeed's asynchronous I/O does not work here: {str(error)[-300:]}") from None
+    if not torch.equal(block, back):
+        raise MachineError(f"engine.nvme_path: asynchronous I/O cannot write or read files in '{path}'; give a folder of another disk")
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

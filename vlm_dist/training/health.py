@@ -114,27 +114,22 @@ class Health:
             return "skipped"
         self._skipped_in_a_row = 0
         limit = self._limit()
+        self._losses.append(loss)  # a spike too: where the loss stays high, the median follows
         if limit is not None and loss > limit:
             self.log.event("spike", step, f"the loss {loss:.4g} is far above the last ones (limit {limit:.4g})", loss=loss)
             return "spike"
-        self._losses.append(loss)
         return "good"
 
-    def may_roll_back(self, step: int) -> bool:
-        """Whether a spike goes back to the last checkpoint.
-
-        Raises:
-            DivergedError: it has gone back too often.
+    def count_rollback(self, step: int) -> None:
+        """Raises:
+        DivergedError: there were too many.
         """
-        if self.config.on_spike != "rollback":
-            return False
-        self.rollbacks += 1
-        if self.rollbacks > self.config.max_rollbacks:
+        if self.rollbacks == self.config.max_rollbacks:
             raise DivergedError(
                 f"training: the loss jumped again at step {step}, after {self.config.max_rollbacks} rollbacks; "
                 "use a smaller optim.lr, or look at the samples named in events.jsonl"
             )
-        return True
+        self.rollbacks += 1
 
     def watch_speed(self, step: int, busy_s: list[float]) -> None:
         """Name a rank that is much slower than the others; `busy_s`: seconds that each rank worked in this step."""

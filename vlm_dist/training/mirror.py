@@ -30,10 +30,7 @@ def send(path: Path, url: str, gone: Sequence[Path] = ()) -> None:
             if files.exists(f"{root}/{old.name}"):
                 files.rm(f"{root}/{old.name}", recursive=True)
     except Exception as error:  # each file system of fsspec has errors of its own
-        raise CheckpointError(
-            f"checkpoint.mirror: '{url}' cannot be written ({type(error).__name__}: {error}); {path} is whole. "
-            "Run the same command again to continue"
-        ) from None
+        raise CheckpointError(f"checkpoint.mirror: '{url}' cannot be written ({type(error).__name__}: {error}); {path} is whole") from None
 
 
 def fetch_newest(url: str, folder: Path) -> Path | None:

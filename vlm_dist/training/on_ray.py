@@ -60,12 +60,14 @@ def train_on_ray(config: Config, *, resume_anyway: bool = False) -> dict[str, An
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     _connect(config.ray)
     try:
         workers, use_gpu = _workers(config)
         reserved = {"CPU": config.ray.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-        outcome = ray.remote(num_cpus=0)(_Outcome).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a node that may be lost
+        outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote()
         run = RunDir(Path(config.output_dir) / config.name)
         trainer = TorchTrainer(
             _work,
@@ -103,7 +105,7 @@ def _fit(trainer: Any, outcome: Any) -> dict[str, Any]:
 
 
 def _connect(config: RayConfig) -> None:
-    """Join a running cluster, or start one whose ports listen on this machine alone."""
+    """Join a running cluster, or start one (docs/security.md says where it listens)."""
     import ray
 
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}

@@ -83,6 +83,9 @@ class Saver:
         path = write_checkpoint(self.run.checkpoints, step, snapshot, state)
         gone = prune(self.run.checkpoints, self.config.keep_last, self.config.keep_best, self.config.best_metric)
         if self.config.mirror:
-            mirror.send(path, self.config.mirror, gone)
+            try:
+                mirror.send(path, self.config.mirror, gone)
+            except CheckpointError as error:  # the run has its own; the next one is sent again
+                self.log.event("mirror failed", step, str(error))
         seconds = {"stall_s": round(stall_s, 4), "write_s": round(time.perf_counter() - start, 4)}
         self.log.event("checkpoint", step, path.name, quiet=True, **seconds)

@@ -104,12 +104,17 @@ class Session:
         self._wall_before = progress.wall_s
         return progress
 
-    def roll_back(self, progress: Progress) -> Progress:
-        """Weights, optimizer and totals of the last checkpoint; the data goes on."""
+    def roll_back(self, progress: Progress) -> Progress | None:
+        """Weights, optimizer and totals of the last checkpoint; the data goes on. None without a checkpoint.
+
+        Raises:
+            DivergedError: too many rollbacks.
+        """
         checkpoint = self.saver.newest()
         if checkpoint is None:
             self.log.event("no rollback", progress.step, "there is no checkpoint yet; going on")
-            return progress
+            return None
+        self.health.count_rollback(progress.step)
         state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
         self.log.rewind(state["step"])
         left_out = progress.step - state["step"]

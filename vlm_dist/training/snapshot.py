@@ -31,7 +31,7 @@ def take_snapshot(engine: Any, *, keep: bool) -> Snapshot | None:
         return None
     adapters = getattr(engine.module, "peft_config", None)
     names = _stored_names(engine.module, weights)
-    stored = {names[name]: tensor.contiguous() for name, tensor in weights.items()}
+    stored = {names[name]: tensor for name, tensor in weights.items()}
     return Snapshot(stored, moments, adapters["default"] if adapters else None)
 
 

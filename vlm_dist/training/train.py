@@ -104,8 +104,8 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
         health.watch_speed(progress.step + 1, busy_s)
         progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
         log.step(outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks))
-        if verdict == "spike" and health.may_roll_back(progress.step):
-            progress = session.roll_back(progress)
+        if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:
+            progress, saved = earlier, earlier.step
             continue
         if _due(config.evaluation.every, progress.step) and progress.step < session.steps:
             session.evaluate(progress.step, "during")

@@ -56,10 +56,11 @@ class Watchdog:
         self._write()
 
     def beat(self, doing: str, step: int | None = None) -> None:
-        """The main thread goes on, now with `doing`."""
+        """The main thread goes on, now with `doing`; `step`: a new step begins, in which all ranks do the same things."""
+        if step is not None:
+            self._step, self._beats = step, 0
         self._beats += 1
         self._doing, self._last = doing, time.monotonic()
-        self._step = self._step if step is None else step
 
     def _watch(self) -> None:
         while not self._stop.wait(self.interval):
@@ -77,29 +78,39 @@ class Watchdog:
             logger.warning("%s cannot be written: %s", self.run.beat(self.ranks.rank), error)
 
     def _end(self) -> None:
-        """Say who hangs, keep the stacks, stop what no longer answers, and leave."""
+        try:
+            self._tell()
+        finally:
+            os._exit(EXIT_CODE)  # whatever went wrong in telling
+
+    def _tell(self) -> None:
+        """Say who hangs, keep the stacks, stop what no longer answers."""
         others = self._others()
-        silent = [rank for rank in others if rank["silent_s"] > max(3 * self.interval, 2.0)]
-        least = min((rank["beats"] for rank in others), default=self._beats)
-        behind = [rank for rank in others if rank["beats"] == least < self._beats]
-        suspects = silent or behind
+        silent = self._silent(others)
+        here = [rank for rank in silent if rank["host"] == socket.gethostname()]
+        reason = self._reason(silent or self._behind(others), bool(silent))
+        print(f"vlm-dist: {reason}", file=sys.stderr, flush=True)
         with self.run.stacks(self.ranks.rank).open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             _dump_collectives(file)
-        for rank in silent:
-            if rank["host"] == socket.gethostname():
-                _dump_with_py_spy(rank["pid"], self.run.stacks(rank["rank"]))
-        reason = self._reason(suspects, bool(silent))
-        print(f"vlm-dist: {reason}", file=sys.stderr, flush=True)
+        for rank in here:
+            _dump_with_py_spy(rank["pid"], self.run.stacks(rank["rank"]))
         alive = {rank["rank"] for rank in others} - {rank["rank"] for rank in silent} | {self.ranks.rank}
         if self.ranks.rank == min(alive):
             write_json(self.run.summary, {"ended": "failed", "reason": reason, "step": self._step})
         else:
             time.sleep(min(2.0, self.interval))  # its words first
-        for rank in silent:
-            if rank["host"] == socket.gethostname():
-                _kill(rank)  # a stopped process hears nothing else, and would keep its memory
-        os._exit(EXIT_CODE)
+        for rank in here:
+            _kill(rank)  # a stopped process hears nothing else, and would keep its memory
+
+    def _silent(self, others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [rank for rank in others if rank["silent_s"] > max(3 * self.interval, 2.0)]
+
+    def _behind(self, others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those that are furthest back, if further than this rank."""
+        places = [(rank["step"], rank["beats"]) for rank in others]
+        least = min(places, default=(self._step, self._beats))
+        return [rank for rank, place in zip(others, places, strict=True) if place == least < (self._step, self._beats)]
 
     def _reason(self, suspects: list[dict[str, Any]], silent: bool) -> str:
         what = "; ".join(
