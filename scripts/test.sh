@@ -10,7 +10,7 @@ started=$SECONDS
 
 echo "== packages"
 scripts/setup.sh
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! (command -v chromium && command -v slurmctld) >/dev/null; then
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! (command -v chromium && command -v chromedriver && command -v slurmctld) >/dev/null; then
     echo "== chromium, for the tests of pages, SLURM, for those of its launcher, and libaio, for offloading to a disk"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

@@ -55,6 +55,8 @@ class DataConfig(Section):
     """Stop when more than this share of the samples is unusable (checked from the first 1,000 samples on)."""
     prefetch: PositiveInt = 2
     """Optimizer steps that are prepared ahead in the background."""
+    workers: NonNegativeInt = 2
+    """Threads of each rank that decode pictures; 0: the preparing thread does. Their number changes no order."""
 
 
 class OptimConfig(Section):

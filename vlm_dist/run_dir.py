@@ -22,6 +22,7 @@ HARMLESS = (
     "training.micro_batch",
     "model.gradient_checkpointing",
     "data.prefetch",
+    "data.workers",
 )
 
 

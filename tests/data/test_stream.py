@@ -12,8 +12,8 @@ import torch
 
 from vlm_dist.config import DataConfig
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.shards import count_samples, find_shards, write_shards
-from vlm_dist.data.stream import open_stream, read_heldout, read_in_order, read_shuffled
+from vlm_dist.data.shards import count_samples, find_shards, read_in_order, read_shuffled, write_shards
+from vlm_dist.data.stream import open_stream, read_heldout
 from vlm_dist.errors import DataError
 
 

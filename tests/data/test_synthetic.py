@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlm_dist.data import synthetic
-from vlm_dist.data.stream import read_in_order
+from vlm_dist.data.shards import read_in_order
 from vlm_dist.data.synthetic import COLOURS, PLACES, Shape, caption, draw_scene, questions, random_scene, split_of, synthesise
 from vlm_dist.errors import DataError
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.cli.data_check import add_order, add_verify
 from vlm_dist.cli.parsers import new_parser
 from vlm_dist.errors import DataError
 
@@ -13,7 +14,7 @@ TASKS = ("caption", "qa", "reading")
 
 
 def add_parser(commands: Any) -> None:
-    parser = new_parser(commands, "data", "Make image-text shards.", "vlm-dist data synth data/synthetic")
+    parser = new_parser(commands, "data", "Make and check image-text shards.", "vlm-dist data synth data/synthetic")
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
     synth = new_parser(
         kinds,
@@ -45,6 +46,8 @@ def add_parser(commands: Any) -> None:
     pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     pack.add_argument("--seed", type=int, default=0)
     pack.set_defaults(run=run_pack)
+    add_verify(kinds)
+    add_order(kinds)
 
 
 def run_synth(arguments: argparse.Namespace) -> int:

@@ -1,15 +1,17 @@
-"""Tar shards on disk: write them, find them by path, brace pattern or glob, and refuse at the door what is no shard."""
+"""Tar shards on disk: write them, find them by path, brace pattern or glob, refuse at the door what is no shard, and read them."""
 
 from __future__ import annotations
 
 import glob
 import itertools
 import os
+import random
 import re
 import sys
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vlm_dist.errors import DataError
 
@@ -46,6 +48,18 @@ def find_shards(patterns: Iterable[str], where: str) -> list[str]:
     Raises:
         DataError: nothing matches, a URL scheme is not allowed, or a file is no whole tar.
     """
+    shards = find_paths(patterns, where)
+    for shard in shards:
+        check_shard(shard, where)
+    return shards
+
+
+def find_paths(patterns: Iterable[str], where: str) -> list[str]:
+    """What patterns name, in order, whatever it holds.
+
+    Raises:
+        DataError: nothing matches, or a URL scheme is not allowed.
+    """
     from braceexpand import braceexpand
 
     shards: list[str] = []
@@ -61,8 +75,6 @@ def find_shards(patterns: Iterable[str], where: str) -> list[str]:
                 "check the path, or make shards with `vlm-dist data synth`"
             )
         shards += found
-    for shard in shards:
-        check_shard(shard, where)
     return shards
 
 
@@ -107,6 +119,29 @@ def count_samples(path: str, where: str) -> int:
                 count, last = count + (name[1] != last), name[1]
             position += BLOCK + -(-member.size // BLOCK) * BLOCK
     return count
+
+
+def read_in_order(shards: list[str]) -> Iterator[dict[str, Any]]:
+    """Raw samples of the shards, one after another: `__key__`, `__url__`, and the members' bytes by extension."""
+    from webdataset.pipeline import DataPipeline
+    from webdataset.shardlists import SimpleShardList
+    from webdataset.tariterators import tarfile_to_samples
+
+    return iter(DataPipeline(SimpleShardList(shards), tarfile_to_samples(handler=_refuse)))
+
+
+def read_shuffled(shards: list[str], seed: int, epoch: int, window: int) -> Iterator[dict[str, Any]]:
+    """Raw samples of one epoch in its order."""
+    from webdataset.filters import shuffle
+
+    rng = random.Random(f"{seed}/{epoch}")
+    order = rng.sample(shards, len(shards))
+    return shuffle(window, initial=window, rng=rng)(read_in_order(order))
+
+
+def _refuse(error: BaseException) -> bool:
+    """webdataset's handler: a shard that fails while it is read ends the run, by name."""
+    raise DataError(f"a shard cannot be read: {error}") from None
 
 
 def _count_by_tarfile(path: str) -> int:

@@ -9,9 +9,9 @@ the global batch alone. An unusable sample leaves its slot empty and moves nothi
 from __future__ import annotations
 
 import queue
-import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import IGNORED, Encoded, Encoder
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.samples import BadSample, Sample, parse_sample
-from vlm_dist.data.shards import count_samples, find_shards
+from vlm_dist.data.shards import count_samples, find_shards, read_in_order, read_shuffled
 from vlm_dist.errors import DataError
 
 
@@ -100,10 +100,13 @@ class Stream:
         """Every step from `start` on, without end."""
         per_rank = self.global_batch // self.world_size
         samples = self._samples(start * self.global_batch)
-        while True:
-            slots = [next(samples) for _ in range(self.global_batch)]
-            mine = slots[self.rank * per_rank : (self.rank + 1) * per_rank]
-            yield self._collate([self._encode(raw) for raw in mine])
+        with ThreadPoolExecutor(max(1, self.config.workers), "decode") as pool:
+            decode = pool.map if self.config.workers else map
+            while True:
+                slots = [next(samples) for _ in range(self.global_batch)]
+                mine = slots[self.rank * per_rank : (self.rank + 1) * per_rank]
+                parsed = decode(self._try_parse, mine)
+                yield self._collate([self._encode(raw, sample) for raw, sample in zip(mine, parsed, strict=True)])
 
     def _produce(self, ready: queue.Queue, start: int) -> None:
         try:
@@ -132,9 +135,18 @@ class Stream:
                     yield {**raw, "__epoch__": epoch}
             epoch, offset = epoch + 1, 0
 
-    def _encode(self, raw: dict[str, Any]) -> Encoded | None:
+    def _try_parse(self, raw: dict[str, Any]) -> Sample | BadSample:
         try:
-            encoded = self.encoder.encode(self.parse(raw))
+            return self.parse(raw)
+        except BadSample as reason:
+            return reason
+
+    def _encode(self, raw: dict[str, Any], sample: Sample | BadSample) -> Encoded | None:
+        """In one thread: a tokenizer takes no second call."""
+        try:
+            if isinstance(sample, BadSample):
+                raise sample
+            encoded = self.encoder.encode(sample)
         except BadSample as reason:
             self.quarantine.add(raw, str(reason))
             return None
@@ -213,26 +225,3 @@ def read_heldout(config: DataConfig, limit: int | None, quarantine: Quarantine) 
             except BadSample as reason:
                 quarantine.add(raw, str(reason))
     return samples
-
-
-def read_in_order(shards: list[str]) -> Iterator[dict[str, Any]]:
-    """Raw samples of the shards, one after another: `__key__`, `__url__`, and the members' bytes by extension."""
-    from webdataset.pipeline import DataPipeline
-    from webdataset.shardlists import SimpleShardList
-    from webdataset.tariterators import tarfile_to_samples
-
-    return iter(DataPipeline(SimpleShardList(shards), tarfile_to_samples(handler=_refuse)))
-
-
-def read_shuffled(shards: list[str], seed: int, epoch: int, window: int) -> Iterator[dict[str, Any]]:
-    """Raw samples of one epoch in its order."""
-    from webdataset.filters import shuffle
-
-    rng = random.Random(f"{seed}/{epoch}")
-    order = rng.sample(shards, len(shards))
-    return shuffle(window, initial=window, rng=rng)(read_in_order(order))
-
-
-def _refuse(error: BaseException) -> bool:
-    """webdataset's handler: a shard that fails while it is read ends the run, by name."""
-    raise DataError(f"a shard cannot be read: {error}") from None

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.config import Config
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.samples import BadSample, parse_sample
-from vlm_dist.data.shards import count_samples, find_shards
-from vlm_dist.data.stream import read_in_order
+from vlm_dist.data.shards import count_samples, find_shards, read_in_order
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import DataError
 from vlm_dist.families import Family
