@@ -25,7 +25,7 @@ STEPS = 6
 ALONE = "VLM_DIST_BENCH_ALONE"
 
 
-def theory(stage: int, ranks: int, base: int, trainable: int, rounds: int) -> dict[str, float]:
+def theory(stage: int, ranks: int, base: float, trainable: float, rounds: int) -> dict[str, float]:
     """Bytes a rank sends in a step, by purpose: the collectives that DeepSpeed 0.19 asks for, each as a ring.
 
     Args:

@@ -1,7 +1,7 @@
 """Step time of data-parallel QLoRA on many GPUs, on paper: computing, sending, waiting. Not a measurement; every assumption is an option.
 
-    python scripts/scaling_model.py                        # Qwen2.5-VL-7B, r=16, H100 nodes of 8 with 400 Gb/s for each GPU
-    python scripts/scaling_model.py --gpus 8 64 --efficiency 0.3 --node-gbps 100
+    python scripts/bench/scaling_model.py                        # Qwen2.5-VL-7B, r=16, H100 nodes of 8 with 400 Gb/s for each GPU
+    python scripts/bench/scaling_model.py --gpus 8 64 --efficiency 0.3 --node-gbps 100
 
 Sending: a ring over W ranks (docs/scaling.md; scripts/bench/communication.py measures these bytes for W = 2 and 4). The slowest link
 decides: inside a node --gpu-gbps, between nodes --node-gbps for each GPU. Nothing is overlapped with computing: a bound from above for
@@ -15,6 +15,8 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
+
+from communication import theory
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,13 @@ class Estimate:
         return self.compute_s / self.step_s
 
 
-def bytes_sent(stage: int, gpus: int, base: float, trainable: float, rounds: int) -> float:
-    """Bytes that a rank sends in a step: the collectives that DeepSpeed 0.19 asks for, each as a ring."""
-    share = (gpus - 1) / gpus
-    if stage == 0:
-        return 2 * share * trainable
-    if stage < 3:
-        return share * trainable * (2 * (rounds if stage == 2 else 1) + 1)
-    return share * rounds * (2 * (base + trainable) + trainable)
-
-
 def estimate(arguments: argparse.Namespace, gpus: int, stage: int) -> Estimate:
     """One row of the table."""
     tokens = arguments.tokens * arguments.rounds
     compute_s = tokens * arguments.flops_per_token / (arguments.tflops * 1e12 * arguments.efficiency)
     gbps = arguments.gpu_gbps if gpus <= arguments.gpus_per_node else min(arguments.gpu_gbps, arguments.node_gbps)
     base = arguments.base_gb * 1e9
-    sent = bytes_sent(stage, gpus, base, arguments.trainable * 4, arguments.rounds)
+    sent = sum(theory(stage, gpus, base, arguments.trainable * 4, arguments.rounds).values())
     collectives = arguments.rounds * arguments.layers * 2 if stage == 3 else 2
     send_s = sent * 8 / (gbps * 1e9 * arguments.link_efficiency) + collectives * 2 * math.log2(max(2, gpus)) * arguments.latency_us * 1e-6
     return Estimate(gpus, stage, compute_s, send_s, compute_s * arguments.imbalance * math.sqrt(2 * math.log(max(1, gpus))))
