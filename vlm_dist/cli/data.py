@@ -36,13 +36,23 @@ def add_parser(commands: Any) -> None:
         kinds,
         "pack",
         "Write a data set that you have as tar shards.",
-        "vlm-dist data pack --format flickr8k jxie/flickr8k data/flickr8k --limit 2000",
+        "vlm-dist data pack llava_instruct_150k.json data/llava --images coco/train2017 --heldout 500",
     )
-    pack.add_argument("source", metavar="SOURCE", help="flickr8k: a hub id, a folder of parquet files, or a folder with captions.txt")
+    pack.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="records: LLaVA's JSON; JSON lines or Parquet with messages; a folder of pictures with NAME.txt, metadata.jsonl or "
+        "metadata.csv. flickr8k: a hub id, a folder of parquet files, or a folder with captions.txt",
+    )
     pack.add_argument("out", metavar="FOLDER", type=Path)
-    pack.add_argument("--format", choices=("flickr8k",), required=True, help="flickr8k: pictures with five captions each")
-    pack.add_argument("--limit", type=int, metavar="N", help="keep N training pictures, drawn by --seed (default: all)")
-    pack.add_argument("--heldout", type=int, default=1000, metavar="N", help="pictures kept apart where there is one split (default 1000)")
+    pack.add_argument(
+        "--format", choices=("records", "flickr8k"), default="records", help="default records; flickr8k: pictures with five captions each"
+    )
+    pack.add_argument("--images", type=Path, metavar="FOLDER", help="records: where paths of pictures begin (default: beside SOURCE)")
+    pack.add_argument("--limit", type=int, metavar="N", help="keep N training samples, drawn by --seed (default: all)")
+    pack.add_argument(
+        "--heldout", type=int, metavar="N", help="samples kept apart, those of one picture together (default 0; flickr8k: 1000 pictures)"
+    )
     pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     pack.add_argument("--seed", type=int, default=0)
     pack.set_defaults(run=run_pack)
@@ -72,18 +82,20 @@ def run_synth(arguments: argparse.Namespace) -> int:
 
 def run_pack(arguments: argparse.Namespace) -> int:
     from vlm_dist.data.pack import pack_flickr8k
+    from vlm_dist.data.pack_records import LEFT_OUT, pack_records
 
-    _check_positive(arguments, "heldout", "shard_size", *(["limit"] if arguments.limit is not None else []))
-    made = pack_flickr8k(
-        arguments.source,
-        arguments.out,
-        samples_per_shard=arguments.shard_size,
-        limit=arguments.limit,
-        heldout=arguments.heldout,
-        seed=arguments.seed,
-    )
+    _check_positive(arguments, "shard_size", *(name for name in ("limit", "heldout") if getattr(arguments, name) is not None))
+    options: dict[str, Any] = {"samples_per_shard": arguments.shard_size, "limit": arguments.limit, "seed": arguments.seed}
+    if arguments.heldout is not None:
+        options["heldout"] = arguments.heldout
+    if arguments.format == "flickr8k":
+        made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
+    else:
+        made = dict(pack_records(Path(arguments.source), arguments.out, images=arguments.images, **options))
     for split, packed in made.items():
         print(f"{split:12} {packed.samples:,} samples in {len(packed.shards)} shards  {packed.shards[0] if packed.shards else ''}")
+    if left_out := sum(getattr(packed, "left_out", 0) for packed in made.values()):
+        print(f"{left_out:,} records left out, each with its reason in {arguments.out / LEFT_OUT}")
     return 0
 
 
