@@ -34,7 +34,7 @@ def add_order(kinds: Any) -> None:
         kinds,
         "order",
         "Print which samples each optimizer step holds, on each rank.",
-        "vlm-dist data order configs/quickstart.yaml --world-size 2 --steps 3",
+        "vlm-dist data order configs/quickstart.yaml --world-size 2 --steps 3 training.micro_batch=16",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML configuration; its processor is loaded, its model is not")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides such as seed=1")
