@@ -138,6 +138,22 @@ def test_held_out_samples_of_one_picture_stay_together(images, tmp_path):
     ]
 
 
+def test_a_picture_that_is_cut_short_is_left_out(images, tmp_path):
+    (images / "2.jpg").write_bytes(picture(2)[:-60])
+    assert pack(write_source("llava", images), tmp_path / "out", images) == 0
+    (problem,) = map(json.loads, (tmp_path / "out" / "left_out.jsonl").read_text().splitlines())
+    assert problem["record"] == 2 and "cannot be decoded" in problem["reason"] and len(read(tmp_path / "out")) == 7
+
+
+def test_a_caption_may_hold_a_line_break_but_must_be_text(images, tmp_path, capsys):
+    (images / "metadata.csv").write_text('file_name,text\n0.jpg,"two\nlines"\n')
+    assert pack(images, tmp_path / "out", images) == 0
+    assert read(tmp_path / "out")[0].messages[1]["content"][0]["text"] == "two\nlines"
+    (images / "metadata.csv").unlink()
+    (images / "0.txt").write_bytes(b"\xff\xfe\xff")
+    assert pack(images, tmp_path / "new", images) == 3 and "cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -147,6 +163,7 @@ def test_held_out_samples_of_one_picture_stay_together(images, tmp_path):
         ("a.json", "[1, 2]", "none of the 2 records can be used; the first: the record is no object"),
         ("a.jsonl", '{"messages": []}\nnot json\n', "line 2: "),
         ("a.parquet", "no parquet", "cannot be read"),
+        ("metadata.jsonl", "3\n", "expected file_name and text (or caption), found 3"),
         ("metadata.csv", "name,words\na,b\n", "expected file_name and text (or caption), found name, words"),
     ],
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.samples import picture_extension
 from vlm_dist.data.shards import write_shards
 from vlm_dist.errors import DataError
 
@@ -73,7 +74,11 @@ def _samples(rows: Iterable[_Row]) -> Iterator[dict[str, Any]]:
         else:
             table, number = row.picture
             data = _picture_bytes(table[number]["image"])
-        yield {"__key__": row.key, _extension(data): data, "json": json.dumps({"captions": row.captions}, ensure_ascii=False).encode()}
+        yield {
+            "__key__": row.key,
+            picture_extension(data) or "jpg": data,
+            "json": json.dumps({"captions": row.captions}, ensure_ascii=False).encode(),
+        }
 
 
 def _read_columns(source: str) -> dict[str, list[_Row]]:
@@ -154,10 +159,3 @@ def _hold_out(rows: list[_Row], count: int, seed: int) -> dict[str, list[_Row]]:
 
 def _picture_bytes(value: dict[str, Any]) -> bytes:
     return value["bytes"] if value.get("bytes") else Path(value["path"]).read_bytes()
-
-
-def _extension(data: bytes) -> str:
-    """By the file's first bytes."""
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    return "webp" if data[8:12] == b"WEBP" else "jpg"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Iterator
@@ -10,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.samples import BadSample, check_messages, read_messages
+from vlm_dist.config import DataConfig
+from vlm_dist.data.samples import BadSample, check_messages, decode_picture, picture_extension, read_messages
 from vlm_dist.data.shards import write_shards
 from vlm_dist.errors import DataError
 
-PICTURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 PICTURE_KEYS = ("image", "images")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv")
 LEFT_OUT = "left_out.jsonl"
+MAX_PIXELS = DataConfig.model_fields["max_image_pixels"].default
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,10 @@ def pack_records(
 
 
 def _read(source: Path) -> Iterator[Any]:
-    if source.is_dir():
-        yield from _read_folder(source)
-        return
     try:
-        if source.suffix == ".parquet":
+        if source.is_dir():
+            yield from _read_folder(source)
+        elif source.suffix == ".parquet":
             yield from _read_parquet(source)
         elif source.suffix == ".jsonl":
             yield from _read_lines(source)
@@ -124,10 +125,11 @@ def _read_folder(folder: Path) -> Iterator[dict[str, Any]]:
             text = picture.with_suffix(".txt")
             yield {"image": str(picture.relative_to(folder)), "caption": text.read_text(encoding="utf-8") if text.is_file() else None}
         return
-    rows = _read_lines(metadata) if metadata.suffix == ".jsonl" else csv.DictReader(metadata.read_text(encoding="utf-8").splitlines())
+    rows = _read_lines(metadata) if metadata.suffix == ".jsonl" else csv.DictReader(io.StringIO(metadata.read_text(encoding="utf-8")))
     for row in rows:
-        if "file_name" not in row or not ({"text", "caption"} & set(row)):
-            raise DataError(f"data pack: {metadata}: expected file_name and text (or caption), found {', '.join(map(str, row))}")
+        if not isinstance(row, dict) or "file_name" not in row or not ({"text", "caption"} & set(row)):
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else row
+            raise DataError(f"data pack: {metadata}: expected file_name and text (or caption), found {found}")
         yield {"image": row["file_name"], "caption": row.get("text") or row.get("caption")}
 
 
@@ -203,9 +205,10 @@ def _read_picture(base: Path, name: Any) -> tuple[str, bytes]:
             data = name["bytes"] if name.get("bytes") else (base / name["path"]).read_bytes()
         else:
             data = (base / name).read_bytes()
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise BadSample(f"picture {str(name)[:200]!r} cannot be read below '{base}' ({type(error).__name__})") from None
-    kind = next((kind for start, kind in PICTURES.items() if data.startswith(start)), None)
+    kind = picture_extension(data)
     if kind is None:
         raise BadSample(f"picture {str(name)[:200]!r} is no JPEG, PNG or WebP file")
+    decode_picture(data, str(name)[:200], MAX_PIXELS)
     return kind, data

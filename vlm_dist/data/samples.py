@@ -103,6 +103,15 @@ def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
         raise BadSample(f"{name}: cannot be decoded ({str(error).splitlines()[0][:120]})") from None
 
 
+def picture_extension(data: bytes) -> str | None:
+    """jpg, png or webp by the file's first bytes; None: none of them."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data[8:12] == b"WEBP" else None
+
+
 def _read_messages(raw: dict[str, Any], caption_prompt: str, draw: str | None) -> tuple[list[dict], dict[str, Any]]:
     record: dict[str, Any] = {}
     if "json" in raw:

@@ -151,7 +151,7 @@ def _read_shard(shard: str, *, max_image_pixels: int, caption_prompt: str) -> tu
                 problems.append(Problem(shard, raw["__key__"], str(reason)))
             else:
                 samples.append(_Seen(shard, sample.key, *_digests(sample)))
-    except DataError as error:
+    except (DataError, OSError) as error:
         problems.append(Problem(shard, "", str(error)))
     return samples, problems
 
