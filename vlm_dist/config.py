@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vlm_dist.config_model import Fraction, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
 
@@ -27,6 +27,7 @@ __all__ = [
     "OptimConfig",
     "RayConfig",
     "ScratchConfig",
+    "SourceConfig",
     "TrainingConfig",
 ]
 
@@ -34,15 +35,32 @@ __all__ = [
 Kernel = Literal["layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows"]
 
 
+class SourceConfig(Section):
+    """One data set of a mixture."""
+
+    shards: Paths
+    """Its tar shards, as data.train takes them."""
+    weight: PositiveFloat = 1.0
+    """Its share of the samples, relative to the others' weights."""
+
+
 class DataConfig(Section):
     """Where the samples come from and how they become tokens."""
 
-    train: Paths
-    """Tar shards to train on: paths, globs (data/*.tar) or brace patterns (data/{000..099}.tar); one or a list."""
+    train: Paths | dict[str, SourceConfig]
+    """Tar shards to train on: paths, addresses (s3://, gs://, hf://, https://), globs (data/*.tar) or brace patterns
+    (data/{000..099}.tar); one or a list. A mixture: names, each with shards and a weight."""
     heldout: Paths = []
     """Tar shards for evaluation. Without any, nothing is evaluated."""
     max_seq_length: PositiveInt = 2048
-    """Longest sample in tokens, image tokens included."""
+    """Longest sample in tokens, image tokens included; with packing also the tokens of a row."""
+    packing: bool = False
+    """Put several samples into each row of max_seq_length tokens; none sees another. training.global_batch then counts rows. An
+    architecture that cannot do that groups samples of similar length instead."""
+    pack_lookahead: PositiveInt = 64
+    """Samples that each row is chosen among."""
+    max_patches: PositiveInt | None = None
+    """With packing: most vision patches of a row that holds several samples."""
     on_too_long: Literal["refuse", "truncate"] = "refuse"
     """A longer sample is refused (counted, named in quarantine.jsonl) or its text is cut at the end. Image tokens are never cut."""
     caption_prompt: str = "Describe the picture."
@@ -56,7 +74,30 @@ class DataConfig(Section):
     prefetch: PositiveInt = 2
     """Optimizer steps that are prepared ahead in the background."""
     workers: NonNegativeInt = 2
-    """Threads of each rank that decode pictures; 0: the preparing thread does. Their number changes no order."""
+    """Threads of each rank that read, decode and encode samples; 0: the preparing thread does. Their number changes no order."""
+    cache_dir: str | None = None
+    """Folder for what is read of remote shards; none given: ~/.cache/vlm_dist/ranges."""
+    cache_gb: PositiveFloat = 20
+    """Gigabytes that it may hold."""
+    allow_commands: bool = False
+    """Let `pipe:COMMAND` stand for a shard: the command is run in a shell when training starts and its output kept in the cache."""
+
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """The data sets to train on, by name."""
+        return self.train if isinstance(self.train, dict) else {"train": SourceConfig(shards=self.train)}
+
+    @property
+    def train_shards(self) -> list[str]:
+        """The patterns of all of them."""
+        return [pattern for source in self.sources.values() for pattern in source.shards]
+
+    @field_validator("train")
+    @classmethod
+    def _has_a_source(cls, train: Any) -> Any:
+        if not train:
+            raise ValueError("names no shards; give at least one path")
+        return train
 
 
 class OptimConfig(Section):
@@ -96,7 +137,7 @@ class TrainingConfig(Section):
     epochs: PositiveFloat | None = None
     """Passes over data.train, instead of steps."""
     global_batch: PositiveInt = 8
-    """Samples in one optimizer step, over all ranks and accumulation rounds."""
+    """Samples (with data.packing: rows) in one optimizer step, over all ranks and accumulation rounds."""
     micro_batch: PositiveInt = 1
     """Samples that one rank computes at a time; global_batch / (micro_batch x ranks) rounds are accumulated."""
 
@@ -220,6 +261,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Config:
+        if isinstance(self.data.train, dict) and self.training.epochs is not None:
+            raise ValueError("the data sets of a mixture have epochs of their own; give training.steps instead of training.epochs")
         if self.lora is None and self.model.load_in_4bit:
             raise ValueError("4-bit weights cannot be trained themselves; give a lora section, or set model.load_in_4bit: false")
         if self.lora is not None and self.model.freeze:

@@ -6,6 +6,7 @@ world of one.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Sequence
@@ -46,12 +47,12 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def sum_and_gather(self, value: float, mine: float) -> tuple[float, list[float]]:
-        """The sum of `value` over all ranks, and every rank's `mine` in order: one collective for both."""
-        places = [0.0] * self.world_size
-        places[self.rank] = mine
-        total, *gathered = self.sums([value, *places])
-        return total, gathered
+    def sum_and_gather(self, values: Sequence[float], *mine: float) -> tuple[list[float], list[list[float]]]:
+        """The sums of `values` over all ranks, and of each of `mine` what every rank has, in order: one collective for all."""
+        places = [[value if rank == self.rank else 0.0 for rank in range(self.world_size)] for value in mine]
+        summed = self.sums([*values, *itertools.chain(*places)])
+        gathered = summed[len(values) :]
+        return summed[: len(values)], [gathered[i * self.world_size : (i + 1) * self.world_size] for i in range(len(mine))]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank: the same answer on all."""

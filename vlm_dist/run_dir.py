@@ -23,6 +23,8 @@ HARMLESS = (
     "model.gradient_checkpointing",
     "data.prefetch",
     "data.workers",
+    "data.cache_dir",
+    "data.cache_gb",
 )
 
 

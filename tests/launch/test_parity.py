@@ -143,6 +143,22 @@ def test_resuming_at_other_world_sizes_and_stages(config, reference, tmp_path):
     assert json.loads(state.read_text())["samples"] == 4 * 34
 
 
+def test_a_packed_mixture_goes_on_with_fewer_ranks(config, reference, shards, qwen, tmp_path):
+    """Two data sets of unequal weight, several samples a row, M-RoPE: stopped on two ranks in the middle of an epoch, continued on one.
+    The samples that waited for a row when it stopped are used once, and the curve is that of one process that never stopped."""
+    mixture = {"qa": {"shards": shards["qa-train"], "weight": 2}, "captions": {"shards": shards["caption-train"]}}
+    packed = [f"model.name={qwen}", f"data.train={json.dumps(mixture)}", "data.packing=true", "data.pack_lookahead=8", "training.steps=12"]
+    runs = [[*packed, "name=packed", "training.micro_batch=1"]]
+    finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path, {0: 10}), offset=9))
+    state = tmp_path / "runs" / "packed" / "summary.json"
+    assert json.loads(state.read_text())["step"] == 5  # of two micro-batches each
+    train(load_config(config, [*packed, "name=packed", "training.micro_batch=2"]))
+    expected = reference("whole-packed", *packed)
+    assert losses_of(tmp_path / "runs" / "packed") == pytest.approx(expected, rel=1e-4)
+    ours, theirs = (read_jsonl(tmp_path / "runs" / name / "metrics.jsonl")[-1] for name in ("packed", "whole-packed"))
+    assert (ours["samples"], ours["tokens"]) == (theirs["samples"], theirs["tokens"]) and ours["samples"] > 12 * 4
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_launcher_that_is_told_to_stop(config, tmp_path, launcher):
     """SIGTERM to the launcher's process group, as a scheduler sends with a grace period: the ranks stop at the same step, save, and are

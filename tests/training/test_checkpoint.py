@@ -55,7 +55,11 @@ def test_form(run):
     with safe_open(found[0] / "adapter_model.safetensors", "pt") as file:
         assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.float32"}  # noqa: SIM118
     state = json.loads((found[0] / "state.json").read_text())
-    assert state["step"] == 4 and state["data"]["samples"] == 8 and {"rng", "config_sha256", "base_fingerprint"} <= set(state)
+    assert (
+        state["step"] == 4
+        and state["data"]["lanes"] == {"0": {"counts": [4]}, "1": {"counts": [4]}}
+        and {"rng", "config_sha256", "base_fingerprint"} <= set(state)
+    )
 
 
 def test_peft_loads_a_checkpoint(run, llava):

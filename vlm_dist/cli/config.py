@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from typing import Any
 
 from vlm_dist.cli.parsers import new_parser
@@ -38,4 +39,4 @@ def _explain() -> None:
         if kind == "section":
             print(f"\n{key}: {meaning}")
         else:
-            print(f"  {key}  ({kind}; default {default})\n      {meaning}")
+            print(f"  {key}  ({kind}; default {default})\n{textwrap.indent(meaning, ' ' * 6)}")

@@ -49,6 +49,7 @@ def add_order(kinds: Any) -> None:
 def run_verify(arguments: argparse.Namespace) -> int:
     from vlm_dist.config import DataConfig
     from vlm_dist.config_load import load_config
+    from vlm_dist.data.dataset import open_storage
     from vlm_dist.data.shards import find_paths
     from vlm_dist.data.verify import verify
 
@@ -60,8 +61,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.source[0]).data
     else:
         config = DataConfig(train=arguments.source)
-    train = find_paths(config.train, "data.train")
-    heldout = find_paths(arguments.heldout or config.heldout, "data.heldout")
+    storage = open_storage(config)
+    train = find_paths(config.train_shards, "data.train", storage, allow_commands=config.allow_commands)
+    heldout = find_paths(arguments.heldout or config.heldout, "data.heldout", storage, allow_commands=config.allow_commands)
     found = verify(train, heldout, config, processes=arguments.processes)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from vlm_dist.data.encode import IGNORED, Encoded, is_per_token
+
+Positions = Callable[[Encoded], Any]
+"""A sample's position ids [P, L]: P = 1, or 4 with M-RoPE (transformers: 0, 1, 2, ..., then time, height, width)."""
 
 
 def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right", "left"] = "right") -> dict[str, Any]:
@@ -44,6 +47,57 @@ def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right"
                 rows.append(like.new_zeros((1, longest, *like.shape[2:]) if per_token else like.shape))
         batch[name] = _concatenate(rows)
     return batch
+
+
+def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int, positions: Positions | None = None) -> dict[str, Any]:
+    """Several samples a row, R rows, the shorter padded to the longest: `input_ids`, `labels` [R, T], `position_ids` [R, T] (or
+    [4, R, T]), further per-token tensors [R, T], and the pictures of all samples behind one another.
+
+    There is no `attention_mask`: transformers builds a block-diagonal one from positions that start again at 0 (with use_cache=False);
+    padding is a block of its own. No label crosses from one sample to the next.
+    """
+    import torch
+
+    longest = max(sum(sample.length for sample in row) for row in rows)
+    if positions is None:
+        positions = _count_up
+    position_rows, label_rows, token_rows = [], [], []
+    for row in rows:
+        missing = longest - sum(sample.length for sample in row)
+        pieces = [positions(sample) for sample in row]
+        if missing:
+            pieces.append(torch.arange(missing).expand(len(pieces[0]), -1))
+        position_rows.append(torch.cat(pieces, dim=1))
+        labels = [torch.cat([sample.labels.new_full((1, 1), IGNORED), sample.labels[:, 1:]], dim=1) for sample in row]
+        label_rows.append(torch.nn.functional.pad(torch.cat(labels, dim=1), (0, missing), value=IGNORED))
+        token_rows.append(_joined([sample.inputs["input_ids"] for sample in row], missing, pad_token_id))
+    stacked = torch.stack(position_rows, dim=1)
+    batch: dict[str, Any] = {"input_ids": torch.cat(token_rows), "labels": torch.cat(label_rows)}
+    batch["position_ids"] = stacked[0] if len(stacked) == 1 else stacked
+    samples = [sample for row in rows for sample in row]
+    for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name != "input_ids"):
+        template = next(sample for sample in samples if name in sample.inputs)
+        if not is_per_token(template.inputs[name], template.length):
+            batch[name] = _concatenate([sample.inputs[name] for sample in samples if name in sample.inputs])
+            continue
+        parts = []
+        for row in rows:
+            pieces = [sample.inputs.get(name, torch.zeros_like(sample.inputs["input_ids"])) for sample in row]
+            parts.append(_joined(pieces, longest - sum(sample.length for sample in row), 0))
+        batch[name] = torch.cat(parts)
+    return batch
+
+
+def _count_up(sample: Encoded) -> Any:
+    import torch
+
+    return torch.arange(sample.length).view(1, -1)
+
+
+def _joined(pieces: list[Any], missing: int, value: int) -> Any:
+    import torch
+
+    return torch.nn.functional.pad(torch.cat(pieces, dim=1), (0, missing), value=value)
 
 
 def _concatenate(tensors: list[Any]) -> Any:

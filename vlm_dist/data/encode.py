@@ -11,6 +11,7 @@ from typing import Any, Literal
 from vlm_dist.data.samples import BadSample, Sample
 
 IGNORED = -100  # the label of tokens that are not supervised, as in torch.nn.functional.cross_entropy
+RAISE_OR_CUT = "raise it, or set data.on_too_long: truncate"
 WORD_JOINER = "\u2060"
 
 
@@ -66,6 +67,16 @@ class Encoder:
         inputs, picture, _, _ = self._process(text, images)
         return Encoded(key, inputs, inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORED), picture)
 
+    def count_text(self, messages: list[dict], **options: Any) -> int:
+        """Tokens of a conversation in which a picture is one placeholder."""
+        text = self._render(self._plain_text(messages), **options)
+        return len(self.processor.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))["input_ids"])
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Unless the chat template wrote them."""
+        bos = self.processor.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
     def _render(self, messages: list[dict], **options: Any) -> str:
         return self.processor.apply_chat_template(messages, tokenize=False, **options)
 
@@ -84,7 +95,6 @@ class Encoder:
         """The processor's tensors; which tokens are picture; each token's (start, end) in the expanded text; where that was expanded."""
         import torch
 
-        bos = self.processor.tokenizer.bos_token
         batch = self.processor(
             text=[text],
             images=[images] if images else None,
@@ -92,7 +102,7 @@ class Encoder:
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             return_mm_token_type_ids=self._wants_types,
-            add_special_tokens=not (bos and text.startswith(bos)),
+            add_special_tokens=self._adds_special_tokens(text),
         )
         inputs = dict(batch)
         offsets = inputs.pop("offset_mapping")[0]
@@ -117,13 +127,20 @@ class Encoder:
             spans.append((len(before), len(after.rstrip())))
         return spans
 
+    def check_length(self, tokens: int) -> None:
+        """Raises:
+        BadSample: so many tokens are too long, and are not to be cut.
+        """
+        if tokens > self.max_seq_length and self.on_too_long == "refuse":
+            raise BadSample(f"too long: {tokens} tokens, more than data.max_seq_length={self.max_seq_length}; {RAISE_OR_CUT}")
+
     def _fit(self, encoded: Encoded) -> Encoded:
         if encoded.length <= self.max_seq_length:
             return encoded
         limit, num_picture = self.max_seq_length, int(encoded.picture.sum())
         size = f"{encoded.length} tokens ({num_picture} of them picture), more than data.max_seq_length={limit}"
         if self.on_too_long == "refuse":
-            raise BadSample(f"too long: {size}; raise it, or set data.on_too_long: truncate")
+            raise BadSample(f"too long: {size}; {RAISE_OR_CUT}")
         if encoded.picture[limit:].any():
             raise BadSample(f"too long: {size}; cutting would lose picture tokens")
         length = encoded.length

@@ -11,6 +11,8 @@ import io
 import json
 import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
+ORIENTATION = 0x0112  # the EXIF tag
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+Size = tuple[int, int]
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -56,6 +61,18 @@ def parse_sample(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: 
     return Sample(raw["__key__"], raw.get("__url__", ""), messages, images, meta)
 
 
+def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> tuple[list[dict], list[Size]]:
+    """A sample's messages, and the (width, height) of its pictures from their headers: what its length depends on.
+
+    Raises:
+        BadSample: as `parse_sample`, but for damage inside a picture.
+    """
+    messages, _ = _read_messages(raw, caption_prompt, draw)
+    members = _picture_members(raw)
+    check_messages(messages, len(members))
+    return messages, [_picture_size(raw[member], member, max_image_pixels) for member in members]
+
+
 def read_messages(turns: Any, role_key: str = "role", content_key: str = "content") -> list[dict[str, Any]]:
     """A list of turns -> messages with typed parts.
 
@@ -87,18 +104,40 @@ def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
     Raises:
         BadSample: not a JPEG, PNG or WebP file, too large, or damaged.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-        if picture.width * picture.height > max_pixels:
-            raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than data.max_image_pixels={max_pixels:,}")
-        picture = ImageOps.exif_transpose(picture)
+    with _as_bad_sample(name):
+        picture = ImageOps.exif_transpose(_open_picture(data, name, max_pixels))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(ground, picture)
         return picture.convert("RGB")
+
+
+def _picture_size(data: bytes, name: str, max_pixels: int) -> Size:
+    with _as_bad_sample(name):
+        picture = _open_picture(data, name, max_pixels)
+        width, height = picture.size
+        return (height, width) if picture.getexif().get(ORIENTATION) in TURNED else (width, height)
+
+
+def _open_picture(data: bytes, name: str, max_pixels: int) -> Image:
+    """Reads the header only."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+    if picture.width * picture.height > max_pixels:
+        raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than data.max_image_pixels={max_pixels:,}")
+    return picture
+
+
+@contextmanager
+def _as_bad_sample(name: str) -> Iterator[None]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise BadSample(f"{name}: cannot be decoded ({str(error).splitlines()[0][:120]})") from None
 

@@ -1,24 +1,20 @@
-"""Tar shards on disk: write them, find them by path, brace pattern or glob, refuse at the door what is no shard, and read them."""
+"""Tar shards: write them, find them by path, address, brace pattern or glob, and read them from beginning to end."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import os
-import random
-import re
+import subprocess
 import sys
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.cache import cache_folder
+from vlm_dist.data.storage import Storage, is_remote
 from vlm_dist.errors import DataError
-
-BLOCK = 512  # bytes in a tar header, and the unit that members are padded to
-
-KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits a member's name
-LONG_NAME_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 
 
 def write_shards(out: Path, name: str, samples: Iterable[dict], *, samples_per_shard: int, total: int | None = None) -> list[Path]:
@@ -39,36 +35,30 @@ def write_shards(out: Path, name: str, samples: Iterable[dict], *, samples_per_s
     return shards
 
 
-def find_shards(patterns: Iterable[str], where: str) -> list[str]:
-    """The shards that paths, brace patterns (`{000..009}`) and globs name, in order, each a readable tar.
+def find_paths(patterns: Iterable[str], where: str, storage: Storage | None = None, *, allow_commands: bool = False) -> list[str]:
+    """The shards that paths, addresses, brace patterns (`{000..009}`) and globs name, in order, whatever they hold.
 
     Args:
         where: the configuration key, for the error message.
+        allow_commands: run the command of `pipe:COMMAND` and take its output for a shard.
 
     Raises:
-        DataError: nothing matches, a URL scheme is not allowed, or a file is no whole tar.
-    """
-    shards = find_paths(patterns, where)
-    for shard in shards:
-        check_shard(shard, where)
-    return shards
-
-
-def find_paths(patterns: Iterable[str], where: str) -> list[str]:
-    """What patterns name, in order, whatever it holds.
-
-    Raises:
-        DataError: nothing matches, or a URL scheme is not allowed.
+        DataError: nothing matches, or a command is not allowed or failed.
     """
     from braceexpand import braceexpand
 
+    storage = storage or Storage()
     shards: list[str] = []
     for pattern in patterns:
         if pattern.startswith("pipe:"):
-            raise DataError(f"{where}: '{pattern}' would run a command; give paths of tar files")
-        if "://" in pattern and not pattern.startswith("file://"):
-            raise DataError(f"{where}: '{pattern}' is a remote address; only local paths are read so far: copy the shards here")
-        found = [path for part in braceexpand(pattern.removeprefix("file://")) for path in _expand_glob(part)]
+            if not allow_commands:
+                raise DataError(
+                    f"{where}: '{pattern}' would run a command; give paths or addresses of tar files, "
+                    "or set data.allow_commands: true if you trust every word of it"
+                )
+            shards += [output_of(command) for command in braceexpand(pattern.removeprefix("pipe:"))]
+            continue
+        found = [path for part in braceexpand(pattern.removeprefix("file://")) for path in _expand_glob(part, storage)]
         if not found:
             raise DataError(
                 f"{where}: no shard matches '{pattern}' (looked in {os.getcwd()}); "
@@ -78,65 +68,39 @@ def find_paths(patterns: Iterable[str], where: str) -> list[str]:
     return shards
 
 
-def check_shard(path: str, where: str) -> None:
-    """Refuse a file that is missing, is not a tar, or was cut short (webdataset would end such a shard without a word)."""
-    if not os.path.isfile(path):
-        raise DataError(f"{where}: shard '{path}' does not exist; check the pattern")
-    size = os.path.getsize(path)
-    with Path(path).open("rb") as file:
-        first = file.read(BLOCK)
-        if size == 0 or not _is_header_or_end(first):
-            raise DataError(
-                f"{where}: '{path}' is not a tar file ({size:,} bytes); expected an uncompressed tar shard of image-text samples"
-            )
-        file.seek(max(0, size - BLOCK))
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise DataError(f"{where}: shard '{path}' is cut short (no end-of-archive mark after {size:,} bytes); copy or make it again")
-
-
-def count_samples(path: str, where: str) -> int:
-    """Number of samples in a shard, from its headers alone: webdataset's rule, consecutive members with one key.
+def output_of(command: str) -> str:
+    """The file in the cache with what a command printed; it runs once.
 
     Raises:
-        DataError: a header inside the shard is damaged.
+        DataError: the command failed.
     """
-    count, last = 0, None
-    size = os.path.getsize(path)
-    with Path(path).open("rb") as file:
-        position = 0
-        while position + BLOCK <= size:
-            file.seek(position)
-            header = file.read(BLOCK)
-            if header == bytes(BLOCK):
-                break
-            try:
-                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except tarfile.HeaderError as error:
-                raise DataError(f"{where}: shard '{path}' is damaged at byte {position:,} ({error}); copy or make it again") from None
-            if member.type in LONG_NAME_TYPES:
-                return _count_by_tarfile(path)
-            if member.isreg() and (name := KEY_AND_EXTENSION.match(member.name)):
-                count, last = count + (name[1] != last), name[1]
-            position += BLOCK + -(-member.size // BLOCK) * BLOCK
-    return count
+    path = cache_folder() / "commands" / f"{hashlib.sha256(command.encode()).hexdigest()[:32]}.tar"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            ended = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=False)
+        if ended.returncode:
+            partial.unlink()
+            said = ended.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            raise DataError(f"data: the command '{command}' ended with code {ended.returncode}: {said[0][:300]}")
+        partial.rename(path)
+    return str(path)
 
 
-def read_in_order(shards: list[str]) -> Iterator[dict[str, Any]]:
-    """Raw samples of the shards, one after another: `__key__`, `__url__`, and the members' bytes by extension."""
-    from webdataset.pipeline import DataPipeline
-    from webdataset.shardlists import SimpleShardList
-    from webdataset.tariterators import tarfile_to_samples
+def read_in_order(shards: Sequence[str], storage: Storage | None = None) -> Iterator[dict[str, Any]]:
+    """Raw samples of the shards, one after another, through webdataset: `__key__`, `__url__`, and the members' bytes by extension.
 
-    return iter(DataPipeline(SimpleShardList(shards), tarfile_to_samples(handler=_refuse)))
+    Raises:
+        DataError: a shard cannot be read to its end.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-
-def read_shuffled(shards: list[str], seed: int, epoch: int, window: int) -> Iterator[dict[str, Any]]:
-    """Raw samples of one epoch in its order."""
-    from webdataset.filters import shuffle
-
-    rng = random.Random(f"{seed}/{epoch}")
-    order = rng.sample(shards, len(shards))
-    return shuffle(window, initial=window, rng=rng)(read_in_order(order))
+    reader = storage or Storage()
+    for shard in shards:
+        with reader.open(shard) as stream:
+            files = tar_file_expander([{"url": shard, "stream": stream}], handler=_refuse)
+            yield from group_by_keys(files, handler=_refuse)
 
 
 def _refuse(error: BaseException) -> bool:
@@ -144,24 +108,9 @@ def _refuse(error: BaseException) -> bool:
     raise DataError(f"a shard cannot be read: {error}") from None
 
 
-def _count_by_tarfile(path: str) -> int:
-    """The same count for shards with long names, whose headers only tarfile reads in full."""
-    with tarfile.open(path) as tar:
-        keys = [name[1] for member in tar if member.isreg() and (name := KEY_AND_EXTENSION.match(member.name))]
-    return sum(number == 0 or key != keys[number - 1] for number, key in enumerate(keys))
-
-
-def _is_header_or_end(block: bytes) -> bool:
-    if block == bytes(BLOCK):
-        return True
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
-def _expand_glob(part: str) -> list[str]:
+def _expand_glob(part: str, storage: Storage) -> list[str]:
+    if is_remote(part):
+        return storage.find(part)
     return sorted(glob.glob(part)) if glob.has_magic(part) else ([part] if os.path.exists(part) else [])
 
 

@@ -1,27 +1,36 @@
 """Shards -> the micro-batches of each optimizer step.
 
-The seam: the trainer knows `next_step()`, `state_after()` and `restore()` and nothing of how samples are ordered. Here the order is
-that of webdataset: shards permuted anew each epoch, samples shuffled within a window. Sample n of that order belongs to step
-n // global_batch, slot n % global_batch; rank r takes the r-th run of slots. So what a step holds depends on the data, the seed and
-the global batch alone. An unusable sample leaves its slot empty and moves nothing else.
+The seam: the trainer knows `next_step()`, `state()` and `restore()` and nothing of how samples are ordered. Which sample stands in
+which row of which step is decided by lanes (lanes.py) and, with packing, by lengths inside a lane (rows.py), never by the number of
+ranks or threads. An unusable sample leaves its place empty and moves nothing else.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import queue
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vlm_dist.config import DataConfig
-from vlm_dist.data.collate import collate
+from vlm_dist.data.collate import Positions, collate, collate_packed
+from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout
 from vlm_dist.data.encode import IGNORED, Encoded, Encoder
+from vlm_dist.data.lanes import Lane, Order
+from vlm_dist.data.lengths import count_patches
+from vlm_dist.data.preparer import Preparer, Workers
 from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.rows import MeasuredRows, PlainRows, Rows, Slot, until_done
 from vlm_dist.data.samples import BadSample, Sample, parse_sample
-from vlm_dist.data.shards import count_samples, find_shards, read_in_order, read_shuffled
 from vlm_dist.errors import DataError
+
+AHEAD = 2  # steps whose samples the threads are given before the first of them is asked for
 
 
 @dataclass
@@ -35,6 +44,8 @@ class Counts:
     """Tokens computed, padding included."""
     labels: int = 0
     """Supervised tokens, as counted after the shift by one."""
+    patches: int = 0
+    """What the vision tower computes, see `count_patches`."""
 
 
 @dataclass
@@ -44,15 +55,18 @@ class Step:
     micro_batches: list[dict[str, Any]]
     counts: Counts
     keys: list[list[str]]
-    """The samples of each micro-batch."""
+    """The samples of each micro-batch, in the order in which they stand in its rows."""
+    labels: list[int]
+    """Supervised tokens of each data set; they sum up to `counts.labels`."""
+    lanes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Where this rank's lanes stand after the step."""
 
 
 @dataclass
 class Stream:
-    """The training samples of one rank, step by step, prepared ahead in a background thread."""
+    """The training samples of one rank, step by step, prepared ahead in the background."""
 
-    shards: list[str]
-    num_samples: int
+    datasets: list[Dataset]
     config: DataConfig
     encoder: Encoder
     quarantine: Quarantine
@@ -61,34 +75,83 @@ class Stream:
     micro_batch: int
     rank: int = 0
     world_size: int = 1
+    epochs: float | None = None
+    pack: bool = False
+    """Several samples a row; data.packing with an architecture that can."""
+    positions: Positions | None = None
+    """With packing: a sample's position ids, where they are not simply 0, 1, 2, ..."""
     _step: int = 0
+    _state: dict[int, dict[str, Any]] = field(default_factory=dict)
     _ready: queue.Queue | None = None
     _thread: threading.Thread | None = None
     _stopped: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.orders = [
+            Order(one.index.counts, self.global_batch, self.seed, self.config.shuffle_window, one.name if len(self.datasets) > 1 else "")
+            for one in self.datasets
+        ]
+        self._preparer = Preparer(self.datasets, self.orders, self.config, self.encoder, self.seed)
+        per_rank = self.global_batch // self.world_size
+        self._lanes = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the data sets."""
+        return [one.name for one in self.datasets]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(one.index) for one in self.datasets)
+
+    @property
+    def num_shards(self) -> int:
+        return sum(len(one.index.shards) for one in self.datasets)
 
     def next_step(self) -> Step:
         """The micro-batches of the next optimizer step; always global_batch / (micro_batch x ranks) of them."""
         if self._ready is None:
             self._ready = queue.Queue(maxsize=self.config.prefetch)
-            self._thread = threading.Thread(target=self._produce, args=(self._ready, self._step), name="stream", daemon=True)
+            self._thread = threading.Thread(target=self._produce, args=(self._ready,), name="stream", daemon=True)
             self._thread.start()
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item
-        self._step += 1
+        self._step, self._state = self._step + 1, item.lanes
         return item
 
-    def state_after(self, steps: int) -> dict[str, Any]:
-        """What `restore` needs to continue after so many optimizer steps."""
-        return {"step": steps, "samples": steps * self.global_batch, "num_samples": self.num_samples}
+    def state(self) -> dict[str, Any]:
+        """This rank's part of what `restore` needs to continue after the last step given; see `merge_states`."""
+        digests = {one.name: one.index.digest for one in self.datasets}
+        return {"step": self._step, "global_batch": self.global_batch, "digests": digests, "lanes": self._state}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state_after` says. Call before the first `next_step`."""
-        if state["num_samples"] != self.num_samples:
-            raise DataError(
-                f"data.train: held {state['num_samples']} samples when the run began, now {self.num_samples}; restore the shards"
-            )
+        """Continue where the merged states of all ranks say, be it on another number of ranks. Call before the first `next_step`.
+
+        Raises:
+            DataError: the data, the global batch, or packing is not what it was.
+        """
+        for one in self.datasets:
+            if state["digests"].get(one.name) != one.index.digest:
+                raise DataError(f"data.train: not the shards that the run began with ({len(one.index):,} samples now); restore them")
+        if state["global_batch"] != self.global_batch:
+            raise DataError(f"training.global_batch: {self.global_batch} now, {state['global_batch']} when the run began; set it back")
         self._step = state["step"]
+        self._state = {lane: state["lanes"][str(lane)] for lane in self._lanes} if state["lanes"] else {}
+
+    def count_steps(self, beat: Callable[[], None] | None = None) -> int:
+        """Optimizer steps until this rank's lanes have had all their epochs. With packing every sample is measured to tell."""
+        assert self.epochs is not None
+        if not self.config.packing:
+            return math.ceil(self.epochs * self.num_samples / self.global_batch)
+        most = 0
+        with Workers(self.config.workers) as workers:
+            for rows in self._rows(workers, lambda slot: None):
+                for number, _ in enumerate(until_done(rows), start=1):
+                    most = max(most, number)
+                    if beat is not None:
+                        beat()
+        return most
 
     def close(self) -> None:
         """Stop the background thread, and wait for it: Python must not end while it is inside a library."""
@@ -96,21 +159,35 @@ class Stream:
         if self._thread is not None:
             self._thread.join(timeout=60)
 
-    def steps(self, start: int = 0) -> Iterator[Step]:
-        """Every step from `start` on, without end."""
-        per_rank = self.global_batch // self.world_size
-        samples = self._samples(start * self.global_batch)
-        with ThreadPoolExecutor(max(1, self.config.workers), "decode") as pool:
-            decode = pool.map if self.config.workers else map
+    def steps(self, skip: int = 0) -> Iterator[Step]:
+        """Every step from where `restore` left it, without end; the first `skip` of them are passed over."""
+        coming: deque[tuple[list[list[Future]], dict[int, dict]]] = deque()
+        with Workers(self.config.workers) as workers:
+            lanes = self._rows(workers, self._discard)
+            for lane in lanes:
+                if lane.lane.number in self._state:
+                    lane.restore(self._state[lane.lane.number])
+                for _ in range(skip):
+                    lane.next()
             while True:
-                slots = [next(samples) for _ in range(self.global_batch)]
-                mine = slots[self.rank * per_rank : (self.rank + 1) * per_rank]
-                parsed = decode(self._try_parse, mine)
-                yield self._collate([self._encode(raw, sample) for raw, sample in zip(mine, parsed, strict=True)])
+                while len(coming) < AHEAD:
+                    rows = [[workers.begin(self._preparer.encode, slot) for slot in lane.next()] for lane in lanes]
+                    coming.append((rows, {lane.lane.number: lane.state() for lane in lanes}))
+                rows, states = coming.popleft()
+                yield self._collate([[self._counted(future.result()) for future in row] for row in rows], states)
 
-    def _produce(self, ready: queue.Queue, start: int) -> None:
+    def _rows(self, workers: Workers, discard: Callable[[Slot], None]) -> list[Rows]:
+        weights, announce = [one.weight for one in self.datasets], self._preparer.announce
+        lanes = [Lane(number, self.orders, weights, self.seed, self.epochs, announce) for number in self._lanes]
+        if not self.config.packing:
+            return [PlainRows(lane) for lane in lanes]
+        options = {"pack": self.pack, "limit": self.config.max_seq_length, "most_patches": self.config.max_patches}
+        measure = partial(workers.begin, self._preparer.measure)
+        return [MeasuredRows(lane, measure, discard, **options, lookahead=self.config.pack_lookahead) for lane in lanes]
+
+    def _produce(self, ready: queue.Queue) -> None:
         try:
-            for step in self.steps(start):
+            for step in self.steps():
                 if not self._hand_over(ready, step):
                     return
         except BaseException as error:  # the trainer raises it
@@ -126,64 +203,53 @@ class Stream:
                 continue
         return False
 
-    def _samples(self, skip: int) -> Iterator[dict[str, Any]]:
-        """Raw samples in the order of training, from number `skip` on."""
-        epoch, offset = divmod(skip, self.num_samples)
-        while True:
-            for number, raw in enumerate(read_shuffled(self.shards, self.seed, epoch, self.config.shuffle_window)):
-                if number >= offset:
-                    yield {**raw, "__epoch__": epoch}
-            epoch, offset = epoch + 1, 0
-
-    def _try_parse(self, raw: dict[str, Any]) -> Sample | BadSample:
-        try:
-            return self.parse(raw)
-        except BadSample as reason:
-            return reason
-
-    def _encode(self, raw: dict[str, Any], sample: Sample | BadSample) -> Encoded | None:
-        """In one thread: a tokenizer takes no second call."""
-        try:
-            if isinstance(sample, BadSample):
-                raise sample
-            encoded = self.encoder.encode(sample)
-        except BadSample as reason:
-            self.quarantine.add(raw, str(reason))
-            return None
-        self.quarantine.count_good()
+    def _counted(self, result: tuple[Slot, Encoded | None]) -> Encoded | None:
+        slot, encoded = result
+        if encoded is None:
+            self._discard(slot)
+        else:
+            self.quarantine.count_good()
         return encoded
 
-    def parse(self, raw: dict[str, Any]) -> Sample:
-        """A raw sample in the common form; of several captions, each epoch draws one."""
-        return parse_sample(
-            raw,
-            max_image_pixels=self.config.max_image_pixels,
-            caption_prompt=self.config.caption_prompt,
-            draw=f"{self.seed}/{raw['__epoch__']}",
-        )
+    def _discard(self, slot: Slot) -> None:
+        place = self.datasets[slot.draw.dataset].index.place(slot.draw.number)
+        raw = slot.raw or {"__url__": place.shard, "__key__": f"(at byte {place.start})"}
+        self.quarantine.add(raw, str(slot.problem))
 
-    def _collate(self, encoded: list[Encoded | None]) -> Step:
-        batches, counts, keys = [], Counts(), []
-        for start in range(0, len(encoded), self.micro_batch):
-            rows = [sample for sample in encoded[start : start + self.micro_batch] if sample is not None]
-            keys.append([row.key for row in rows])
-            counts.samples += len(rows)
-            counts.tokens += sum(row.length for row in rows)
-            counts.labels += sum(int((row.labels[:, 1:] != IGNORED).sum()) for row in rows)
-            if not any("pixel_values" in row.inputs for row in rows):
-                rows.append(self._blank)
-            batches.append(collate(rows, self.encoder.processor.tokenizer.pad_token_id))
-            counts.slots += batches[-1]["input_ids"].numel()
-        return Step(batches, counts, keys)
+    def _collate(self, rows: list[list[Encoded | None]], lanes: dict[int, dict]) -> Step:
+        import torch
 
-    @property
-    def _blank(self) -> Encoded:
-        """A row with a blank picture and no label. It joins a micro-batch that has no picture, so that every rank runs the vision
-        tower in every micro-batch: else ZeRO's collectives would differ between ranks (DeepSpeed#7170)."""
-        from PIL import Image
+        step = Step([], Counts(), [], [0] * len(self.datasets), lanes)
+        counts, pad = step.counts, self.encoder.processor.tokenizer.pad_token_id
+        for start in range(0, len(rows), self.micro_batch):
+            kept = [[sample for sample in row if sample is not None] for row in rows[start : start + self.micro_batch]]
+            samples = list(itertools.chain(*kept))
+            step.keys.append([sample.key for sample in samples])
+            counts.samples += len(samples)
+            counts.tokens += sum(sample.length for sample in samples)
+            for sample in samples:
+                number = int(sample.inputs["datasets"][0, 0]) if "datasets" in sample.inputs else 0
+                step.labels[number] += int((sample.labels[:, 1:] != IGNORED).sum())
+            counts.patches += sum(count_patches(sample.inputs) for sample in samples)
+            if not any("pixel_values" in sample.inputs for sample in samples):
+                kept.append([self._preparer.blank()])
+            kept = [row for row in kept if row]
+            if self.pack:
+                batch = collate_packed(kept, pad, self.positions)
+            else:
+                batch = collate(list(itertools.chain(*kept)), pad)
+            if len(self.datasets) > 1:
+                batch["num_datasets"] = torch.tensor(len(self.datasets))
+            step.micro_batches.append(batch)
+            counts.slots += batch["input_ids"].numel()
+        counts.labels = sum(step.labels)
+        return step
 
-        message = {"role": "user", "content": [{"type": "image"}]}
-        return self.encoder.encode_prompt([message], [Image.new("RGB", (56, 56))])
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The `Stream.state()` of every rank -> what any number of ranks continues from. Lanes are named by their numbers, as text."""
+    lanes = {str(number): lane for state in states for number, lane in state["lanes"].items()}
+    return {**states[0], "lanes": lanes}
 
 
 def open_stream(
@@ -196,32 +262,32 @@ def open_stream(
     micro_batch: int,
     rank: int,
     world_size: int,
+    epochs: float | None = None,
+    pack: bool = False,
+    positions: Positions | None = None,
 ) -> Stream:
-    """Find and check the shards of `data.train`.
+    """Find and index the shards of `data.train`; see `Stream` for the arguments.
 
     Raises:
         DataError: no shard, a damaged shard, or no sample in any.
     """
-    shards = find_shards(config.train, "data.train")
-    num_samples = sum(count_samples(shard, "data.train") for shard in shards)
-    if num_samples == 0:
-        raise DataError(f"data.train: the {len(shards)} shards hold no sample; make them again, e.g. with `vlm-dist data synth`")
+    datasets = open_datasets(config)
     encoder = Encoder(processor, config.max_seq_length, config.on_too_long)
-    return Stream(shards, num_samples, config, encoder, quarantine, seed, global_batch, micro_batch, rank, world_size)
+    return Stream(datasets, config, encoder, quarantine, seed, global_batch, micro_batch, rank, world_size, epochs, pack, positions)
 
 
 def read_heldout(config: DataConfig, limit: int | None, quarantine: Quarantine) -> list[Sample]:
     """Held-out samples, spread evenly over all shards when there are more than `limit`."""
-    if not config.heldout:
+    heldout = open_heldout(config)
+    if heldout is None:
         return []
-    shards = find_shards(config.heldout, "data.heldout")
-    total = sum(count_samples(shard, "data.heldout") for shard in shards)
-    wanted = set(range(total)) if limit is None or total <= limit else {number * total // limit for number in range(limit)}
+    total = len(heldout.index)
+    wanted = range(total) if limit is None or total <= limit else [number * total // limit for number in range(limit)]
     samples = []
-    for number, raw in enumerate(read_in_order(shards)):
-        if number in wanted:
-            try:
-                samples.append(parse_sample(raw, max_image_pixels=config.max_image_pixels, caption_prompt=config.caption_prompt))
-            except BadSample as reason:
-                quarantine.add(raw, str(reason))
+    for number in wanted:
+        raw = heldout.raw(number)
+        try:
+            samples.append(parse_sample(raw, max_image_pixels=config.max_image_pixels, caption_prompt=config.caption_prompt))
+        except BadSample as reason:
+            quarantine.add(raw, str(reason))
     return samples

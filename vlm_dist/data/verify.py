@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.data.dataset import open_dataset
 from vlm_dist.data.samples import BadSample, Sample, parse_sample
-from vlm_dist.data.shards import check_shard, read_in_order
+from vlm_dist.data.storage import Storage
 from vlm_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -143,8 +144,9 @@ def _map(read: Any, shards: list[str], processes: int | None) -> Iterable[tuple[
 def _read_shard(shard: str, *, max_image_pixels: int, caption_prompt: str) -> tuple[list[_Seen], list[Problem]]:
     samples, problems = [], []
     try:
-        check_shard(shard, "data")
-        for raw in read_in_order([shard]):
+        dataset = open_dataset([shard], "data", Storage())
+        for number in range(len(dataset.index)):
+            raw = dataset.raw(number)
             try:
                 sample = parse_sample(raw, max_image_pixels=max_image_pixels, caption_prompt=caption_prompt)
             except BadSample as reason:

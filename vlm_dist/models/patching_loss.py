@@ -65,17 +65,19 @@ def _head_forward(module: Any, input: torch.Tensor, labels: torch.Tensor | None 
 
 
 def _loss_forward(model: Any, *arguments: Any, loss_labels: torch.Tensor | None = None, original: Callable, **options: Any) -> Any:
-    """The model's own forward; with `loss_labels` [B, T] the summed loss of the next token instead of logits."""
+    """The model's own forward; with `loss_labels` [B, T] the summed loss of the next token instead of logits, with [D, B, T] D of them."""
     rows = vars(model).get("supervised_rows")
     if loss_labels is None:
         if rows is not None:
             rows.choose(None)
         return original(*arguments, **options)
-    labels = torch.nn.functional.pad(loss_labels[:, 1:], (0, 1), value=reference.IGNORED).flatten()
+    labels = torch.nn.functional.pad(loss_labels[..., 1:], (0, 1), value=reference.IGNORED).flatten(-2)
     if rows is not None:
-        rows.choose(labels != reference.IGNORED)
-    hidden = model.base_model(*arguments, **options).last_hidden_state
-    return SummedLoss(loss=model.get_output_embeddings()(hidden.flatten(0, 1), labels=labels))
+        rows.choose((labels != reference.IGNORED).view(-1, labels.shape[-1]).any(0))
+    hidden, head = model.base_model(*arguments, **options).last_hidden_state.flatten(0, 1), model.get_output_embeddings()
+    if labels.ndim == 1:
+        return SummedLoss(loss=head(hidden, labels=labels))
+    return SummedLoss(loss=torch.stack([head(hidden, labels=one) for one in labels]))
 
 
 class _Rows:

@@ -6,30 +6,49 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.data.encode import IGNORED
 
+OURS = ("labels", "datasets", "num_datasets")  # what the model does not take
+
 if TYPE_CHECKING:
     import torch
 
 
 def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of the next token, summed over the batch's supervised tokens, in float32.
+    """Cross-entropy of the next token, summed over the batch's supervised tokens, in float32: a scalar, or of a mixture of D data sets
+    the sum of each, [D].
 
     Only positions that predict a supervised token somewhere in the batch go through the output head; in a model with the kernel
     linear_cross_entropy only the supervised rows themselves, and their logits never exist as a whole.
 
     Args:
         model: takes the batch without `labels`, and `loss_labels`, or `logits_to_keep` as a 1-D tensor of positions.
-        batch: `input_ids`, `labels` [B, T] and whatever else the model takes.
+        batch: `input_ids`, `labels` [B, T] and whatever else the model takes; of a mixture `datasets` [B, T], the data set that each
+            token comes from, and `num_datasets`, a scalar.
     """
     import torch
 
     labels_BT = batch["labels"]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in OURS}
     if getattr(model, "gives_summed_loss", False):
-        return model(**inputs, loss_labels=labels_BT, use_cache=False).loss
+        return model(**inputs, loss_labels=_split(labels_BT, batch), use_cache=False).loss
     next_BT = labels_BT[:, 1:]
     positions_P = (next_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     if len(positions_P) == 0:  # a blank row: any position will do, none counts
         positions_P = torch.zeros(1, dtype=torch.long, device=labels_BT.device)
     logits_BPV = model(**inputs, logits_to_keep=positions_P, use_cache=False).logits
     targets_BP = next_BT[:, positions_P]
-    return torch.nn.functional.cross_entropy(logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="sum")
+    losses_N = torch.nn.functional.cross_entropy(
+        logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    if "datasets" not in batch:
+        return losses_N.sum()
+    from_N = batch["datasets"][:, 1:][:, positions_P].flatten()
+    return losses_N.new_zeros(int(batch["num_datasets"])).index_add(0, from_N, losses_N)
+
+
+def _split(labels_BT: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a mixture [D, B, T]: the labels of one data set each."""
+    import torch
+
+    if "datasets" not in batch:
+        return labels_BT
+    return torch.stack([labels_BT.where(batch["datasets"] == number, IGNORED) for number in range(int(batch["num_datasets"]))])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vlm_dist.data.stream import open_stream
 from vlm_dist.distributed import Ranks
+from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training.engine import check_batches
@@ -33,7 +34,9 @@ def order_of(config: Config, *, world_size: int, steps: int, start: int = 0) -> 
     ranks = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
-        processor = load_processor(config.model, model_source(config, run, Ranks(0, 0, 1, torch.device("cpu"))))
+        source = model_source(config, run, Ranks(0, 0, 1, torch.device("cpu")))
+        processor = load_processor(config.model, source)
+        _, family = read_model_config(config.model, source)
         for rank in range(world_size):
             stream = open_stream(
                 config.data,
@@ -44,6 +47,8 @@ def order_of(config: Config, *, world_size: int, steps: int, start: int = 0) -> 
                 micro_batch=config.training.micro_batch,
                 rank=rank,
                 world_size=world_size,
+                epochs=config.training.epochs,
+                pack=family.packs and config.data.packing,
             )
-            ranks.append([[key for keys in step.keys for key in keys] for step in islice(stream.steps(start), steps)])
+            ranks.append([[key for keys in step.keys for key in keys] for step in islice(stream.steps(skip=start), steps)])
     return [list(step) for step in zip(*ranks, strict=True)]

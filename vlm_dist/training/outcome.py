@@ -9,11 +9,12 @@ import math
 import signal
 import statistics
 import time
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.stream import Counts, Stream
+from vlm_dist.data.stream import Counts, Step, Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import CheckpointError
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, read_json, read_jsonl, write_json, write_text
@@ -44,9 +45,42 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
     log.say(f"run {run.path}: {loaded.family.model_type}, {total:,} parameters in {form}, {sum(counts.values()):,} trainable ({sides})")
     log.say(f"kernels: {loaded.kernels}")
     log.say(
-        f"data: {stream.num_samples:,} samples in {len(stream.shards)} shards; "
+        f"data: {stream.num_samples:,} samples in {stream.num_shards} shards; "
         f"{steps} steps of {config.training.global_batch} samples, {steps - done} to go"
     )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who computes how much of a step."""
+
+    labels: list[int]
+    """Supervised tokens of each data set, over all ranks."""
+    slots: list[float]
+    """Tokens that each rank computes, padding included."""
+    patches: list[float]
+    """Vision patches of each rank."""
+
+    def metrics(self, names: list[str], loss_sums: list[float]) -> dict[str, Any]:
+        """How far the rank with most to do is above the mean, and of a mixture the mean loss of each data set (null: no token)."""
+        row: dict[str, Any] = {"imbalance": {"tokens": _excess(self.slots), "patches": _excess(self.patches)}}
+        if len(names) > 1:
+            means = [loss / labels if labels else math.nan for loss, labels in zip(loss_sums, self.labels, strict=True)]
+            row["loss_by_dataset"] = {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means, strict=True)}
+        return row
+
+
+def count_over_ranks(step: Step, ranks: Ranks) -> tuple[Counts, Shares]:
+    """The totals of a step over all ranks, and each rank's part."""
+    counts = astuple(step.counts)
+    sums, (slots, patches) = ranks.sum_and_gather([*counts, *step.labels], step.counts.slots, step.counts.patches)
+    totals = list(map(int, sums))
+    return Counts(*totals[: len(counts)]), Shares(totals[len(counts) :], slots, patches)
+
+
+def _excess(values: list[float]) -> float:
+    mean = statistics.fmean(values)
+    return round(max(values) / mean - 1, 4) if mean else 0.0
 
 
 def step_metrics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
+from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout, open_storage
+from vlm_dist.data.index import open_index
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.samples import BadSample, parse_sample
-from vlm_dist.data.shards import count_samples, find_shards, read_in_order
+from vlm_dist.data.shards import find_paths, read_in_order
+from vlm_dist.data.stream import Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import DataError
 from vlm_dist.families import Family
@@ -24,6 +28,7 @@ from vlm_dist.run_dir import RunDir, write_json
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "webdataset", "triton", "ray", "wandb", "numpy", "pillow")
 
 
@@ -40,12 +45,37 @@ class Loaded:
     """What was put into the model, in words."""
 
 
-def count_steps(config: Config, num_samples: int) -> int:
-    """Optimizer steps of the whole run."""
+def count_steps(config: Config, stream: Stream, ranks: Ranks) -> int:
+    """Optimizer steps of the whole run; with packing and training.epochs all samples are measured to tell."""
+    if config.training.steps is not None:
+        return config.training.steps
+    if config.data.packing and ranks.is_first:
+        logger.info("data: measuring every sample, to tell how many steps %g epochs take", config.training.epochs)
+    return max(ranks.gather(stream.count_steps()))
+
+
+def row_rules(config: Config, loaded: Loaded, ranks: Ranks) -> dict[str, Any]:
+    """How the stream fills rows for this architecture, as arguments of `open_stream`."""
+    from vlm_dist.models.positions import position_rule
+
+    pack = config.data.packing and loaded.family.packs
+    if config.data.packing and not pack and ranks.is_first:
+        logger.warning(
+            "data.packing: rows of %s cannot hold several samples without one seeing another; samples of similar length are grouped "
+            "instead",
+            loaded.family.model_type,
+        )
+    return {"epochs": config.training.epochs, "pack": pack, "positions": position_rule(loaded.model) if pack else None}
+
+
+def _steps_ahead(config: Config, num_samples: int) -> int | None:
+    """The same before anything is loaded; None: not known before every sample is measured."""
     if config.training.steps is not None:
         return config.training.steps
     assert config.training.epochs is not None
-    return math.ceil(num_samples * config.training.epochs / config.training.global_batch)
+    if config.data.packing:
+        return None
+    return math.ceil(config.training.epochs * num_samples / config.training.global_batch)
 
 
 def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
@@ -72,9 +102,12 @@ def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
 def training_texts(config: Config, limit: int = 20_000) -> list[str]:
     """Texts for a new tokenizer, from the shards of data.train and whatever model.scratch.texts adds."""
     assert config.model.scratch is not None
-    shards = find_shards([*config.data.train, *config.model.scratch.texts], "data.train")
+    storage = open_storage(config.data)
+    patterns = [*config.data.train_shards, *config.model.scratch.texts]
+    shards = find_paths(patterns, "data.train", storage, allow_commands=config.data.allow_commands)
+    open_index(shards, "data.train", storage)  # refuses what is no whole shard
     texts: list[str] = []
-    for raw in read_in_order(shards):
+    for raw in read_in_order(shards, storage):
         try:
             sample = parse_sample(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
         except BadSample:
@@ -120,12 +153,12 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
         check_source(config.model.name)
     rounds = check_batches(config, world_size)
     deepspeed_config(config, world_size, "float32")
-    train = find_shards(config.data.train, "data.train")
-    num_samples = sum(count_samples(shard, "data.train") for shard in train)
-    heldout = find_shards(config.data.heldout, "data.heldout") if config.data.heldout else []
-    if not num_samples:
-        raise DataError("data.train: the shards hold no sample")
-    _check_first_sample(config, train)
+    datasets = open_datasets(config.data)
+    num_samples = sum(len(one.index) for one in datasets)
+    heldout = open_heldout(config.data)
+    for one in datasets:
+        _check_first_sample(config, one)
+    steps = _steps_ahead(config, num_samples)
     return {
         "run": str(Path(config.output_dir) / config.name),
         "model": config.model.name or ("a new MiniVLM" if config.model.mini_vlm else "from scratch"),
@@ -133,12 +166,14 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
         "training": f"LoRA r={config.lora.r}"
         if config.lora
         else "every weight" + (f" but {config.model.freeze}" if config.model.freeze else ""),
-        "train_shards": len(train),
+        "train_shards": sum(len(one.index.shards) for one in datasets),
         "train_samples": num_samples,
-        "heldout_shards": len(heldout),
-        "heldout_samples": sum(count_samples(shard, "data.heldout") for shard in heldout),
-        "steps": count_steps(config, num_samples),
-        "epochs": round(count_steps(config, num_samples) * config.training.global_batch / num_samples, 3),
+        "heldout_shards": len(heldout.index.shards) if heldout else 0,
+        "heldout_samples": len(heldout.index) if heldout else 0,
+        "steps": steps,
+        "epochs": config.training.epochs
+        if config.data.packing or steps is None
+        else round(steps * config.training.global_batch / num_samples, 3),
         "global_batch": config.training.global_batch,
         "micro_batch": config.training.micro_batch,
         "accumulation_rounds": rounds,
@@ -177,18 +212,17 @@ def open_quarantine(config: Config, run: RunDir) -> Quarantine:
     return Quarantine(run.quarantine, config.data.max_bad_fraction)
 
 
-def _check_first_sample(config: Config, shards: list[str]) -> None:
-    """One readable sample must be among the first of the first shard."""
+def _check_first_sample(config: Config, dataset: Dataset) -> None:
+    """One readable sample must be among the first."""
     reason = ""
-    for number, raw in enumerate(read_in_order(shards[:1])):
+    for number in range(min(20, len(dataset.index))):
+        raw = dataset.raw(number)
         try:
             parse_sample(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
             return
         except BadSample as problem:
             reason = f"{raw['__key__']}: {problem}"
-        if number == 20:
-            break
-    raise DataError(f"data.train: none of the first samples of '{shards[0]}' is usable; {reason}")
+    raise DataError(f"data.train: none of the first samples of '{dataset.index.shards[0]}' is usable; {reason}")
 
 
 def _version(package: str) -> str | None:

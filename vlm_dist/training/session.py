@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.stream import Counts, Stream
+from vlm_dist.data.stream import Counts, Stream, merge_states
 from vlm_dist.distributed import Ranks
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training import outcome
@@ -63,7 +63,7 @@ class Session:
 
     def __init__(self, config: Config, run: RunDir, loaded: Loaded, stream: Stream, heldout: list[Sample], ranks: Ranks, started: float):
         self.config, self.run, self.loaded, self.stream, self.heldout, self.ranks = config, run, loaded, stream, heldout, ranks
-        self.steps = count_steps(config, stream.num_samples)
+        self.steps = count_steps(config, stream, ranks)
         self.engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
         self.log = Log(run, config, ranks, self.steps)
         self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
@@ -127,9 +127,9 @@ class Session:
         """Take a checkpoint; returns its step."""
         self.watchdog.beat("saving")
         state = {
-            "version": 2,
+            "version": 3,
             "progress": vars(progress),
-            "data": self.stream.state_after(progress.data_step),
+            "data": merge_states(self.ranks.gather(self.stream.state())),
             "health": self.health.state(),
             "scores": self._scores[1] if self._scores and self._scores[0] == progress.step else None,
             "rng": {"rule": "seeded by (seed, data_step, rank) at each step", "seed": self.config.seed},

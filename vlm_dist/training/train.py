@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from vlm_dist import distributed
 from vlm_dist.config import Config
-from vlm_dist.data.stream import Counts, open_stream, read_heldout
+from vlm_dist.data.stream import open_stream, read_heldout
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import RunDir
@@ -19,7 +18,7 @@ from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless
 from vlm_dist.training.log import StepTimer
 from vlm_dist.training.loss import summed_loss
 from vlm_dist.training.optim import learning_rate
-from vlm_dist.training.prepare import load_trainable, open_quarantine, write_environment
+from vlm_dist.training.prepare import load_trainable, open_quarantine, row_rules, write_environment
 from vlm_dist.training.session import Session
 from vlm_dist.training.watchdog import note_earlier_start
 
@@ -53,7 +52,9 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         quarantine = open_quarantine(config, run)
         batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
         place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        stream = open_stream(config.data, loaded.processor, quarantine, seed=config.seed, **batch, **place)
+        stream = open_stream(
+            config.data, loaded.processor, quarantine, seed=config.seed, **batch, **place, **row_rules(config, loaded, ranks)
+        )
         heldout = read_heldout(config.data, config.evaluation.samples, quarantine)
         with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started) as session:
             return _run_loop(config, session, stop)
@@ -70,6 +71,8 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
 
 
 def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, Any]:
+    import torch
+
     engine, stream, ranks, log, watchdog, health = (
         session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
     )  # fmt: skip
@@ -86,24 +89,25 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
         distributed.seed_step(config.seed, progress.data_step, ranks.rank)
         lr = learning_rate(config.optim, progress.step, session.steps)
         set_learning_rate(engine, lr)
-        counts = Counts(*map(int, ranks.sums(astuple(step.counts))))
+        counts, shares = outcome.count_over_ranks(step, ranks)
         num_labels = max(1, counts.labels)  # the one denominator, over all micro-batches and ranks
         losses, grad_norm = [], 0.0
         for batch in step.micro_batches:
             watchdog.beat("computing")
             with timer.forward():
                 loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
-            part = poisoned_unless_finite(loss) * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
+            part = poisoned_unless_finite(loss.sum()) * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
             engine.backward(part, scale_wrt_gas=False)
             grad_norm = take_step(engine, config.optim.grad_clip)  # updates on the last micro-batch only
             losses.append(loss.detach())
         watchdog.beat("adding up")
-        loss_sum, busy_s = ranks.sum_and_gather(float(sum(losses)), timer.busy_s)
-        mean_loss, step_s = loss_sum / num_labels, timer.seconds
-        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, losses)
+        loss_sums, (busy_s,) = ranks.sum_and_gather(torch.stack(losses).sum(0).reshape(-1).tolist(), timer.busy_s)
+        mean_loss, step_s = sum(loss_sums) / num_labels, timer.seconds
+        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses])
         health.watch_speed(progress.step + 1, busy_s)
         progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
-        log.step(outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks))
+        metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
+        log.step(metrics | shares.metrics(stream.names, loss_sums))
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:
             progress, saved = earlier, earlier.step
             continue

@@ -1,0 +1,170 @@
+"""A data set: shards with their index, read sample by sample."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.config import DataConfig
+from vlm_dist.data.cache import RangeCache, cache_folder
+from vlm_dist.data.index import Index, Place, open_index
+from vlm_dist.data.lanes import Order
+from vlm_dist.data.samples import BadSample
+from vlm_dist.data.shards import find_paths
+from vlm_dist.data.storage import Storage, is_remote
+from vlm_dist.data.tar import BLOCK, LONG_NAME_TYPES, member_key
+from vlm_dist.errors import DataError
+
+
+@dataclass
+class Dataset:
+    """One source of samples."""
+
+    name: str
+    index: Index
+    storage: Storage
+    weight: float = 1.0
+    """Of a mixture: its share of the draws, relative to the others'."""
+
+    @property
+    def is_remote(self) -> bool:
+        return any(map(is_remote, self.index.shards))
+
+    def raw(self, number: int, order: Order | None = None) -> dict[str, Any]:
+        """A sample as webdataset gives it: `__key__`, `__url__`, and the members' bytes by extension.
+
+        Args:
+            order: in which samples are read, if in any: of a remote shard the whole block is fetched.
+
+        Raises:
+            BadSample: two members of one name.
+            DataError: the bytes are not those that were indexed, or cannot be read.
+        """
+        place = self.index.place(number)
+        data = self.storage.read(place.shard, place.start, place.length, self._block(number, order) if order else None)
+        return parse_members(data, place)
+
+    def prefetch(self, number: int, order: Order) -> None:
+        """Begin to fetch the block of a sample, if its shard is remote."""
+        start, length = self._block(number, order)
+        self.storage.prefetch(self.index.place(number).shard, start, length)
+
+    def _block(self, number: int, order: Order) -> tuple[int, int]:
+        """(start, length) in bytes of the block that a sample belongs to."""
+        import numpy as np
+
+        shard = int(np.searchsorted(self.index.first, number, side="right")) - 1
+        begin, end = order.block_of(number, int(self.index.first[shard]))
+        start = self.index.place(begin).start
+        last = self.index.place(min(end, int(self.index.first[shard + 1])) - 1)
+        return start, last.start + last.length - start
+
+
+def open_datasets(config: DataConfig) -> list[Dataset]:
+    """The data sets of `data.train`.
+
+    Raises:
+        DataError: no shard, a damaged shard, or no sample in any.
+    """
+    storage = open_storage(config)
+    mixed = isinstance(config.train, dict)
+    datasets = []
+    for name, source in config.sources.items():
+        where = f"data.train.{name}" if mixed else "data.train"
+        datasets.append(open_dataset(source.shards, where, storage, config.allow_commands, name, source.weight))
+    return datasets
+
+
+def open_dataset(
+    patterns: Sequence[str], where: str, storage: Storage, allow_commands: bool = False, name: str = "data", weight: float = 1.0
+) -> Dataset:
+    """Find the shards that patterns name, and their index.
+
+    Args:
+        where: the configuration key, for error messages.
+
+    Raises:
+        DataError: no shard, a damaged shard, or no sample in any.
+    """
+    shards = find_paths(patterns, where, storage, allow_commands=allow_commands)
+    index = open_index(shards, where, storage)
+    if not len(index):
+        raise DataError(f"{where}: the {len(shards)} shards hold no sample; make them again, e.g. with `vlm-dist data synth`")
+    return Dataset(name, index, storage, weight)
+
+
+def open_heldout(config: DataConfig) -> Dataset | None:
+    """The data set of `data.heldout`, if any is named.
+
+    Raises:
+        DataError: as `open_dataset` does.
+    """
+    if not config.heldout:
+        return None
+    return open_dataset(config.heldout, "data.heldout", open_storage(config), config.allow_commands)
+
+
+def open_storage(config: DataConfig) -> Storage:
+    """With a cache for remote shards, if there are any."""
+    if not any(map(is_remote, [*config.train_shards, *config.heldout])):
+        return Storage()
+    folder = Path(config.cache_dir) if config.cache_dir else cache_folder() / "ranges"
+    return Storage(RangeCache(folder, int(config.cache_gb * 10**9)))
+
+
+def parse_members(data: bytes, place: Place) -> dict[str, Any]:
+    """The tar members of one sample, held in memory, grouped as webdataset does; nothing is extracted.
+
+    Raises:
+        BadSample: two members of one name.
+        DataError: there is no sample at this place.
+    """
+    from webdataset.tariterators import group_by_keys
+
+    try:
+        files = [{"fname": name, "data": content, "__url__": place.shard} for name, content in _members(data)]
+        samples = list(group_by_keys(files))
+    except tarfile.TarError as error:
+        samples, problem = [], str(error)
+    except ValueError as error:
+        raise BadSample(str(error.args[0])) from None
+    else:
+        problem = f"{len(samples)} samples"
+    if len(samples) != 1:
+        raise DataError(
+            f"data: shard '{place.shard}' does not hold at byte {place.start:,} what its index says ({problem}); "
+            "it was changed: make its index again with `vlm-dist data index`"
+        )
+    return samples[0]
+
+
+def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the regular files in a piece of a tar."""
+    position, view = 0, memoryview(data)
+    while position + BLOCK <= len(data):
+        header = data[position : position + BLOCK]
+        if header == bytes(BLOCK):
+            return
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        if member.type in LONG_NAME_TYPES:
+            yield from _members_by_tarfile(data[position:])
+            return
+        start = position + BLOCK
+        if start + member.size > len(data):
+            raise tarfile.ReadError(f"member '{member.name}' says that it has {member.size:,} bytes, more than its place")
+        if member_key(member) is not None:
+            yield member.name, bytes(view[start : start + member.size])
+        position = start + -(-member.size // BLOCK) * BLOCK
+
+
+def _members_by_tarfile(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The same where a name does not fit into a header."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member_key(member) is not None else None
+            if content is not None:
+                yield member.name, content.read()

@@ -1,0 +1,122 @@
+"""From a drawn sample to tensors: read, measure, decode, encode. What the threads of a stream do."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from vlm_dist.config import DataConfig
+from vlm_dist.data.dataset import Dataset
+from vlm_dist.data.encode import Encoded, Encoder
+from vlm_dist.data.lanes import Draw, Order
+from vlm_dist.data.lengths import Ruler
+from vlm_dist.data.rows import Slot
+from vlm_dist.data.samples import BadSample, Sample, outline, parse_sample
+
+
+class Preparer:
+    """Safe to use from several threads: each has a processor of its own, because a tokenizer takes no second call."""
+
+    def __init__(self, datasets: list[Dataset], orders: list[Order], config: DataConfig, encoder: Encoder, seed: int):
+        self.datasets, self.orders, self.config, self.seed = datasets, orders, config, seed
+        self._encoder = encoder
+        self._own = threading.local()
+
+    @property
+    def encoder(self) -> Encoder:
+        """This thread's."""
+        if not hasattr(self._own, "encoder"):
+            self._own.encoder = copy.deepcopy(self._encoder)
+        return self._own.encoder
+
+    @property
+    def ruler(self) -> Ruler:
+        """This thread's."""
+        if not hasattr(self._own, "ruler"):
+            self._own.ruler = Ruler(self.encoder)
+        return self._own.ruler
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """The files of a sample; of several captions, each epoch draws one.
+
+        Raises:
+            BadSample: two files have one name.
+            DataError: its shard cannot be read.
+        """
+        raw = self.datasets[draw.dataset].raw(draw.number, self.orders[draw.dataset])
+        return {**raw, "__draw__": f"{self.seed}/{draw.epoch}"}
+
+    def announce(self, lane: int, dataset: int, ordinal: int) -> None:
+        """A lane begins a window of a data set: fetch what it will read, and behind it what the next window will."""
+        if self.datasets[dataset].is_remote:
+            order = self.orders[dataset]
+            for begin in (ordinal, ordinal + order.window):
+                for number in order.blocks_of_window(lane, begin):
+                    self.datasets[dataset].prefetch(number, order)
+
+    def measure(self, draw: Draw) -> Slot:
+        """Read a sample and find its length."""
+        slot = Slot(draw)
+        try:
+            slot.raw = self.read(draw)
+            messages, sizes = outline(slot.raw, draw=slot.raw["__draw__"], **self._options)
+            length = self.ruler.measure(messages, sizes)
+            if length.tokens > self.config.max_seq_length:
+                self.encoder.check_length(length.tokens)
+                length = length._replace(tokens=self.config.max_seq_length)
+            slot.length = length
+        except BadSample as reason:
+            slot.problem = reason
+        return slot
+
+    def encode(self, slot: Slot) -> tuple[Slot, Encoded | None]:
+        """A sample's tensors; None, and the slot says why, where it cannot be used."""
+        try:
+            slot.raw = slot.raw or self.read(slot.draw)
+            encoded = self.encoder.encode(self.parse(slot.raw))
+        except BadSample as reason:
+            slot.problem = reason
+            return slot, None
+        if len(self.datasets) > 1:
+            ids = encoded.inputs["input_ids"]
+            encoded.inputs["datasets"] = ids.new_full(ids.shape, slot.draw.dataset)
+        return slot, encoded
+
+    def parse(self, raw: dict[str, Any]) -> Sample:
+        return parse_sample(raw, draw=raw["__draw__"], **self._options)
+
+    def blank(self) -> Encoded:
+        """A blank picture and no label. It joins a micro-batch that has no picture, so that every rank runs the vision tower in every
+        micro-batch: else ZeRO's collectives would differ between ranks (DeepSpeed#7170)."""
+        from PIL import Image
+
+        message = {"role": "user", "content": [{"type": "image"}]}
+        return self.encoder.encode_prompt([message], [Image.new("RGB", (56, 56))])
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"max_image_pixels": self.config.max_image_pixels, "caption_prompt": self.config.caption_prompt}
+
+
+class Workers:
+    """Begins calls in threads, or does them at once where there are none. Use it as a context."""
+
+    def __init__(self, threads: int):
+        self._pool = ThreadPoolExecutor(threads, "encode") if threads else None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, call: Callable, *arguments: Any) -> Future:
+        if self._pool is not None:
+            return self._pool.submit(call, *arguments)
+        future: Future = Future()
+        future.set_result(call(*arguments))
+        return future

@@ -1,0 +1,203 @@
+"""Bytes of shards, wherever they lie: local files, and through fsspec whatever it reads (http, https, s3, gs, hf, ...).
+
+Remote bytes are read in ranges. What fails in passing (a 5xx answer, a cut connection, a slow server) is tried again with growing
+pauses; it never makes a sample unusable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from vlm_dist.data.cache import RangeCache, cache_folder
+from vlm_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MOST_OPEN_FILES = 128
+ATTEMPTS = 6
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+INSTALL = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+T = TypeVar("T")
+
+
+def is_remote(path: str) -> bool:
+    """Whether it is an address rather than a path."""
+    return "://" in path
+
+
+class Storage:
+    """Reads ranges of shards; safe to use from several threads.
+
+    Args:
+        cache: keeps what was fetched of remote shards; None: nothing is kept.
+        timeout_s: longest wait for one answer of a remote server.
+    """
+
+    def __init__(self, cache: RangeCache | None = None, timeout_s: float = 60.0):
+        self.cache, self.timeout_s = cache, timeout_s
+        self.fetched_bytes = 0
+        """Bytes that came over the network."""
+        self.retries = 0
+        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
+        self._systems: dict[str, Any] = {}
+        self._stamps: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: str, start: int, length: int, around: tuple[int, int] | None = None) -> bytes:
+        """Bytes [start, start + length).
+
+        Args:
+            around: (start, length) of a larger range; of a remote shard all of it is fetched and kept, if there is a cache.
+
+        Raises:
+            DataError: the file is shorter, gone, or stayed unreachable.
+        """
+        if not is_remote(path):
+            return self._read_local(path, start, length)
+        if self.cache is None or around is None:
+            return self._fetch(path, start, length)
+        return self.cache.read(path, self._stamp_of(path), around, start, length, self._fetch)
+
+    def prefetch(self, path: str, start: int, length: int) -> None:
+        """Begin to fetch a range of a remote shard into the cache."""
+        if self.cache is not None and is_remote(path):
+            self.cache.prefetch(path, self._stamp_of(path), (start, length), self._fetch)
+
+    def open(self, path: str) -> IO[bytes]:
+        """A file to seek and read in, remote ones with reading ahead."""
+        if not is_remote(path):
+            return Path(path).open("rb")
+        return self._retry(path, lambda: self._system(path).open(path, "rb", cache_type="readahead", block_size=4 * 2**20))
+
+    def stamp(self, path: str, where: str) -> tuple[int, str]:
+        """A file's bytes, and what changes when it is written anew.
+
+        Raises:
+            DataError: there is no such file.
+        """
+        if not is_remote(path):
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise DataError(f"{where}: shard '{path}' cannot be opened ({error.strerror}); check the pattern") from None
+            return status.st_size, str(status.st_mtime_ns)
+        about = self._retry(path, lambda: self._system(path).info(path))
+        if about.get("size") is None:
+            raise DataError(f"{where}: the server does not tell the size of '{path}'; use one that does, or copy the shards here")
+        return int(about["size"]), str(about.get("ETag") or about.get("LastModified") or about.get("mtime") or "")
+
+    def find(self, pattern: str) -> list[str]:
+        """The remote files that an address or a glob names, in order."""
+        scheme, _, rest = pattern.partition("://")
+        if any(char in rest for char in "*?["):
+            found = self._retry(pattern, lambda: self._system(pattern).glob(pattern))
+            return sorted(path if is_remote(path) else f"{scheme}://{path}" for path in found)
+        return [pattern] if self._retry(pattern, lambda: self._system(pattern).exists(pattern)) else []
+
+    def local_copy(self, path: str) -> Path | None:
+        """A path of this machine with the file's content; None: there is no such file."""
+        if not is_remote(path):
+            return Path(path) if os.path.isfile(path) else None
+        if not self._retry(path, lambda: self._system(path).exists(path)):
+            return None
+        size, stamp = self.stamp(path, "data")
+        copy = cache_folder() / "files" / hashlib.sha256(f"{path} {size} {stamp}".encode()).hexdigest()[:32]
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            temporary = copy.with_name(f".{copy.name}.{os.getpid()}.{threading.get_ident()}")
+            self._retry(path, lambda: self._system(path).get_file(path, str(temporary)))
+            temporary.replace(copy)
+        return copy
+
+    def _read_local(self, path: str, start: int, length: int) -> bytes:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                try:
+                    file = self._files[path] = Path(path).open("rb", buffering=0)  # noqa: SIM115 (kept open)
+                except OSError as error:
+                    raise DataError(f"data: shard '{path}' cannot be opened ({error.strerror}); it was there when the run began") from None
+            self._files.move_to_end(path)
+            if len(self._files) > MOST_OPEN_FILES:
+                self._files.popitem(last=False)  # closed when no other thread reads from it
+        data = os.pread(file.fileno(), length, start)
+        if len(data) < length:
+            raise DataError(f"data: shard '{path}' ends at byte {start + len(data):,}, it was longer when the run began; restore it")
+        return data
+
+    def _stamp_of(self, path: str) -> str:
+        if path not in self._stamps:
+            self._stamps[path] = self.stamp(path, "data")[1]
+        return self._stamps[path]
+
+    def _fetch(self, path: str, start: int, length: int) -> bytes:
+        def fetch() -> bytes:
+            data = self._system(path).cat_file(path, start=start, end=start + length)
+            if len(data) != length:
+                raise ConnectionError(f"{len(data):,} bytes came, {length:,} were asked for (does the server know ranges?)")
+            return data
+
+        data = self._retry(path, fetch)
+        self.fetched_bytes += length
+        return data
+
+    def _system(self, path: str) -> Any:
+        """The fsspec file system of an address."""
+        import fsspec
+
+        scheme = path.split("://", 1)[0]
+        with self._lock:
+            if scheme not in self._systems:
+                try:
+                    self._systems[scheme] = fsspec.filesystem(scheme, skip_instance_cache=True, **self._options(scheme))
+                except ImportError:
+                    package = INSTALL.get(scheme, f"fsspec's package for {scheme}")
+                    raise DataError(f"data: '{path}' needs the package {package}, which is not installed; pip install {package}") from None
+                except ValueError as error:
+                    raise DataError(f"data: '{path}': {error}; give a path, or an address with s3://, gs://, hf:// or https://") from None
+            return self._systems[scheme]
+
+    def _options(self, scheme: str) -> dict[str, Any]:
+        """Time limits, in the words of each file system."""
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=self.timeout_s, sock_read=self.timeout_s)}}
+        if scheme == "s3":
+            return {"config_kwargs": {"connect_timeout": self.timeout_s, "read_timeout": self.timeout_s}}
+        return {}
+
+    def _retry(self, path: str, action: Callable[[], T]) -> T:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return action()
+            except DataError:
+                raise
+            except (FileNotFoundError, PermissionError) as error:
+                raise DataError(f"data: '{path}' cannot be read ({type(error).__name__}); check the address and your credentials") from None
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]
+                if attempt == ATTEMPTS or not _may_pass(error):
+                    raise DataError(f"data: '{path}' cannot be read after {attempt} attempts; the last: {reason}") from error
+                pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                self.retries += 1
+                logger.warning("data: %s: %s; trying again in %.1f s (attempt %d of %d)", path, reason, pause, attempt + 1, ATTEMPTS)
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again can help: not where the server understood and refused."""
+    status = getattr(error, "status", None)
+    return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429))
