@@ -18,6 +18,8 @@ REQUIREMENTS = [
     "tokenizers>=0.23",
     "numpy>=2",
     "pillow>=12",
+    "simplejpeg>=1.9",
+    "fsspec[http]>=2025.9",
     "pydantic>=2.12",
     "ruamel.yaml>=0.18",
     "braceexpand>=0.1.7",
@@ -29,6 +31,10 @@ DATASETS = ["datasets>=5"]
 TRL = ["trl>=1.16", *DATASETS]
 DEVELOPMENT = [
     *TRL,
+    "s3fs>=2025.9",
+    "moto[s3]>=5",
+    "flask>=3",
+    "flask-cors>=6",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",
@@ -51,6 +57,6 @@ setup(
     package_dir={"vlm_kernels": "kernels/vlm_kernels"},
     package_data={"vlm_dist.reporting": ["*.html"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEVELOPMENT, "trl": TRL, "datasets": DATASETS},
+    extras_require={"dev": DEVELOPMENT, "trl": TRL, "datasets": DATASETS, "s3": ["s3fs>=2025.9"], "gcs": ["gcsfs>=2025.9"]},
     entry_points={"console_scripts": ["vlm-dist=vlm_dist.cli.main:main"]},
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlm_dist.cli.main import main
 from vlm_dist.data import index as indexing
 from vlm_dist.data.dataset import Dataset, open_dataset
 from vlm_dist.data.index import INDEX_NAME, open_index, read_index, scan_shards, write_index
@@ -54,6 +55,20 @@ def test_index_beside_the_shards_is_used(folder, monkeypatch):
     monkeypatch.setattr(indexing, "scan_shards", None)
     assert every(folder) == list(read_in_order(folder))
     assert every([folder[2], folder[0]]) == list(read_in_order([folder[2], folder[0]]))  # some of them, in another order
+
+
+def test_the_command(folder, capsys, tmp_path, shards):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(shards["caption-train"][0], other)
+    assert main(["data", "index", f"{tmp_path}/*.tar", f"{other}/*.tar"]) == 0
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "60 samples in 3 shards of 0.000 GB",
+        "20 samples in 1 shards of 0.000 GB",
+    ]
+    assert read_index(tmp_path / INDEX_NAME).counts.tolist() == [20, 20, 20]
+    assert main(["data", "index", *folder, f"{other}/*.tar", "--out", str(tmp_path)]) == 3
+    assert "name those of one" in capsys.readouterr().err
 
 
 def test_index_that_knows_some_of_the_shards(folder):

@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from vlm_dist.data.samples import BadSample, decode_picture, parse_sample
+from vlm_dist.data.samples import BadSample, decode_picture, outline, parse_sample
 
 
 def picture(mode="RGB", size=(8, 6), form="PNG", **options) -> bytes:
@@ -126,3 +126,49 @@ def test_rotation_in_exif_is_applied():
     exif[0x0112] = 6
     upright.save(buffer, "JPEG", exif=exif)
     assert decode_picture(buffer.getvalue(), "jpg", 10_000).size == (6, 8)
+
+
+def photo(mode: str = "RGB", quality: int = 90) -> bytes:
+    """Something with detail, so that its JPEG has much in it."""
+    noise = Image.effect_noise((97, 61), 80)
+    buffer = io.BytesIO()
+    Image.merge("RGB", [noise, noise.rotate(90), noise.rotate(180)]).convert(mode).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpegs_are_decoded_as_pillow_does(mode):
+    data = photo(mode)
+    assert decode_picture(data, "jpg", 10_000).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("length", [10, 100, 400, 1000])
+def test_damage_inside_a_jpeg_is_seen(length):
+    """Zeros in the middle of the scan: Pillow gives a picture that is grey from there on."""
+    data = bytearray(photo())
+    middle = len(data) // 2
+    data[middle : middle + length] = bytes(length)
+    Image.open(io.BytesIO(data)).load()
+    with pytest.raises(BadSample, match="jpg: cannot be decoded"):
+        decode_picture(bytes(data), "jpg", 10_000)
+
+
+def test_filler_between_segments_does_no_harm():
+    data = photo()
+    assert data.endswith(b"\xff\xd9")
+    filled = data[:-2] + bytes(20) + data[-2:]
+    assert decode_picture(filled, "jpg", 10_000).tobytes() == decode_picture(data, "jpg", 10_000).tobytes()
+
+
+def test_an_outline_tells_what_decoding_would_give():
+    upright = Image.new("RGB", (8, 6))
+    exif = upright.getexif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    upright.save(buffer, "JPEG", exif=exif)
+    raw = {"__key__": "k", "0.png": picture(size=(30, 20)), "1.jpg": buffer.getvalue(), "txt": b"two"}
+    raw["json"] = as_json({"messages": TURNS})
+    raw = {name: value for name, value in raw.items() if name != "txt"}
+    messages, sizes = outline(raw, max_image_pixels=10_000, caption_prompt="")
+    sample = parse_sample(raw, max_image_pixels=10_000, caption_prompt="")
+    assert messages == sample.messages and sizes == [image.size for image in sample.images] == [(30, 20), (6, 8)]

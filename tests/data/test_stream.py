@@ -61,7 +61,7 @@ def test_paths_braces_and_globs(tmp_path, shards):
     ("pattern", "words"),
     [
         ("pipe:cat x.tar", "would run a command"),
-        ("s3://bucket/x.tar", "s3fs"),
+        ("gs://bucket/x.tar", "gcsfs, which is not installed; pip install gcsfs"),
         ("carrier-pigeon://x.tar", "Protocol not known"),
         ("missing-*.tar", "no shard matches"),
         ("missing.tar", "no shard matches"),
@@ -70,6 +70,13 @@ def test_paths_braces_and_globs(tmp_path, shards):
 def test_what_is_no_shard_is_refused(pattern, words):
     with pytest.raises(DataError, match=words):
         find_paths([pattern], "data.train")
+
+
+def test_a_hole_in_a_pattern_is_named(tmp_path, shards):
+    for number in (0, 2):
+        shutil.copy(shards["qa-train"][0], tmp_path / f"s-{number}.tar")
+    with pytest.raises(DataError, match=r"names '.*s-1.tar', which is not there"):
+        find_paths([f"{tmp_path}/s-{{0..2}}.tar"], "data.train")
 
 
 def test_steps_do_not_depend_on_ranks_or_micro_batches(tmp_path, shards, processor):

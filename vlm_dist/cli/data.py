@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.cli.data_check import add_order, add_verify
+from vlm_dist.cli.data_check import add_index, add_order, add_verify
 from vlm_dist.cli.parsers import new_parser
 from vlm_dist.errors import DataError
 
@@ -56,6 +56,7 @@ def add_parser(commands: Any) -> None:
     pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     pack.add_argument("--seed", type=int, default=0)
     pack.set_defaults(run=run_pack)
+    add_index(kinds)
     add_verify(kinds)
     add_order(kinds)
 

@@ -1,9 +1,10 @@
-"""`vlm-dist data verify` and `vlm-dist data order`."""
+"""`vlm-dist data index`, `vlm-dist data verify` and `vlm-dist data order`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.cli.parsers import new_parser
@@ -27,6 +28,19 @@ def add_verify(kinds: Any) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="read N shards at a time (default: one per CPU)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_verify)
+
+
+def add_index(kinds: Any) -> None:
+    parser = new_parser(
+        kinds,
+        "index",
+        "Write the index of shards that others made: training then starts at once, and reads samples of remote shards by their places.",
+        "vlm-dist data index 'data/synthetic/*.tar'",
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, addresses, globs or brace patterns; all shards of a folder")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write there, to be put beside the shards by hand (one folder only)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_index)
 
 
 def add_order(kinds: Any) -> None:
@@ -70,6 +84,21 @@ def run_verify(arguments: argparse.Namespace) -> int:
     else:
         _show(found)
     return 0 if found.sound else DataError.exit_code
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    from vlm_dist.data.index import index_folders
+    from vlm_dist.data.shards import find_paths
+    from vlm_dist.data.storage import Storage
+
+    storage = Storage()
+    written = index_folders(find_paths(arguments.shards, "data index", storage), storage, out=arguments.out)
+    if arguments.json:
+        print(json.dumps([row._asdict() for row in written], indent=1))
+    else:
+        for row in written:
+            print(f"{row.path}: {row.samples:,} samples in {row.shards:,} shards of {row.bytes / 1e9:.3f} GB")
+    return 0
 
 
 def run_order(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -129,6 +130,43 @@ def scan_shards(shards: Sequence[str], where: str, storage: Storage) -> Index:
         np.array([shard.end for shard in found], np.uint32),
         np.concatenate([np.array(shard.starts, np.uint32) for shard in found]),
     )
+
+
+class Written(NamedTuple):
+    """What `index_folders` did in one folder."""
+
+    path: str
+    shards: int
+    samples: int
+    bytes: int
+
+
+def index_folders(shards: Sequence[str], storage: Storage, out: Path | None = None) -> list[Written]:
+    """Write an index beside the shards of each folder, on a server too; or one into the folder `out`.
+
+    Raises:
+        DataError: a shard is damaged, or the index cannot be written there.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for shard in dict.fromkeys(shards):
+        by_folder.setdefault(_folder(shard), []).append(shard)
+    if out is not None and len(by_folder) > 1:
+        raise DataError(f"--out: the shards lie in {len(by_folder)} folders, and each needs an index of its own; name those of one")
+    written = []
+    for folder, members in by_folder.items():
+        index = scan_shards(members, "data index", storage)
+        path = f"{out}/{INDEX_NAME}" if out else folder + INDEX_NAME
+        if is_remote(path):
+            with tempfile.TemporaryDirectory() as temporary:
+                write_index(index, Path(temporary) / INDEX_NAME)
+                storage.upload(Path(temporary) / INDEX_NAME, path)
+        else:
+            try:
+                write_index(index, Path(path))
+            except OSError as error:
+                raise DataError(f"{path}: cannot be written ({error.strerror}); give a folder with --out") from None
+        written.append(Written(path, len(members), len(index), int(index.sizes.sum())))
+    return written
 
 
 def write_index(index: Index, path: Path) -> None:

@@ -23,6 +23,8 @@ PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes")  # libjpeg's warning
+MOST_FILLER = 16  # bytes that some writers leave between segments; more were skipped because the scan is damaged
 Size = tuple[int, int]
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -107,12 +109,33 @@ def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
     from PIL import Image, ImageOps
 
     with _as_bad_sample(name):
-        picture = ImageOps.exif_transpose(_open_picture(data, name, max_pixels))
+        picture = _open_picture(data, name, max_pixels)
+        if picture.format == "JPEG" and picture.mode in ("L", "RGB"):
+            picture = _decode_jpeg(data, picture.getexif().get(ORIENTATION))
+        picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(ground, picture)
         return picture.convert("RGB")
+
+
+def _decode_jpeg(data: bytes, orientation: int | None) -> Image:
+    """The same pixels as Pillow, in less time, and unlike Pillow it says where the file is damaged inside (Pillow gives grey there)."""
+    import simplejpeg
+    from PIL import Image
+
+    try:
+        pixels = simplejpeg.decode_jpeg(data, strict=True)
+    except ValueError as warning:
+        filler = EXTRANEOUS.search(str(warning))
+        if filler is None or int(filler[1]) > MOST_FILLER:
+            raise
+        pixels = simplejpeg.decode_jpeg(data, strict=False)
+    picture = Image.fromarray(pixels)
+    if orientation is not None:
+        picture.getexif()[ORIENTATION] = orientation
+    return picture
 
 
 def _picture_size(data: bytes, name: str, max_pixels: int) -> Size:

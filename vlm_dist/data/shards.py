@@ -58,7 +58,11 @@ def find_paths(patterns: Iterable[str], where: str, storage: Storage | None = No
                 )
             shards += [output_of(command) for command in braceexpand(pattern.removeprefix("pipe:"))]
             continue
-        found = [path for part in braceexpand(pattern.removeprefix("file://")) for path in _expand_glob(part, storage)]
+        parts = {part: _expand_glob(part, storage) for part in braceexpand(pattern.removeprefix("file://"))}
+        found = [path for paths in parts.values() for path in paths]
+        missing = next((part for part, paths in parts.items() if not paths), None)
+        if found and missing is not None:
+            raise DataError(f"{where}: '{pattern}' names '{missing}', which is not there; give a pattern of shards that all exist")
         if not found:
             raise DataError(
                 f"{where}: no shard matches '{pattern}' (looked in {os.getcwd()}); "

@@ -98,20 +98,23 @@ class Storage:
         return int(about["size"]), str(about.get("ETag") or about.get("LastModified") or about.get("mtime") or "")
 
     def find(self, pattern: str) -> list[str]:
-        """The remote files that an address or a glob names, in order."""
+        """The remote files that an address or a glob names, in order. Whether a file without a glob is there, reading it will tell:
+        servers that fail in passing would make it seem gone."""
         scheme, _, rest = pattern.partition("://")
-        if any(char in rest for char in "*?["):
-            found = self._retry(pattern, lambda: self._system(pattern).glob(pattern))
-            return sorted(path if is_remote(path) else f"{scheme}://{path}" for path in found)
-        return [pattern] if self._retry(pattern, lambda: self._system(pattern).exists(pattern)) else []
+        self._system(pattern)
+        if not any(char in rest for char in "*?["):
+            return [pattern]
+        found = self._retry(pattern, lambda: self._system(pattern).glob(pattern))
+        return sorted(path if is_remote(path) else f"{scheme}://{path}" for path in found)
 
     def local_copy(self, path: str) -> Path | None:
         """A path of this machine with the file's content; None: there is no such file."""
         if not is_remote(path):
             return Path(path) if os.path.isfile(path) else None
-        if not self._retry(path, lambda: self._system(path).exists(path)):
+        try:
+            size, stamp = self.stamp(path, "data")
+        except _Gone:
             return None
-        size, stamp = self.stamp(path, "data")
         copy = cache_folder() / "files" / hashlib.sha256(f"{path} {size} {stamp}".encode()).hexdigest()[:32]
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +122,17 @@ class Storage:
             self._retry(path, lambda: self._system(path).get_file(path, str(temporary)))
             temporary.replace(copy)
         return copy
+
+    def upload(self, file: Path, path: str) -> None:
+        """Copy a file to an address.
+
+        Raises:
+            DataError: nothing can be written there.
+        """
+        try:
+            self._retry(path, lambda: self._system(path).put_file(str(file), path))
+        except (DataError, NotImplementedError) as error:
+            raise DataError(f"{path}: cannot be written ({str(error)[:200]}); give a folder with --out and copy it there by hand") from None
 
     def _read_local(self, path: str, start: int, length: int) -> bytes:
         with self._lock:
@@ -182,11 +196,11 @@ class Storage:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
-            except DataError:
+            except (DataError, NotImplementedError):
                 raise
-            except (FileNotFoundError, PermissionError) as error:
-                raise DataError(f"data: '{path}' cannot be read ({type(error).__name__}); check the address and your credentials") from None
             except Exception as error:
+                if isinstance(error, FileNotFoundError | PermissionError) and not _may_pass(error.__cause__ or error):
+                    raise _Gone(f"data: '{path}' cannot be read ({type(error).__name__}); check the address and your credentials") from None
                 reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]
                 if attempt == ATTEMPTS or not _may_pass(error):
                     raise DataError(f"data: '{path}' cannot be read after {attempt} attempts; the last: {reason}") from error
@@ -197,7 +211,14 @@ class Storage:
         raise AssertionError("unreachable")
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether trying again can help: not where the server understood and refused."""
+class _Gone(DataError):
+    """There is no such file, or it is not for us."""
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again can help: not where the server understood and refused. (fsspec says that a file is not found also where the
+    server failed; then the cause tells.)"""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
     status = getattr(error, "status", None)
     return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429))
