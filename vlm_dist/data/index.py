@@ -173,11 +173,11 @@ def write_index(index: Index, path: Path) -> None:
     """Put the index in place, whole or not at all."""
     from safetensors.numpy import save_file
 
-    names = json.dumps([shard.rsplit("/", 1)[-1] for shard in index.shards])
+    about = json.dumps({"version": VERSION, "names": [shard.rsplit("/", 1)[-1] for shard in index.shards]})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
     arrays = {"sizes": index.sizes, "counts": index.counts, "ends": index.ends, "starts": index.starts}
-    save_file(arrays, partial_file, {"version": str(VERSION), "names": names})
+    save_file(arrays, partial_file, {"index": about})  # one entry: of several the order would vary
     partial_file.replace(path)
 
 
@@ -191,15 +191,15 @@ def read_index(path: Path, folder: str = "") -> Index:
 
     try:
         with safe_open(path, "np") as file:
-            about = file.metadata() or {}
-            if about.get("version") != str(VERSION):
+            about = json.loads((file.metadata() or {}).get("index", "{}"))
+            if about.get("version") != VERSION:
                 raise DataError(
                     f"{path}: index of version {about.get('version')}, expected {VERSION}; make it again: `vlm-dist data index`"
                 )
             arrays = {name: file.get_tensor(name) for name in ("sizes", "counts", "ends", "starts")}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read as an index ({error}); make it again with `vlm-dist data index`") from None
-    return Index([folder + name for name in json.loads(about["names"])], **arrays)
+    return Index([folder + name for name in about["names"]], **arrays)
 
 
 def _select(shards: Sequence[str], known: dict[str, Any]) -> Index:
