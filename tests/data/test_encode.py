@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from PIL import Image
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import IGNORED, Encoder
-from vlm_dist.data.samples import BadSample, Sample
+from vlm_dist.data.samples import BadSample, Sample, decode_pixels
 
 USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the triangle?"}]}
 MORE = {"role": "user", "content": [{"type": "text", "text": "Where is the cross?"}]}
@@ -20,6 +22,19 @@ def assistant(text):
 
 def sample(*messages, images=1, size=(40, 30)) -> Sample:
     return Sample("k", "s.tar", list(messages), [Image.new("RGB", size, "red") for _ in range(images)])
+
+
+@pytest.mark.parametrize("size", [(300, 200), (33, 77), (1000, 800), (64, 3)])
+def test_pictures_as_tensors_are_encoded_alike(encoder, size):
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    picture.putpixel((0, 0), (255, 0, 0))
+    assert encoder.takes_pixels
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    pixels = decode_pixels(buffer.getvalue(), "png", 10**7)
+    ours, theirs = (encoder.encode(Sample("k", "s.tar", [USER, assistant("red")], [image])) for image in (pixels, picture))
+    assert ours.inputs.keys() == theirs.inputs.keys()
+    assert all(torch.equal(ours.inputs[name], theirs.inputs[name]) for name in ours.inputs)
 
 
 @pytest.fixture

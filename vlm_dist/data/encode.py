@@ -45,6 +45,13 @@ class Encoder:
         self._wants_types = "mm_token_type_ids" in processor.model_input_names
         self._control_tokens = [token for token in processor.tokenizer.all_special_tokens if len(token) > 1]
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether pictures may come as tensors: transformers' own processors on torchvision give the same numbers for them."""
+        from transformers.image_processing_backends import TorchvisionBackend
+
+        return isinstance(self.processor.image_processor, TorchvisionBackend)
+
     def encode(self, sample: Sample) -> Encoded:
         """Tokens and labels of a whole conversation.
 

@@ -86,7 +86,7 @@ class Preparer:
         return slot, encoded
 
     def parse(self, raw: dict[str, Any]) -> Sample:
-        return parse_sample(raw, draw=raw["__draw__"], **self._options)
+        return parse_sample(raw, draw=raw["__draw__"], as_pixels=self.encoder.takes_pixels, **self._options)
 
     def blank(self) -> Encoded:
         """A blank picture and no label. It joins a micro-batch that has no picture, so that every rank runs the vision tower in every
