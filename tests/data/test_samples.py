@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -130,7 +131,7 @@ def test_rotation_in_exif_is_applied():
 
 def photo(mode: str = "RGB", quality: int = 90) -> bytes:
     """Something with detail, so that its JPEG has much in it."""
-    noise = Image.effect_noise((97, 61), 80)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (61, 97), dtype=np.uint8))
     buffer = io.BytesIO()
     Image.merge("RGB", [noise, noise.rotate(90), noise.rotate(180)]).convert(mode).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -156,7 +157,7 @@ def test_damage_inside_a_jpeg_is_seen(length):
 def test_filler_between_segments_does_no_harm():
     data = photo()
     assert data.endswith(b"\xff\xd9")
-    filled = data[:-2] + bytes(20) + data[-2:]
+    filled = data[:-2] + bytes(12) + data[-2:]
     assert decode_picture(filled, "jpg", 10_000).tobytes() == decode_picture(data, "jpg", 10_000).tobytes()
 
 

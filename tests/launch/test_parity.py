@@ -157,6 +157,9 @@ def test_a_packed_mixture_goes_on_with_fewer_ranks(config, reference, shards, qw
     assert losses_of(tmp_path / "runs" / "packed") == pytest.approx(expected, rel=1e-4)
     ours, theirs = (read_jsonl(tmp_path / "runs" / name / "metrics.jsonl")[-1] for name in ("packed", "whole-packed"))
     assert (ours["samples"], ours["tokens"]) == (theirs["samples"], theirs["tokens"]) and ours["samples"] > 12 * 4
+    assert ours["loss_by_dataset"] == pytest.approx(theirs["loss_by_dataset"], rel=1e-4) and set(ours["loss_by_dataset"]) == set(mixture)
+    on_two = read_jsonl(tmp_path / "runs" / "packed" / "metrics.jsonl")[0]["imbalance"]
+    assert 0 <= on_two["tokens"] < 0.5 and theirs["imbalance"] == {"tokens": 0.0, "patches": 0.0}
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])

@@ -95,6 +95,21 @@ def test_gradients_packed_are_as_padded(loaded, samples):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_the_loss_of_each_data_set_in_a_patched_model(loaded, samples):
+    """From hidden states, data set by data set, as from the logits of the model as it was."""
+    model, _ = loaded
+    pad = model.generation_config.pad_token_id
+    for number, sample in enumerate(samples):
+        sample.inputs["datasets"] = torch.full_like(sample.inputs["input_ids"], number % 2)
+    batch = collate(samples, pad) | {"num_datasets": torch.tensor(2)}
+    with torch.no_grad():
+        expected = summed_loss(model, batch)
+        patches = patch_model(model, "all")
+        found = summed_loss(model, batch)
+    assert patches.counts.get("linear_cross_entropy") and found.shape == (2,)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_families_that_do_not_pack_leak(loaded, samples):
     """The table keeps no family from packing without a reason."""
     model, _ = loaded

@@ -51,6 +51,17 @@ def test_nothing_supervised_is_zero_with_a_graph():
     assert loss.item() == 0 and model.head.weight.grad.abs().sum() == 0
 
 
+def test_of_a_mixture_each_data_set_has_its_own():
+    model, data = Model(), batch()
+    sources = torch.tensor([[0] * 7, [2] * 7, [0, 0, 0, 0, 2, 2, 2]])  # the last row is packed; nothing is of the data set 1
+    parts = summed_loss(model, {**data, "datasets": sources, "num_datasets": torch.tensor(3)})
+    whole = summed_loss(model, data)
+    assert parts.shape == (3,) and parts[1] == 0
+    torch.testing.assert_close(parts.sum(), whole)
+    only = {**data, "labels": data["labels"].where(sources == 2, -100)}
+    torch.testing.assert_close(parts[2], summed_loss(model, only))
+
+
 @pytest.mark.parametrize(("schedule", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
 def test_learning_rate(schedule, middle, end):
     config = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=10, min_lr_ratio=0.1)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vlm_dist.data.lengths import Length
 
 TRIES = 64
-BALANCE = 0.3  # what a row with twice the patches of others costs, against one that is empty
+BALANCE = 0.3
 
 
 def choose(waiting: Sequence[Length], limit: int, patches_a_token: float, most_patches: int | None, key: str) -> list[int]:

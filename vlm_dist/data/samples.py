@@ -43,7 +43,8 @@ class Sample:
     shard: str
     messages: list[dict[str, Any]]
     """[{"role", "content": [{"type": "image"} | {"type": "text", "text"}, ...]}, ...]"""
-    images: list[Image] | list[torch.Tensor]
+    images: list[Any]
+    """Pillow's pictures, or tensors [3, H, W] of uint8."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The other keys of KEY.json, e.g. task."""
 
