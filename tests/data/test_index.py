@@ -114,10 +114,16 @@ def test_a_shard_that_changed_is_refused(folder):
     with pytest.raises(DataError, match="does not hold at byte"):
         dataset.raw(3)
     Path(folder[1]).write_bytes(data[:2048])
-    with pytest.raises(DataError, match="when it was indexed"):
+    with pytest.raises(DataError, match=r"is cut short"):
         open_index(folder, "data.train", Storage())
     with pytest.raises(DataError, match=r"ends at byte"):
         dataset.raw(25)
+
+
+def test_a_shard_that_was_written_anew_is_read_anew(folder, shards, caplog):
+    write_index(scan_shards(folder, "x", Storage()), Path(folder[0]).parent / INDEX_NAME)
+    shutil.copy(shards["caption-train"][1], folder[2])
+    assert every(folder) == list(read_in_order(folder)) and "and 0 more were written after" in caplog.text
 
 
 def test_a_header_that_lies_about_its_size(tmp_path):

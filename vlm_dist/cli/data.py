@@ -76,6 +76,7 @@ def run_synth(arguments: argparse.Namespace) -> int:
         shard_size=arguments.shard_size,
         questions_per_picture=arguments.questions,
     )
+    _index([shard for shards in made.values() for shard in shards])
     for name, shards in made.items():
         print(f"{name:16} {len(shards)} shards  {shards[0]}{' ...' if len(shards) > 1 else ''}")
     return 0
@@ -93,11 +94,20 @@ def run_pack(arguments: argparse.Namespace) -> int:
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
         made = dict(pack_records(Path(arguments.source), arguments.out, images=arguments.images, **options))
+    _index([shard for packed in made.values() for shard in packed.shards])
     for split, packed in made.items():
         print(f"{split:12} {packed.samples:,} samples in {len(packed.shards)} shards  {packed.shards[0] if packed.shards else ''}")
     if left_out := sum(getattr(packed, "left_out", 0) for packed in made.values()):
         print(f"{left_out:,} records left out, each with its reason in {arguments.out / LEFT_OUT}")
     return 0
+
+
+def _index(shards: list[Path]) -> None:
+    """Beside the shards, so that training need not look for their samples."""
+    from vlm_dist.data.index import index_folders
+    from vlm_dist.data.storage import Storage
+
+    index_folders([str(shard) for shard in shards], Storage())
 
 
 def _check_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "vlm_dist.index.safetensors"
 VERSION = 1
+logger = logging.getLogger(__name__)
 WORTH_KEEPING = 256 * 2**20  # bytes of shards from which on an index made in passing is kept in the cache
 
 
@@ -225,20 +227,12 @@ def _from_file(folder: str, shards: list[str], where: str, storage: Storage) -> 
         return {}
     index = read_index(path, folder)
     places = {shard: number for number, shard in enumerate(index.shards)}
-    for shard in shards:
-        if shard in places and not is_remote(shard):
-            _check_size(shard, int(index.sizes[places[shard]]), where)
-    return {shard: (index, places[shard]) for shard in shards if shard in places}
-
-
-def _check_size(shard: str, size: int, where: str) -> None:
-    if not os.path.isfile(shard):
-        raise DataError(f"{where}: shard '{shard}' does not exist; check the pattern")
-    if os.path.getsize(shard) != size:
-        raise DataError(
-            f"{where}: shard '{shard}' has {os.path.getsize(shard):,} bytes, {size:,} when it was indexed; "
-            "copy it again, or index the folder anew: `vlm-dist data index`"
-        )
+    known = {shard: (index, places[shard]) for shard in shards if shard in places}
+    sizes = {shard: int(index.sizes[number]) for shard, (_, number) in known.items() if not is_remote(shard)}
+    changed = [shard for shard, size in sizes.items() if storage.stamp(shard, where)[0] != size]
+    if changed:
+        logger.warning("%s: %s and %d more were written after %s; reading their headers", where, changed[0], len(changed) - 1, path)
+    return {shard: place for shard, place in known.items() if shard not in changed}
 
 
 def _from_cache(shards: list[str], where: str, storage: Storage) -> Index:

@@ -83,6 +83,8 @@ class Log:
         self._write(metrics)
         loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         line = f"loss {loss}  lr {metrics['lr']:.2e}  {metrics['samples_per_s']:.1f} samples/s  {metrics['tokens_per_s']:,.0f} tokens/s"
+        if any(uneven := metrics["imbalance"].values()):
+            line += "  uneven " + "/".join(f"{excess:.0%}" for excess in uneven)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=metrics["step"], numbers=line)
         elif metrics["step"] % self.config.log.every == 0 or metrics["step"] == self.steps:

@@ -46,7 +46,7 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
     log.say(f"kernels: {loaded.kernels}")
     log.say(
         f"data: {stream.num_samples:,} samples in {stream.num_shards} shards; "
-        f"{steps} steps of {config.training.global_batch} samples, {steps - done} to go"
+        f"{steps} steps of {config.training.global_batch} {'rows' if stream.pack else 'samples'}, {steps - done} to go"
     )
 
 
