@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT, child_environment, losses_of, run_command, write_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def start(*arguments: str, **changes: str) -> subprocess.Popen:
@@ -28,7 +28,7 @@ def start(*arguments: str, **changes: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=800)
     return process.returncode, out, err
 
 
@@ -139,12 +139,12 @@ def parent_of(pid: int) -> int:
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
-    for _ in range(3000):
+    for _ in range(6000):
         if condition():
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    raise AssertionError("it did not happen in 300 s")
+    raise AssertionError("it did not happen in 600 s")
 
 
 def descendants(pid: int) -> list[int]:
