@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -173,14 +175,11 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     found: dict = {"environment": describe_environment(distributed.Ranks(0, 0, 1, torch.device("cpu")))}
+    calls = {"index": (measure_index,), "padding": (measure_padding, arguments.steps), "memory": (measure_memory, arguments.samples)}
     for part in arguments.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            if part == "index":
-                found[part] = measure_index(Path(folder))
-            elif part == "padding":
-                found[part] = measure_padding(Path(folder), arguments.steps)
-            else:
-                found[part] = measure_memory(Path(folder), arguments.samples)
+        call, *options = calls[part]
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found[part] = pool.submit(call, Path(folder), *options).result()  # in a process of its own: memory is looked at
         shown = {name: value for name, value in found[part].items() if name != "resident_bytes"}
         print(part, json.dumps(shown), flush=True)
     if arguments.out:

@@ -13,8 +13,9 @@ from PIL import Image
 from tests.conftest import losses_of, write_config
 from vlm_dist import load_config, train
 from vlm_dist.cli.main import main
+from vlm_dist.data import pack_records
 from vlm_dist.data.samples import Sample, parse_sample
-from vlm_dist.data.shards import read_in_order
+from vlm_dist.data.shards import read_in_order, write_shards
 
 COUNT = 8
 
@@ -190,3 +191,87 @@ def test_packed_records_train(images, tmp_path, settings):
     settings["data"] |= {"train": f"{tmp_path}/out/train-*.tar", "heldout": f"{tmp_path}/out/heldout-*.tar"}
     assert train(load_config(write_config(settings, tmp_path)))["ended"] == "finished"
     assert len(losses_of(Path(settings["output_dir"]) / "tiny")) == 4
+
+
+def samples_of(out: Path, split: str = "train") -> list[dict]:
+    return list(read_in_order(sorted(str(path) for path in out.glob(f"{split}-*.tar"))))
+
+
+def test_tars_that_others_made(tmp_path, capsys):
+    """img2dataset's form: a caption in txt, its own facts in json; one picture is broken, one text is missing."""
+    rows = [
+        {"__key__": f"{n:09d}", "jpg": picture(n), "txt": f"caption {n}".encode(), "json": json.dumps({"url": n}).encode()}
+        for n in range(9)
+    ]
+    rows[4]["jpg"] = b"no picture"
+    del rows[6]["txt"]
+    write_shards(tmp_path, "cc", rows, samples_per_shard=4)
+    assert main(["data", "pack", f"{tmp_path}/cc-*.tar", str(tmp_path / "out"), "--shard-size", "5", "--processes", "2"]) == 0
+    found = samples_of(tmp_path / "out")
+    assert [json.loads(raw["json"]) for raw in found] == [{"url": n, "caption": f"caption {n}"} for n in (0, 1, 2, 3, 5, 7, 8)]
+    assert [raw["jpg"] for raw in found] == [rows[n]["jpg"] for n in (0, 1, 2, 3, 5, 7, 8)]
+    assert "2 records left out" in capsys.readouterr().out
+
+
+def test_a_data_set_of_datasets(tmp_path, capsys):
+    import datasets
+
+    rows = {
+        "image": [{"bytes": picture(n), "path": None} for n in range(6)],
+        "text": [f"caption {n}" for n in range(6)],
+        "extra": list(range(6)),
+    }
+    kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string"), "extra": datasets.Value("int64")})
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, kinds), "test": datasets.Dataset.from_dict(rows, kinds)})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert main(["data", "pack", str(tmp_path / "saved"), str(tmp_path / "out"), "--shard-size", "3", "--split", "test"]) == 0
+    found = samples_of(tmp_path / "out")
+    assert [raw["jpg"] for raw in found] == [picture(n) for n in range(6)]  # as they were stored
+    assert json.loads(found[2]["json"]) == {"extra": 2, "caption": "caption 2"}
+    assert main(["data", "pack", str(tmp_path / "saved"), str(tmp_path / "no"), "--split", "valid"]) == 3
+    assert "has no split 'valid'; it has train, test" in capsys.readouterr().err
+    assert main(["data", "pack", "nobody/nothing", str(tmp_path / "no")]) == 3
+    assert "no data set that can be loaded" in capsys.readouterr().err
+
+
+def test_pictures_made_smaller_and_encoded_anew(tmp_path):
+    large, small = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (300, 200), "red").save(large, "PNG")
+    Image.new("RGB", (30, 20), "blue").save(small, "PNG")
+    for name, data in (("large", large), ("small", small)):
+        (tmp_path / f"{name}.png").write_bytes(data.getvalue())
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert main(["data", "pack", str(tmp_path), str(tmp_path / "a"), "--max-side", "100"]) == 0
+    first, second = samples_of(tmp_path / "a")
+    assert Image.open(io.BytesIO(first["png"])).size == (100, 67) and second["png"] == small.getvalue()
+    assert main(["data", "pack", str(tmp_path), str(tmp_path / "b"), "--reencode", "webp", "--quality", "50"]) == 0
+    assert [Image.open(io.BytesIO(raw["webp"])).size for raw in samples_of(tmp_path / "b")] == [(300, 200), (30, 20)]
+
+
+def test_packing_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+    records = [{"image": f"{n}.jpg", "caption": f"caption {n}"} for n in range(20)]
+    for n in range(20):
+        (tmp_path / f"{n}.jpg").write_bytes(picture(n) if n != 3 else b"broken")
+    source, out = tmp_path / "r.json", tmp_path / "out"
+    source.write_text(json.dumps(records))
+    command = ["data", "pack", str(source), str(out), "--shard-size", "4", "--processes", "1"]
+    assert main(["data", "pack", str(source), str(tmp_path / "whole"), *command[4:]]) == 0
+    written, write = [], pack_records.write_shard
+
+    def dies(path, samples):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, samples)
+
+    monkeypatch.setattr(pack_records, "write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pack_records.pack_records(source, out, samples_per_shard=4, processes=1)
+    assert main(["data", "pack", str(source), str(out), "--shard-size", "5"]) == 3  # another call
+    assert "is there already, of another call" in capsys.readouterr().err
+    written.clear()
+    assert main(command) == 0
+    assert written == ["train-000003.tar", "train-000004.tar"]
+    for path in (tmp_path / "whole").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not (out / ".unfinished").exists()

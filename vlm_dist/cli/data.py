@@ -42,13 +42,19 @@ def add_parser(commands: Any) -> None:
         "source",
         metavar="SOURCE",
         help="records: LLaVA's JSON; JSON lines or Parquet with messages; a folder of pictures with NAME.txt, metadata.jsonl or "
-        "metadata.csv. flickr8k: a hub id, a folder of parquet files, or a folder with captions.txt",
+        "metadata.csv; tars that others made ('cc3m/*.tar'); a Hugging Face data set (saved to a folder, or a hub id). flickr8k: a hub "
+        "id, a folder of parquet files, or a folder with captions.txt",
     )
     pack.add_argument("out", metavar="FOLDER", type=Path)
     pack.add_argument(
         "--format", choices=("records", "flickr8k"), default="records", help="default records; flickr8k: pictures with five captions each"
     )
     pack.add_argument("--images", type=Path, metavar="FOLDER", help="records: where paths of pictures begin (default: beside SOURCE)")
+    pack.add_argument("--split", metavar="NAME", help="records: of a Hugging Face data set (default train)")
+    pack.add_argument("--max-side", type=int, metavar="PIXELS", help="records: make larger pictures smaller (default: as they are)")
+    pack.add_argument("--reencode", choices=("jpg", "png", "webp"), help="records: encode all pictures anew (default: as they are)")
+    pack.add_argument("--quality", type=int, default=90, help="records: of what is encoded anew (default 90)")
+    pack.add_argument("--processes", type=int, metavar="N", help="records: shards written at a time (default: one per CPU)")
     pack.add_argument("--limit", type=int, metavar="N", help="keep N training samples, drawn by --seed (default: all)")
     pack.add_argument(
         "--heldout", type=int, metavar="N", help="samples kept apart, those of one picture together (default 0; flickr8k: 1000 pictures)"
@@ -86,14 +92,17 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from vlm_dist.data.pack import pack_flickr8k
     from vlm_dist.data.pack_records import LEFT_OUT, pack_records
 
-    _check_positive(arguments, "shard_size", *(name for name in ("limit", "heldout") if getattr(arguments, name) is not None))
+    given = (name for name in ("limit", "heldout", "max_side", "processes") if getattr(arguments, name) is not None)
+    _check_positive(arguments, "shard_size", "quality", *given)
     options: dict[str, Any] = {"samples_per_shard": arguments.shard_size, "limit": arguments.limit, "seed": arguments.seed}
     if arguments.heldout is not None:
         options["heldout"] = arguments.heldout
     if arguments.format == "flickr8k":
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
-        made = dict(pack_records(Path(arguments.source), arguments.out, images=arguments.images, **options))
+        names = ("images", "split", "max_side", "reencode", "quality", "processes")
+        options |= {name: getattr(arguments, name) for name in names}
+        made = dict(pack_records(arguments.source, arguments.out, **options))
     _index([shard for packed in made.values() for shard in packed.shards])
     for split, packed in made.items():
         print(f"{split:12} {packed.samples:,} samples in {len(packed.shards)} shards  {packed.shards[0] if packed.shards else ''}")

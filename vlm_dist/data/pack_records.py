@@ -1,26 +1,32 @@
-"""Records that name their pictures (LLaVA's JSON, JSON lines or Parquet with messages, a folder of captioned pictures) -> tar shards."""
+"""Records that name their pictures (LLaVA's JSON, messages, captions, tars, Hugging Face data sets) -> tar shards."""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import io
 import json
+import multiprocessing
+import os
 import random
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import DataConfig
+from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.samples import BadSample, check_messages, decode_picture, picture_extension, read_messages
-from vlm_dist.data.shards import write_shards
+from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import DataError
 
 PICTURE_KEYS = ("image", "images")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-METADATA = ("metadata.jsonl", "metadata.csv")
 LEFT_OUT = "left_out.jsonl"
+UNFINISHED = ".unfinished"  # folder in OUT while shards are being written
 MAX_PIXELS = DataConfig.model_fields["max_image_pixels"].default
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,22 @@ class PackedRecords:
     left_out: int
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """How pictures go into the shards; as they are, byte for byte, unless something is asked for."""
+
+    base: Path
+    """Where relative paths begin."""
+    max_side: int | None = None
+    """Larger pictures are made smaller until the longer side has so many pixels (Lanczos)."""
+    format: str | None = None
+    """jpg, png or webp: all are encoded anew."""
+    quality: int = 90
+    """Of what is encoded anew as jpg or webp."""
+
+
 def pack_records(
-    source: Path,
+    source: str | Path,
     out: Path,
     *,
     images: Path | None = None,
@@ -41,107 +61,145 @@ def pack_records(
     heldout: int = 0,
     limit: int | None = None,
     seed: int = 0,
+    split: str | None = None,
+    max_side: int | None = None,
+    reencode: str | None = None,
+    quality: int = 90,
+    processes: int | None = None,
 ) -> dict[str, PackedRecords]:
-    """Records with "messages", "conversations" or a caption -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`. Pictures go in byte
-    for byte. A record that training would refuse is left out, and named in OUT/left_out.jsonl.
+    """Records with "messages", "conversations", "captions" or a caption -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`.
+    Pictures go in byte for byte, unless `max_side` or `reencode` is given. A record that training would refuse is left out, and named in
+    OUT/left_out.jsonl. Shards are written by several processes, each renamed into place when whole; the same call continues after a
+    crash.
 
     Args:
-        source: a .json file (a list), .jsonl or .parquet; or a folder of pictures, each with a caption in NAME.txt or all in
-            metadata.jsonl or metadata.csv (columns file_name and text or caption).
+        source: see `open_source`.
         images: where relative paths of pictures begin; None: beside the source.
         heldout: about so many records are kept apart, drawn by `seed`; records of the same pictures stay together.
         limit: keep so many training records, drawn by `seed`.
+        processes: None: one per CPU.
 
     Raises:
-        DataError: the source cannot be read, no record of it can be used, or OUT holds shards already.
+        DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
-    records = list(_read(source))
-    if not records:
-        raise DataError(f"data pack: '{source}' holds no record; expected a list of objects, or a folder of captioned pictures")
+    records = open_source(str(source), split)
+    path = Path(source)
+    base = images or (path if path.is_dir() else path.parent)
+    pictures = Pictures(base, max_side, reencode, quality)
+    parts = _split(records, heldout, limit, seed)
+    about = {
+        "source": str(path.resolve() if path.exists() else source), "records": len(records), "samples_per_shard": samples_per_shard,
+        "heldout": heldout, "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
+    }  # fmt: skip
+    unfinished = _begin(out, about)
+    tasks = [
+        (part, number, numbers[start : start + samples_per_shard])
+        for part, numbers in parts.items()
+        for number, start in enumerate(range(0, len(numbers), samples_per_shard))
+    ]
+    _write_all(tasks, records, pictures, out, unfinished, processes)
+    return _finish(tasks, out, unfinished, len(records))
+
+
+def _begin(out: Path, about: dict[str, Any]) -> Path:
+    """The folder of what is under way; one of the same call before is continued."""
+    unfinished = out / UNFINISHED
+    note = unfinished / "call.json"
+    if note.exists() and json.loads(note.read_text()) == about:
+        return unfinished
     present = sorted(out.glob("train-*.tar")) + sorted(out.glob("heldout-*.tar"))
     if present:
-        raise DataError(f"data pack: {present[0]} is there already; use another folder, or delete it")
-    base = images or (source if source.is_dir() else source.parent)
-    splits, problems = _split(records, heldout, limit, seed), []
-    out.mkdir(parents=True, exist_ok=True)
-    made = {}
-    for split, numbers in splits.items():
-        before = len(problems)
-        samples = _samples(((number, records[number]) for number in numbers), split, base, problems)
-        shards = write_shards(out, split, samples, samples_per_shard=samples_per_shard, total=len(numbers))
-        left_out = len(problems) - before
-        made[split] = PackedRecords(shards, len(numbers) - left_out, left_out)
+        raise DataError(f"data pack: {present[0]} is there already, of another call; use another folder, or delete it")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(about))
+    return unfinished
+
+
+def _write_all(
+    tasks: list[tuple[str, int, list[int]]], records: Sequence[Any], pictures: Pictures, out: Path, unfinished: Path, processes: int | None
+) -> None:
+    """Every shard that is not there yet, with a progress bar on a terminal."""
+    from rich.progress import Progress
+
+    left = [task for task in tasks if not (unfinished / f"{_name(task)}.jsonl").exists()]
+    workers = min(processes or os.cpu_count() or 1, len(left))
+    with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
+        shown = bar.add_task("shards", total=len(tasks), completed=len(tasks) - len(left))
+        if workers <= 1:
+            for task in left:
+                _write_one(task, [records[number] for number in task[2]], pictures, out, unfinished)
+                bar.advance(shown)
+            return
+        whole = records if not isinstance(records, list) else None  # of a list each process gets only its part
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _receive, (whole,)) as pool:
+            futures = []
+            for task in left:
+                part = None if whole is not None else [records[number] for number in task[2]]
+                futures.append(pool.submit(_write_one, task, part, pictures, out, unfinished))
+            for future in as_completed(futures):
+                future.result()
+                bar.advance(shown)
+
+
+_RECORDS: list[Sequence[Any]] = []  # of a worker process
+
+
+def _receive(records: Sequence[Any] | None) -> None:
+    if records is not None:
+        _RECORDS.append(records)
+
+
+def _name(task: tuple[str, int, list[int]]) -> str:
+    return f"{task[0]}-{task[1]:06d}"
+
+
+def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, pictures: Pictures, out: Path, unfinished: Path) -> None:
+    """One shard, and beside it what was left out of it. A shard all of whose records were left out is not written."""
+    part, _, numbers = task
+    rows = records if records is not None else (_RECORDS[0][number] for number in numbers)
+    samples, problems = [], []
+    for number, record in zip(numbers, rows, strict=True):
+        try:
+            samples.append({"__key__": f"{part}-{number:08d}", **_members(record, pictures)})
+        except BadSample as reason:
+            problems.append({"record": number, "reason": str(reason)})
+    if samples:
+        write_shard(out / f"{_name(task)}.tar", samples)
+    note = unfinished / f"{_name(task)}.jsonl"
+    partial = note.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems), encoding="utf-8")
+    partial.rename(note)
+
+
+def _finish(tasks: list[tuple[str, int, list[int]]], out: Path, unfinished: Path, total: int) -> dict[str, PackedRecords]:
+    """Gather what was left out, and forget what was under way."""
+    problems: list[dict[str, Any]] = []
+    made: dict[str, PackedRecords] = {}
+    for task in tasks:
+        found = [json.loads(line) for line in (unfinished / f"{_name(task)}.jsonl").read_text(encoding="utf-8").splitlines()]
+        shard = out / f"{_name(task)}.tar"
+        before = made.get(task[0], PackedRecords([], 0, 0))
+        kept = len(task[2]) - len(found)
+        made[task[0]] = PackedRecords([*before.shards, *([shard] if kept else [])], before.samples + kept, before.left_out + len(found))
+        problems += found
     if problems:
-        with (out / LEFT_OUT).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+        lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+        (out / LEFT_OUT).write_text(lines, encoding="utf-8")
+    shutil.rmtree(unfinished)
     if not any(packed.samples for packed in made.values()):
-        raise DataError(f"data pack: none of the {len(records):,} records can be used; the first: {problems[0]['reason']}")
+        raise DataError(f"data pack: none of the {total:,} records can be used; the first: {problems[0]['reason']}")
     return made
 
 
-def _read(source: Path) -> Iterator[Any]:
-    try:
-        if source.is_dir():
-            yield from _read_folder(source)
-        elif source.suffix == ".parquet":
-            yield from _read_parquet(source)
-        elif source.suffix == ".jsonl":
-            yield from _read_lines(source)
-        else:
-            records = json.loads(source.read_text(encoding="utf-8"))
-            if not isinstance(records, list):
-                raise DataError(f"data pack: '{source}' holds no list; expected [{{...}}, ...], or one object a line in a .jsonl file")
-            yield from records
-    except OSError as error:
-        raise DataError(f"data pack: '{source}' cannot be read ({error.strerror or error})") from None
-    except ValueError as error:  # of json, of UTF-8, of Parquet
-        raise DataError(f"data pack: '{source}' cannot be read: {str(error)[:200]}") from None
-
-
-def _read_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"data pack: '{path}' line {number}: {error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError("data pack: reading Parquet needs `pip install 'vlm_dist[datasets]'`") from None
-    for batch in parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
-
-
-def _read_folder(folder: Path) -> Iterator[dict[str, Any]]:
-    """Captions of a folder of pictures, as records."""
-    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is None:
-        for picture in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
-            text = picture.with_suffix(".txt")
-            yield {"image": str(picture.relative_to(folder)), "caption": text.read_text(encoding="utf-8") if text.is_file() else None}
-        return
-    rows = _read_lines(metadata) if metadata.suffix == ".jsonl" else csv.DictReader(io.StringIO(metadata.read_text(encoding="utf-8")))
-    for row in rows:
-        if not isinstance(row, dict) or "file_name" not in row or not ({"text", "caption"} & set(row)):
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else row
-            raise DataError(f"data pack: {metadata}: expected file_name and text (or caption), found {found}")
-        yield {"image": row["file_name"], "caption": row.get("text") or row.get("caption")}
-
-
-def _split(records: list[Any], heldout: int, limit: int | None, seed: int) -> dict[str, list[int]]:
+def _split(records: Sequence[Any], heldout: int, limit: int | None, seed: int) -> dict[str, list[int]]:
     """Numbers of the records of each part."""
     if heldout >= len(records):
         raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
     rng = random.Random(seed)
     groups: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        names = _picture_names(record) if isinstance(record, dict) else []
-        groups.setdefault("\n".join(map(str, names)) or f"\n{number}", []).append(number)
+    for number in range(len(records) if heldout else 0):
+        names = _picture_names(records[number]) if isinstance(records[number], dict) else []
+        groups.setdefault("\n".join(map(_identity, names)) or f"\n{number}", []).append(number)
     apart: set[int] = set()
     for group in rng.sample(list(groups.values()), len(groups)):
         if len(apart) >= heldout:
@@ -153,28 +211,29 @@ def _split(records: list[Any], heldout: int, limit: int | None, seed: int) -> di
     return {"train": train} | ({"heldout": sorted(apart)} if apart else {})
 
 
-def _samples(rows: Iterator[tuple[int, Any]], split: str, base: Path, problems: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for number, record in rows:
-        try:
-            yield {"__key__": f"{split}-{number:08d}", **_members(record, base)}
-        except BadSample as reason:
-            problems.append({"record": number, "reason": str(reason)})
+def _identity(picture: Any) -> str:
+    """What two records of one picture have in common."""
+    if isinstance(picture, dict) and picture.get("bytes"):
+        return hashlib.sha256(picture["bytes"]).hexdigest()
+    return str(picture)
 
 
-def _members(record: Any, base: Path) -> dict[str, bytes]:
+def _members(record: Any, pictures_as: Pictures) -> dict[str, bytes]:
     """The files of a sample.
 
     Raises:
         BadSample: training would refuse it.
     """
+    if isinstance(record, BadSample):
+        raise record
     if not isinstance(record, dict):
         raise BadSample("the record is no object")
-    pictures = [_read_picture(base, name) for name in _picture_names(record)]
+    pictures = [_read_picture(pictures_as, name) for name in _picture_names(record)]
     if record.get("conversations") is not None:
         messages = read_messages(record["conversations"], "from", "value")
     elif record.get("messages") is not None:
         messages = read_messages(record["messages"])
-    elif isinstance(record.get("caption"), str) and record["caption"].strip() and pictures:
+    elif pictures and (_is_text(record.get("caption")) or _are_texts(record.get("captions"))):
         messages = None
     else:
         raise BadSample("no text: expected 'messages', 'conversations', or a picture with a caption")
@@ -185,6 +244,14 @@ def _members(record: Any, base: Path) -> dict[str, bytes]:
     several = len(pictures) > 1
     files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data) in enumerate(pictures)}
     return {**files, "json": json.dumps(kept, ensure_ascii=False, default=str).encode()}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(map(_is_text, values))
 
 
 def _picture_names(record: dict[str, Any]) -> list[Any]:
@@ -198,8 +265,12 @@ def _picture_names(record: dict[str, Any]) -> list[Any]:
     return [part["image"] for part in parts if isinstance(part, dict) and part.get("type") == "image" and part.get("image")]
 
 
-def _read_picture(base: Path, name: Any) -> tuple[str, bytes]:
+def _read_picture(pictures: Pictures, name: Any) -> tuple[str, bytes]:
     """(extension by the first bytes, bytes) of a file, or of a Parquet cell {"bytes", "path"}."""
+    from PIL import Image
+
+    base = pictures.base
+    name = {key: value for key, value in name.items() if value is not None} if isinstance(name, dict) else name
     try:
         if isinstance(name, dict):
             data = name["bytes"] if name.get("bytes") else (base / name["path"]).read_bytes()
@@ -207,8 +278,16 @@ def _read_picture(base: Path, name: Any) -> tuple[str, bytes]:
             data = (base / name).read_bytes()
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BadSample(f"picture {str(name)[:200]!r} cannot be read below '{base}' ({type(error).__name__})") from None
+    shown = str(name.get("path") or "in the record") if isinstance(name, dict) else str(name)
     kind = picture_extension(data)
     if kind is None:
-        raise BadSample(f"picture {str(name)[:200]!r} is no JPEG, PNG or WebP file")
-    decode_picture(data, str(name)[:200], MAX_PIXELS)
-    return kind, data
+        raise BadSample(f"picture {shown[:200]!r} is no JPEG, PNG or WebP file")
+    picture = decode_picture(data, shown[:200], MAX_PIXELS)
+    limit = pictures.max_side or max(picture.size)
+    if max(picture.size) <= limit and pictures.format is None:
+        return kind, data
+    if max(picture.size) > limit:
+        picture.thumbnail((limit, limit), Image.Resampling.LANCZOS)
+    kind, buffer = pictures.format or kind, io.BytesIO()
+    picture.save(buffer, FORMATS[kind], **({} if kind == "png" else {"quality": pictures.quality}))
+    return kind, buffer.getvalue()

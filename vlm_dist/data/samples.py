@@ -63,7 +63,7 @@ def parse_sample(
         BadSample: text or picture is missing or unreadable, or their numbers do not agree.
     """
     messages, meta = _read_messages(raw, caption_prompt, draw)
-    members = _picture_members(raw)
+    members = picture_members(raw)
     check_messages(messages, len(members))
     decode = decode_pixels if as_pixels else decode_picture
     images = [decode(raw[member], member, max_image_pixels) for member in members]
@@ -77,7 +77,7 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
         BadSample: as `parse_sample`, but for damage inside a picture.
     """
     messages, _ = _read_messages(raw, caption_prompt, draw)
-    members = _picture_members(raw)
+    members = picture_members(raw)
     check_messages(messages, len(members))
     return messages, [_picture_size(raw[member], member, max_image_pixels) for member in members]
 
@@ -202,15 +202,25 @@ def picture_extension(data: bytes) -> str | None:
     return "webp" if data[8:12] == b"WEBP" else None
 
 
+def open_record(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a sample's JSON says; empty where it has none.
+
+    Raises:
+        BadSample: it is no JSON object.
+    """
+    if "json" not in raw:
+        return {}
+    try:
+        record = json.loads(raw["json"])
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadSample(f"json: {error}") from None
+    if not isinstance(record, dict):
+        raise BadSample("json: expected an object with 'messages', 'conversations' or 'captions'")
+    return record
+
+
 def _read_messages(raw: dict[str, Any], caption_prompt: str, draw: str | None) -> tuple[list[dict], dict[str, Any]]:
-    record: dict[str, Any] = {}
-    if "json" in raw:
-        try:
-            record = json.loads(raw["json"])
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadSample(f"json: {error}") from None
-        if not isinstance(record, dict):
-            raise BadSample("json: expected an object with 'messages', 'conversations' or 'captions'")
+    record = open_record(raw)
     meta = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
     if "messages" in record:
         return read_messages(record["messages"]), meta
@@ -272,7 +282,7 @@ def _part(part: Any) -> dict[str, str]:
     raise BadSample(f"json: a part of type {kind!r}; expected image, or text with 'text'")
 
 
-def _picture_members(raw: dict[str, Any]) -> list[str]:
+def picture_members(raw: dict[str, Any]) -> list[str]:
     """Names of the picture members, by number."""
     found = [(int(match[1] or 0), name) for name in raw if (match := PICTURE_MEMBER.fullmatch(name))]
     return [name for _, name in sorted(found)]

@@ -30,7 +30,7 @@ def write_shards(out: Path, name: str, samples: Iterable[dict], *, samples_per_s
     stream = iter(shown)
     while batch := list(itertools.islice(stream, samples_per_shard)):
         path = out / f"{name}-{len(shards):06d}.tar"
-        _write_shard(path, batch)
+        write_shard(path, batch)
         shards.append(path)
     return shards
 
@@ -118,7 +118,8 @@ def _expand_glob(part: str, storage: Storage) -> list[str]:
     return sorted(glob.glob(part)) if glob.has_magic(part) else ([part] if os.path.exists(part) else [])
 
 
-def _write_shard(path: Path, samples: list[dict]) -> None:
+def write_shard(path: Path, samples: list[dict]) -> None:
+    """One shard of webdataset samples, in place when it is whole."""
     from webdataset.writer import TarWriter
 
     partial = path.with_name(f".{path.name}.partial")
