@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-Kernel = Literal["layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows"]
+Kernel = Literal["layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows", "vision_windows"]
 
 
 class SourceConfig(Section):

@@ -60,8 +60,10 @@ def per_sample(losses_T: torch.Tensor, row) -> list[float]:
     return [float(part.sum()) for part in torch.split(losses_T[: sum(sample.length for sample in row)], [sample.length for sample in row])]
 
 
-def test_packed_is_as_alone(loaded, samples):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_is_as_alone(loaded, samples, attention):
     model, _ = loaded
+    model.set_attn_implementation(attention)
     if not family_of(model).packs:
         pytest.skip(f"{model.config.model_type} does not pack: its row of the table says so")
     pad = model.generation_config.pad_token_id

@@ -18,6 +18,7 @@ from vlm_dist.models.generate import generate
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.models.patching import patch_model
+from vlm_dist.models.patching_vision import attend_in_windows
 from vlm_dist.training.loss import summed_loss
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def assert_same(found, expected):
         assert (found[1][name] - gradient).abs().max() <= 1e-4 * scale + 1e-6, name
 
 
-ALL = {"layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows"}
+ALL = {"layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows", "vision_windows"}
 LACKING = {  # what a family has no module for, or none that the kernel fits
     "gemma4": {"layer_norm", "rope"},
     "mistral3": {"layer_norm"},
@@ -74,7 +75,9 @@ def test_every_kernel_on_every_family(any_checkpoint):
     data = batch(encoder, samples())
     expected = loss_and_gradients(model, data)
     patches = patch_model(model, "all")
-    assert set(patches.counts) == ALL - LACKING.get(any_checkpoint.rsplit("/", 1)[1], set()), str(patches)
+    name = any_checkpoint.rsplit("/", 1)[1]
+    windows = set() if name.startswith("qwen") else {"vision_windows"}
+    assert set(patches.counts) == ALL - LACKING.get(name, set()) - windows, str(patches)
     assert_same(loss_and_gradients(model, data), expected)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(loss_and_gradients(model, data), expected)
@@ -177,6 +180,17 @@ def test_on_a_cpu_auto_takes_what_helps(llava):
     assert set(patch_model(model).counts) == {"linear_cross_entropy", "supervised_rows"}
     model, _ = trainable(llava)
     assert not patch_model(model, "off").counts and not getattr(model, "gives_summed_loss", False)
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 6, 4, 2, 6], [7], [3, 0, 3]])
+def test_windows_are_attended_to_one_by_one(lengths):
+    """All windows of a length at once, against a mask that lets each patch see its own window."""
+    states = torch.randn((3, 1, 2, sum(lengths), 8), generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    found, _ = attend_in_windows(None, *states, cu_seq_lens_q=ends, scaling=0.3)
+    window = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    expected = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=window[:, None] == window, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_a_kernel_that_fits_nothing_is_refused(qwen):

@@ -19,6 +19,7 @@ from vlm_dist.config import Kernel
 from vlm_dist.errors import ConfigError
 from vlm_dist.models.patches import Patches, bind
 from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
+from vlm_dist.models.patching_vision import patch_vision_windows
 from vlm_kernels import reference
 
 ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
@@ -224,4 +225,5 @@ PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {
     "nf4_lora_linear": _nf4_lora_linear,
     "linear_cross_entropy": patch_linear_cross_entropy,
     "supervised_rows": patch_supervised_rows,
+    "vision_windows": patch_vision_windows,
 }
