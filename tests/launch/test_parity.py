@@ -108,6 +108,7 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
     expected = {form: reference(f"{form}-here", *options) for form, options in forms.items()}
     for name in runs:
         assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected[name.split("-")[0]], rel=1e-4), (name, output[-2000:])
+        assert "trainable tensors have a gradient" in (tmp_path / "runs" / name / "logs" / "rank-0.log").read_text(), name
 
 
 def test_a_rank_with_text_alone_beside_one_with_pictures(config, reference, shards, qwen, tmp_path):

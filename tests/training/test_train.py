@@ -45,6 +45,28 @@ def test_qlora_run_leaves_everything(settings, tmp_path, family, llava, qwen):
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
+def test_the_first_step_names_what_gets_no_gradient(settings, tmp_path, monkeypatch):
+    """All is well: one line. A layer that the forward pass goes around: its adapters by name."""
+    from vlm_dist.training import train as loop
+
+    run(settings, tmp_path)
+    assert "first step: all 40 trainable tensors have a gradient; " in (run_dir(settings) / "logs" / "rank-0.log").read_text()
+
+    load = loop.load_trainable
+
+    def starved(*arguments):
+        loaded = load(*arguments)
+        layer = loaded.model.get_decoder().layers[1]
+        layer.mlp.down_proj.forward = lambda x: 0 * x.detach()[..., : layer.hidden_size]
+        return loaded
+
+    monkeypatch.setattr(loop, "load_trainable", starved)
+    run(settings, tmp_path, "name=starved", "kernels=off")
+    events = [json.loads(line) for line in (tmp_path / "runs" / "starved" / "events.jsonl").read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "no gradient"]
+    assert "(language): model.language_model.layers.1.mlp." in told["text"] and len(told["names"]) == 6
+
+
 def test_adapter_loads_with_plain_peft_and_answers_the_same(settings, tmp_path, llava):
     """The exported adapter on a fresh 4-bit base gives the logits of `load_trained`, and those differ from the base's."""
     import torch

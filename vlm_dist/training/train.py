@@ -13,6 +13,7 @@ from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training import outcome
+from vlm_dist.training.audit import FirstStep
 from vlm_dist.training.engine import check_batches, set_learning_rate, take_step
 from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless_finite
 from vlm_dist.training.log import StepTimer
@@ -80,7 +81,7 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
     outcome.announce(config, session.run, session.loaded, stream, session.steps, progress.step, log)
     if progress.step == 0:
         session.evaluate(0, "before")
-    saved, timer = progress.step, StepTimer(ranks.device)
+    saved, timer, audit = progress.step, StepTimer(ranks.device), FirstStep(engine.module, session.loaded.family)
     while progress.step < session.steps and not ranks.any(stop.requested):
         watchdog.beat("reading", progress.step + 1)
         timer.begin()
@@ -108,6 +109,7 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
         progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
         log.step(metrics | shares.metrics(stream.names, loss_sums))
+        audit.tell(progress.step, counts, log)
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:
             progress, saved = earlier, earlier.step
             continue
