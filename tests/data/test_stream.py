@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from vlm_dist.config import DataConfig
+from vlm_dist.data.heldout import read_heldout
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.shards import find_paths, read_in_order, write_shards
-from vlm_dist.data.stream import merge_states, open_stream, read_heldout
+from vlm_dist.data.stream import merge_states, open_stream
 from vlm_dist.errors import DataError
 
 

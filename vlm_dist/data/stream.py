@@ -20,14 +20,13 @@ from typing import Any
 
 from vlm_dist.config import DataConfig
 from vlm_dist.data.collate import Positions, collate, collate_packed
-from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout
+from vlm_dist.data.dataset import Dataset, open_datasets
 from vlm_dist.data.encode import IGNORED, Encoded, Encoder
 from vlm_dist.data.lanes import Lane, Order
 from vlm_dist.data.lengths import count_patches
 from vlm_dist.data.preparer import Preparer, Workers
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.rows import MeasuredRows, PlainRows, Rows, Slot, until_done
-from vlm_dist.data.samples import BadSample, Sample, parse_sample
 from vlm_dist.errors import DataError
 
 AHEAD = 2  # steps whose samples the threads are given before the first of them is asked for
@@ -91,7 +90,7 @@ class Stream:
             Order(one.index.counts, self.global_batch, self.seed, self.config.shuffle_window, one.name if len(self.datasets) > 1 else "")
             for one in self.datasets
         ]
-        self._preparer = Preparer(self.datasets, self.orders, self.config, self.encoder, self.seed)
+        self.preparer = Preparer(self.datasets, self.orders, self.config, self.encoder, self.seed)
         per_rank = self.global_batch // self.world_size
         self._lanes = range(self.rank * per_rank, (self.rank + 1) * per_rank)
 
@@ -171,18 +170,34 @@ class Stream:
                     lane.next()
             while True:
                 while len(coming) < AHEAD:
-                    rows = [[workers.begin(self._preparer.encode, slot) for slot in lane.next()] for lane in lanes]
+                    rows = [[workers.begin(self.preparer.encode, slot) for slot in lane.next()] for lane in lanes]
                     coming.append((rows, {lane.lane.number: lane.state() for lane in lanes}))
                 rows, states = coming.popleft()
                 yield self._collate([[self._counted(future.result()) for future in row] for row in rows], states)
 
+    def preview(self) -> Iterator[list[tuple[Slot, Encoded | None]]]:
+        """Row after row of training, lane by lane, each sample with its tensors, or with its problem."""
+        lanes = self._rows(Workers(0), lambda slot: None)
+        while True:
+            for lane in lanes:
+                yield [self.preparer.encode(slot) for slot in lane.next()]
+
+    def measured(self) -> Iterator[Slot]:
+        """Sample after sample of training with its length, or with its problem; no picture is decoded."""
+        weights = [one.weight for one in self.datasets]
+        lanes = [Lane(number, self.orders, weights, self.seed) for number in self._lanes]
+        for lane in itertools.cycle(lanes):
+            draw = lane.draw()
+            assert draw is not None
+            yield self.preparer.measure(draw)
+
     def _rows(self, workers: Workers, discard: Callable[[Slot], None]) -> list[Rows]:
-        weights, announce = [one.weight for one in self.datasets], self._preparer.announce
+        weights, announce = [one.weight for one in self.datasets], self.preparer.announce
         lanes = [Lane(number, self.orders, weights, self.seed, self.epochs, announce) for number in self._lanes]
         if not self.config.packing:
             return [PlainRows(lane) for lane in lanes]
         options = {"pack": self.pack, "limit": self.config.max_seq_length, "most_patches": self.config.max_patches}
-        measure = partial(workers.begin, self._preparer.measure)
+        measure = partial(workers.begin, self.preparer.measure)
         return [MeasuredRows(lane, measure, discard, **options, lookahead=self.config.pack_lookahead) for lane in lanes]
 
     def _produce(self, ready: queue.Queue) -> None:
@@ -232,7 +247,7 @@ class Stream:
                 step.labels[number] += int((sample.labels[:, 1:] != IGNORED).sum())
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
             if not any("pixel_values" in sample.inputs for sample in samples):
-                kept.append([self._preparer.blank()])
+                kept.append([self.preparer.blank()])
             kept = [row for row in kept if row]
             if self.pack:
                 batch = collate_packed(kept, pad, self.positions)
@@ -274,20 +289,3 @@ def open_stream(
     datasets = open_datasets(config)
     encoder = Encoder(processor, config.max_seq_length, config.on_too_long)
     return Stream(datasets, config, encoder, quarantine, seed, global_batch, micro_batch, rank, world_size, epochs, pack, positions)
-
-
-def read_heldout(config: DataConfig, limit: int | None, quarantine: Quarantine) -> list[Sample]:
-    """Held-out samples, spread evenly over all shards when there are more than `limit`."""
-    heldout = open_heldout(config)
-    if heldout is None:
-        return []
-    total = len(heldout.index)
-    wanted = range(total) if limit is None or total <= limit else [number * total // limit for number in range(limit)]
-    samples = []
-    for number in wanted:
-        raw = heldout.raw(number)
-        try:
-            samples.append(parse_sample(raw, max_image_pixels=config.max_image_pixels, caption_prompt=config.caption_prompt))
-        except BadSample as reason:
-            quarantine.add(raw, str(reason))
-    return samples

@@ -9,7 +9,7 @@ from typing import Literal
 
 from vlm_dist import distributed
 from vlm_dist.config_load import load_config
-from vlm_dist.data.stream import read_heldout
+from vlm_dist.data.heldout import read_heldout
 from vlm_dist.errors import ConfigError, DataError
 from vlm_dist.models.export import Comparison, export_merged
 from vlm_dist.models.merge import Onto

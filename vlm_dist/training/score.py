@@ -8,7 +8,7 @@ from typing import Any
 from vlm_dist import distributed
 from vlm_dist.config_load import load_config
 from vlm_dist.data.encode import Encoder
-from vlm_dist.data.stream import read_heldout
+from vlm_dist.data.heldout import read_heldout
 from vlm_dist.errors import ConfigError, DataError
 from vlm_dist.models.trained import load_trained
 from vlm_dist.run_dir import RunDir

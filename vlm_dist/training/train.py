@@ -8,7 +8,8 @@ from typing import Any
 
 from vlm_dist import distributed
 from vlm_dist.config import Config
-from vlm_dist.data.stream import open_stream, read_heldout
+from vlm_dist.data.heldout import read_heldout
+from vlm_dist.data.stream import open_stream
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import RunDir
