@@ -7,19 +7,20 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from vlm_dist.cli import checkpoints, config, data, evaluate, export, generate, inspect, report, train
+from vlm_dist.cli import checkpoints, config, data, doctor, evaluate, export, generate, inspect, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
-COMMANDS = (data, config, inspect, train, launch_command, evaluate, report, checkpoints, generate, export)
+COMMANDS = (data, config, doctor, inspect, train, launch_command, evaluate, report, checkpoints, generate, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   data synth      make a synthetic data set
           data pack       write a data set that you have as tar shards
           data index      find every sample of shards that others made
-check     config          explain every setting
+check     doctor          is this machine fit to train
+          config          explain every setting
           data verify     read every sample: what is unusable, duplicates, leaks
           inspect         what the model will be fed, and what looks wrong
           data order      which samples each step holds
