@@ -25,6 +25,9 @@ REQUIREMENTS = [
     "braceexpand>=0.1.7",
     "rich>=14",
     "jinja2>=3.1",
+    "jiwer>=4",
+    "rapidfuzz>=3.9",
+    "sacrebleu>=2.5",
     "matplotlib>=3.10",
 ]
 DATASETS = ["datasets>=5"]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.reporting.report import write_report
+from vlm_dist.reporting.watch import serve_report
 
 
 @pytest.fixture
@@ -24,9 +28,16 @@ def run(tmp_path) -> Path:
     for step in range(1, 41):
         numbers = {"loss": 5 / step, "lr": 1e-3, "grad_norm": 1.0, "samples": 8 * step, "tokens": 100 * step, "label_tokens": 10 * step}
         speed = {"tokens_per_s": 50.0, "step_s": 2.0, "data_wait_s": 0.1, "padding_fraction": 0.1, "peak_memory_bytes": 2**30}
-        rows.append({"step": step, **numbers, **speed, **({"loss": None, "grad_norm": None} if step == 7 else {})})
+        more = {"imbalance": {"tokens": 0.01, "patches": 0.05}, "loss_by_dataset": {"a": 2.0, "b": None if step % 2 else 1.0}}
+        rows.append({"step": step, **numbers, **speed, **more, **({"loss": None, "grad_norm": None} if step == 7 else {})})
     for phase, step, share in (("before", 0, 0.0), ("during", 20, 0.5), ("after", 40, 1.0)):
-        rows.append({"step": step, "phase": phase, "eval": {"exact_match": share, "samples": 2, "by_kind": {"colour": share}}})
+        rows.append(
+            {
+                "step": step,
+                "phase": phase,
+                "eval": {"exact_match": share, "token_f1": share / 4, "samples": 2, "by_kind": {"colour": share}},
+            }
+        )
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "summary.json").write_text(json.dumps({"ended": "finished", "wall_s": 80.0, "goodput": 0.87}))
     events = [{"time": 1e9, "step": step, "event": "checkpoint", "text": f"step-{step:08d}"} for step in (10, 40)]
@@ -49,10 +60,33 @@ def test_page_is_self_contained_and_escaped(run):
     page = write_report(run).read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)(?!#)", page)
     assert "<script>alert(1)</script>" not in page and "&lt;script&gt;" in page
-    assert page.count("<svg") == 5 and page.count("data:image/png;base64,") == 2
+    assert page.count("<svg") == 11 and page.count("data:image/png;base64,") == 2
     assert "step-00000040" in page and "step-00000010" not in page and "&lt;b&gt;k7" in page and "87%" in page
-    for words in ("0.0 % before", "<b>100.0 %</b>", "cannot be decoded", "finished", "demo"):
+    for words in ("0.0 % before", "<b>100.0 %</b>", "cannot be decoded", "finished", "demo", "<th>token_f1</th>", "<td>0.250</td>"):
         assert words in page
+
+
+def test_watching_a_run_that_goes_on(run, tmp_path):
+    """The page is made anew for each visit, and asks to be loaded again; before the first step it says so."""
+    with serve_report(run, host="127.0.0.1", port=0, every=7) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        before = urllib.request.urlopen(address, timeout=30).read().decode()
+        assert '<meta http-equiv="refresh" content="7">' in before and "step-00000041" not in before
+        with (run / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"time": 1e9, "step": 41, "event": "checkpoint", "text": "step-00000041"}) + "\n")
+        assert "step-00000041" in urllib.request.urlopen(address, timeout=30).read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(address + "../config.yaml", timeout=30)
+        metrics = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text("")
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(address, timeout=30)
+        with pytest.raises(MachineError, match="give another --port"):
+            serve_report(run, host="127.0.0.1", port=server.server_port, every=7)
+        server.shutdown()
+    (run / "metrics.jsonl").write_text(metrics)
+    assert "http-equiv" not in write_report(run).read_text()
 
 
 def test_no_run(tmp_path):

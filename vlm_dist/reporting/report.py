@@ -13,10 +13,25 @@ from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 MOST_PICTURES = 48
 MOST_EVENTS = 100
+OF_EVERY_SCORE = ("phase", "step", "exact_match", "samples", "by_kind")
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path.
+
+    Raises:
+        ConfigError: it is no run directory, or nothing has been trained yet.
+    """
+    run = RunDir(run_dir)
+    write_text(run.report, render_report(run_dir))
+    return run.report
+
+
+def render_report(run_dir: Path, refresh: int | None = None) -> str:
+    """The page.
+
+    Args:
+        refresh: seconds until it loads itself again.
 
     Raises:
         ConfigError: it is no run directory, or nothing has been trained yet.
@@ -29,10 +44,12 @@ def write_report(run_dir: Path) -> Path:
     if not run.config.exists() or not steps:
         raise ConfigError(f"{run_dir}: no run with at least one step (needs config.yaml and metrics.jsonl); train first")
     template = Environment(loader=PackageLoader("vlm_dist.reporting", "."), autoescape=True).get_template("report.html")
-    page = template.render(
+    return template.render(
+        refresh=refresh,
         name=run_dir.resolve().name,
         facts=_facts(run, steps),
         scores=_scores(rows),
+        metrics=list(dict.fromkeys(name for score in _scores(rows) for name in score if name not in OF_EVERY_SCORE)),
         plots=_plots(steps, rows),
         answers=_answers(run),
         events=_events(run),
@@ -40,8 +57,6 @@ def write_report(run_dir: Path) -> Path:
         config=run.config.read_text(encoding="utf-8"),
         environment=run.environment.read_text(encoding="utf-8") if run.environment.exists() else "",
     )
-    write_text(run.report, page)
-    return run.report
 
 
 def _facts(run: RunDir, steps: list[dict[str, Any]]) -> dict[str, str]:
@@ -81,10 +96,32 @@ def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tupl
         ("Throughput", line_plot(at, [row["tokens_per_s"] for row in steps], "tokens per second", smooth=True)),
         ("Gradient norm", line_plot(at_whole, [row["grad_norm"] for row in whole], "before clipping", log=True, smooth=True)),
     ]
+    plots += _more_plots(steps, whole)
     scores = _scores(rows)
     if scores:
         shares = [100 * score["exact_match"] for score in scores]
         plots.append(("Held-out exact match", line_plot([score["step"] for score in scores], shares, "%", marks=True)))
+    return plots
+
+
+def _more_plots(steps: list[dict[str, Any]], whole: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Waiting, memory, evenness of the ranks, and the loss of each data set of a mixture."""
+
+    def plot(rows: list[dict[str, Any]], values: list[float], label: str, **options: Any) -> str:
+        return line_plot([row["step"] for row in rows], values, label, **options)
+
+    waits = [100 * row["data_wait_s"] / max(row["step_s"], 1e-9) for row in steps]
+    plots = [("Waiting for data", plot(steps, waits, "% of a step", smooth=True))]
+    plots.append(("Memory", plot(steps, [row["peak_memory_bytes"] / 2**30 for row in steps], "most held at once, GiB")))
+    if any(any(row.get("imbalance", {}).values()) for row in steps):
+        uneven = [row for row in steps if "imbalance" in row]
+        for part, title in (("tokens", "Uneven tokens"), ("patches", "Uneven vision patches")):
+            excess = [100 * row["imbalance"][part] for row in uneven]
+            plots.append((title, plot(uneven, excess, "rank with most above the mean, %", smooth=True)))
+    for name in next((list(row["loss_by_dataset"]) for row in steps if "loss_by_dataset" in row), []):
+        known = [row for row in whole if row.get("loss_by_dataset", {}).get(name) is not None]
+        losses = [row["loss_by_dataset"][name] for row in known]
+        plots.append((f"Loss of {name}", plot(known, losses, "mean over its supervised tokens", log=True, smooth=True)))
     return plots
 
 

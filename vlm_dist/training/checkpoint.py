@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.errors import CheckpointError
+from vlm_dist.training.metrics import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from vlm_dist.training.snapshot import Snapshot
@@ -63,14 +64,15 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot, state: dict[st
 
 
 def prune(folder: Path, keep_last: int, keep_best: int = 0, metric: str = "exact_match") -> list[Path]:
-    """Delete all checkpoints but the newest `keep_last` and the `keep_best` with the highest score.
+    """Delete all checkpoints but the newest `keep_last` and the `keep_best` with the best score.
 
     Returns:
         What was deleted.
     """
     found = find_checkpoints(folder)
     scored = [path for path in found if score_of(path, metric) is not None]
-    best = sorted(scored, key=lambda path: score_of(path, metric) or 0.0, reverse=True)[:keep_best]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    best = sorted(scored, key=lambda path: sign * (score_of(path, metric) or 0.0), reverse=True)[:keep_best]
     gone = [path for path in found[keep_last:] if path not in best]
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)

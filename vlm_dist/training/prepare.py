@@ -148,10 +148,12 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     """Check the configuration, the shards, a sample of each, and the plan, without loading weights."""
     from vlm_dist.models.source import check_source
     from vlm_dist.training.engine import check_batches, deepspeed_config, zero_stage
+    from vlm_dist.training.evaluate import check_metrics
 
     if config.model.name is not None:
         check_source(config.model.name)
     rounds = check_batches(config, world_size)
+    check_metrics(config)
     deepspeed_config(config, world_size, "float32")
     datasets = open_datasets(config.data)
     num_samples = sum(len(one.index) for one in datasets)

@@ -15,7 +15,7 @@ from vlm_dist.distributed import Ranks
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
-from vlm_dist.training.evaluate import evaluate
+from vlm_dist.training.evaluate import Patience, evaluate
 from vlm_dist.training.health import Health
 from vlm_dist.training.log import Log
 from vlm_dist.training.prepare import Loaded, count_steps
@@ -70,6 +70,7 @@ class Session:
         self.health = Health(config.health, self.log, ranks)
         self.saver = Saver(run, config.checkpoint, ranks, self.log)
         self._started, self._wall_before = started, 0.0
+        self.patience = Patience(config.evaluation.patience, config.checkpoint.best_metric)
         self._scores: tuple[int, dict[str, Any]] | None = None
         self._parts = ExitStack()
 
@@ -98,6 +99,8 @@ class Session:
         state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
         self.stream.restore(state["data"])
         self.health.restore(state["health"])
+        self.patience.restore(state["patience"])
+        self._end_early(state["step"])
         self.log.rewind(state["step"])
         self.log.say(f"continuing from {checkpoint} (step {state['step']})")
         progress = Progress(**state["progress"])
@@ -131,6 +134,7 @@ class Session:
             "progress": vars(progress),
             "data": merge_states(self.ranks.gather(self.stream.state())),
             "health": self.health.state(),
+            "patience": self.patience.state(),
             "scores": self._scores[1] if self._scores and self._scores[0] == progress.step else None,
             "rng": {"rule": "seeded by (seed, data_step, rank) at each step", "seed": self.config.seed},
             "config_sha256": outcome.config_hash(self.config),
@@ -149,6 +153,14 @@ class Session:
             outcome.write_answers(self.run, phase, evaluation.rows, self.heldout)
         self._scores = step, evaluation.scores
         self.log.evaluation(step, phase, evaluation.scores)
+        if phase == "during":
+            self.patience.see(evaluation.scores)
+            self._end_early(step)
+
+    def _end_early(self, step: int) -> None:
+        if self.patience.is_over:
+            self.steps = step
+            self.log.event("early stop", step, f"{self.patience.metric} has not become better in {self.patience.since} evaluations")
 
     def finish(self, progress: Progress, stop_signal: int | None) -> dict[str, Any]:
         """Export the result and write summary.json; of an interrupted run only that."""

@@ -16,6 +16,7 @@ from vlm_dist.run_dir import RunDir
 from vlm_dist.training import outcome
 from vlm_dist.training.audit import FirstStep
 from vlm_dist.training.engine import check_batches, set_learning_rate, take_step
+from vlm_dist.training.evaluate import check_metrics
 from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless_finite
 from vlm_dist.training.log import StepTimer
 from vlm_dist.training.loss import summed_loss
@@ -39,6 +40,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     quiet_libraries()
     ranks = distributed.start()
     check_batches(config, ranks.world_size)
+    check_metrics(config)
     run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
     finished = run.read_summary()
     if finished and finished["ended"] == "finished" and Path(finished["result"]).exists() and not resume_anyway:
