@@ -98,9 +98,8 @@ class Log:
         self._write({"step": step, "phase": phase, "eval": scores})
         more = "".join(f"{name} {score:.3f}  " for name, score in scores.items() if name not in ("exact_match", "samples", "by_kind"))
         kinds = "  ".join(f"{kind} {share:.0%}" for kind, share in scores["by_kind"].items())
-        self.say(
-            f"held-out exact match {phase} training (step {step}): {scores['exact_match']:.1%} of {scores['samples']} samples  {more}{kinds}"
-        )
+        when = f"{phase} training (step {step})"
+        self.say(f"held-out exact match {when}: {scores['exact_match']:.1%} of {scores['samples']} samples  {more}{kinds}")
 
     def evaluations(self) -> dict[str, Any]:
         """The scores so far, also those of earlier starts of this run: {"before", "during": [...], "after"}."""
