@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from vlm_dist.cli.config import reference
 from vlm_dist.cli.main import main
 
 PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md", "docs/models.md", "docs/scaling.md", "docs/security.md"]
@@ -27,6 +28,18 @@ def commands() -> list[str]:
             if line not in found and not any(word in line for word in NOT_HERE):
                 found.append(line)
     return found
+
+
+def test_the_settings_page_is_made_from_the_code():
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), "vlm-dist config --markdown > docs/configuration.md"
+
+
+def test_every_message_of_the_troubleshooting_page_exists():
+    """The words stand in the code as they stand on the page."""
+    code = "\n".join(path.read_text() for path in (ROOT / "vlm_dist").rglob("*.py"))
+    code = " ".join(re.sub(r'"\s*\n\s*f?"', "", code).split())
+    for words in re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M):
+        assert words in code, words
 
 
 def scores(run: Path) -> dict:

@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="print this configuration with every default filled in")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides such as optim.lr=2e-4")
     parser.add_argument("--explain", action="store_true", help="every setting: type, default, meaning")
+    parser.add_argument("--markdown", action="store_true", help="the same as a page (docs/configuration.md)")
     parser.add_argument("--schema", action="store_true", help="JSON schema, for editors")
     parser.set_defaults(run=run, parser=parser)
 
@@ -27,10 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(json_schema(), indent=1))
     elif arguments.explain:
         _explain()
+    elif arguments.markdown:
+        print(reference(), end="")
     elif arguments.config:
         print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
     else:
-        arguments.parser.error("give --explain, --schema, or a CONFIG")
+        arguments.parser.error("give --explain, --markdown, --schema, or a CONFIG")
     return 0
 
 
@@ -40,3 +43,22 @@ def _explain() -> None:
             print(f"\n{key}: {meaning}")
         else:
             print(f"  {key}  ({kind}; default {default})\n{textwrap.indent(meaning, ' ' * 6)}")
+
+
+def reference() -> str:
+    """Every setting as one Markdown page."""
+    lines = [
+        "# Every setting",
+        "",
+        "Made from the code: `vlm-dist config --markdown > docs/configuration.md`. `vlm-dist config --explain` prints the same, and",
+        "`vlm-dist config --schema` a JSON schema for editors.",
+    ]
+    sections: dict[str, list[str]] = {"": ["", "| setting | type | default | meaning |", "|---|---|---|---|"]}
+    for key, kind, default, meaning in explain():
+        meaning, kind = (" ".join(text.split()).replace("|", "\\|") for text in (meaning, kind))
+        if kind == "section":
+            sections[key] = ["", f"## {key}", "", meaning, "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+        else:
+            shown = default if default == "required" else f"`{default}`"
+            sections[key.rpartition(".")[0]].append(f"| `{key}` | {kind} | {shown} | {meaning} |")
+    return "\n".join([*lines, *(line for rows in sections.values() for line in rows)]) + "\n"
