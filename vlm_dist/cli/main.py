@@ -7,13 +7,13 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from vlm_dist.cli import checkpoints, config, data, doctor, evaluate, export, generate, inspect, report, train
+from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, inspect, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
-COMMANDS = (data, config, doctor, inspect, train, launch_command, evaluate, report, checkpoints, generate, export)
+COMMANDS = (data, config, doctor, inspect, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   data synth      make a synthetic data set
@@ -29,6 +29,7 @@ train     train           train, or continue where it stopped
 look      eval, report    scores on held-out samples; one page about a run
           checkpoints     list, verify or prune a run's checkpoints
 use       generate        ask a trained model about a picture
+          chat            talk with it
           export          write the adapter or a merged model for use elsewhere"""
 
 

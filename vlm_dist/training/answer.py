@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import BadSample, decode_picture
 from vlm_dist.errors import DataError
 from vlm_dist.models.generate import generate
 from vlm_dist.models.trained import load_trained
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_PIXELS = 64_000_000
 
@@ -27,7 +31,7 @@ def answer(source: str, images: Sequence[Path], prompt: str, *, max_new_tokens: 
     """
     import torch
 
-    pictures = [_open(path) for path in images]
+    pictures = [open_picture(path) for path in images]
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     model, processor = load_trained(source, device, base=base)
     content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
@@ -36,7 +40,12 @@ def answer(source: str, images: Sequence[Path], prompt: str, *, max_new_tokens: 
     return generate(model, processor, inputs, max_new_tokens)[0]
 
 
-def _open(path: Path):
+def open_picture(path: Path) -> Image:
+    """A picture file that somebody named.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         return decode_picture(path.read_bytes(), str(path), MAX_PIXELS)
     except OSError as error:

@@ -1,0 +1,84 @@
+"""`vlm-dist chat`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.cli.parsers import new_parser
+from vlm_dist.errors import ConfigError, DataError
+
+HELP = """/image FILE   a picture for the next question (several: one after another)
+/compare      on or off: after each answer, what the base would have said
+/forget       begin anew
+/quit         or Ctrl-D"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(
+        commands,
+        "chat",
+        "Talk with a trained model about pictures, in the terminal.",
+        "vlm-dist chat runs/quickstart --image photo.jpg",
+    )
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, a checkpoint folder or a hub id")
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="for the first question; may be repeated")
+    parser.add_argument("--compare", action="store_true", help="after each answer, what the base would have said")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest word each time")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest words of this share (default 1)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vlm_dist.training.chat import Chat
+
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1 or arguments.max_new_tokens < 1:
+        raise ConfigError("chat: expected --temperature of 0 or more, --top-p between 0 and 1, --max-new-tokens of 1 or more")
+    drawn = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.temperature else {}
+    chat = Chat(arguments.source, arguments.max_new_tokens, **drawn)
+    for path in arguments.image:
+        chat.show(path)
+    compare = arguments.compare
+    if compare and not chat.has_adapter:
+        raise ConfigError(f"chat --compare: '{arguments.source}' has no adapter, so there is no base to compare with")
+    if sys.stdin.isatty():
+        print(HELP)
+    while (line := _read()) is not None:
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            break
+        if command == "/forget":
+            chat.forget()
+        elif command == "/image":
+            try:
+                chat.show(Path(rest.strip()).expanduser())
+            except DataError as problem:
+                print(problem)
+        elif command == "/compare":
+            compare = not compare and chat.has_adapter
+            print(f"comparing with the base: {'on' if compare else 'off'}")
+        elif line.startswith("/"):
+            print(HELP)
+        elif line:
+            _say("", chat.ask(line))
+            if compare:
+                _say("base: ", chat.of_base())
+    return 0
+
+
+def _read() -> str | None:
+    """A line; None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _say(before: str, pieces: Any) -> None:
+    print(before, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
