@@ -169,6 +169,8 @@ def test_changed_data_is_not_continued(tmp_path, shards, processor):
     state = merge_states([stream_of(shards["qa-train"], processor, tmp_path).state()])
     with pytest.raises(DataError, match="not the shards that the run began with"):
         stream_of(shards["qa-train"][:2], processor, tmp_path).restore(state)
+    with pytest.raises(DataError, match=r"data\.packing: True now, False when the run began"):
+        stream_of(shards["qa-train"], processor, tmp_path, packing=True).restore(state)
     with pytest.raises(DataError, match="8 now, 4 when the run began"):
         stream_of(shards["qa-train"], processor, tmp_path, global_batch=8).restore(state)
 

@@ -30,7 +30,7 @@ def open_source(source: str, split: str | None = None) -> Sequence[Any]:
         DataError: it cannot be read, or holds no record.
     """
     path = Path(source)
-    if ".tar" in source:
+    if source.endswith(".tar"):
         records: Sequence[Any] = TarRecords([source])
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file() or not path.exists():
         records = HubRecords(source, split)
@@ -86,7 +86,7 @@ class HubRecords(Sequence):
         is_saved = Path(source).exists()
         try:
             found = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source)
-        except (OSError, ValueError, ConnectionError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise DataError(
                 f"data pack: '{source}' is no file or folder here, and no data set that can be loaded ({str(error).splitlines()[0][:200]})"
             ) from None

@@ -74,6 +74,11 @@ class Storage:
         if self.cache is not None and is_remote(path):
             self.cache.prefetch(path, self._stamp_of(path), (start, length), self._fetch)
 
+    def close(self) -> None:
+        """Fetch nothing more ahead."""
+        if self.cache is not None:
+            self.cache.close()
+
     def open(self, path: str) -> IO[bytes]:
         """A file to seek and read in, remote ones with reading ahead."""
         if not is_remote(path):

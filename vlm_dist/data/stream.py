@@ -121,8 +121,13 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """This rank's part of what `restore` needs to continue after the last step given; see `merge_states`."""
+        return {"step": self._step, **self._fixed, "lanes": self._state}
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        """What must be the same at every start of a run."""
         digests = {one.name: one.index.digest for one in self.datasets}
-        return {"step": self._step, "global_batch": self.global_batch, "digests": digests, "lanes": self._state}
+        return {"global_batch": self.global_batch, "packing": self.config.packing, "digests": digests}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where the merged states of all ranks say, be it on another number of ranks. Call before the first `next_step`.
@@ -130,15 +135,16 @@ class Stream:
         Raises:
             DataError: the data, the global batch, or packing is not what it was.
         """
-        for one in self.datasets:
-            if state["digests"].get(one.name) != one.index.digest:
-                raise DataError(f"data.train: not the shards that the run began with ({len(one.index):,} samples now); restore them")
-        if state["global_batch"] != self.global_batch:
-            raise DataError(f"training.global_batch: {self.global_batch} now, {state['global_batch']} when the run began; set it back")
+        now = self._fixed
+        if state.get("digests") != now["digests"]:
+            raise DataError(f"data.train: not the shards that the run began with ({self.num_samples:,} samples now); restore them")
+        for key, name in (("global_batch", "training.global_batch"), ("packing", "data.packing")):
+            if state[key] != now[key]:
+                raise DataError(f"{name}: {now[key]} now, {state[key]} when the run began; set it back")
         self._step = state["step"]
         self._state = {lane: state["lanes"][str(lane)] for lane in self._lanes} if state["lanes"] else {}
 
-    def count_steps(self, beat: Callable[[], None] | None = None) -> int:
+    def count_steps(self) -> int:
         """Optimizer steps until this rank's lanes have had all their epochs. With packing every sample is measured to tell."""
         assert self.epochs is not None
         if not self.config.packing:
@@ -148,13 +154,13 @@ class Stream:
             for rows in self._rows(workers, lambda slot: None):
                 for number, _ in enumerate(until_done(rows), start=1):
                     most = max(most, number)
-                    if beat is not None:
-                        beat()
         return most
 
     def close(self) -> None:
-        """Stop the background thread, and wait for it: Python must not end while it is inside a library."""
+        """Stop the background thread, and wait for it: Python must not end while it is inside a library. Nothing more is fetched."""
         self._stopped.set()
+        for one in self.datasets:
+            one.storage.close()
         if self._thread is not None:
             self._thread.join(timeout=60)
 

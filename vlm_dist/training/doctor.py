@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from vlm_dist.config import Config
@@ -57,17 +57,17 @@ def examine(config: Config | None = None) -> Iterator[Check]:
         _variables,
     ):
         yield from _guarded(check)
-    yield from _guarded(lambda: _disk(Path(config.output_dir if config else ".")))
+    yield from _guarded(_disk, Path(config.output_dir if config else "."))
     if config is not None:
-        yield from _guarded(lambda: _data(config))
+        yield from _guarded(_data, config)
 
 
-def _guarded(check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+def _guarded(check: Callable[..., Iterator[Check]], *arguments: Any) -> Iterator[Check]:
     """What a check itself dies of is a finding."""
     try:
-        yield from check()
+        yield from check(*arguments)
     except Exception as error:
-        name = getattr(check, "__name__", "data").strip("_")
+        name = check.__name__.strip("_")
         yield Check(name, "bad", f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}", "see the message")
 
 

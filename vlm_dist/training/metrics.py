@@ -7,7 +7,9 @@ BLEU and chrF are defined on the whole set and computed there.
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -104,10 +106,13 @@ def find_metric(name: str) -> Metric | None:
     if not function:
         known = ", ".join((*PER_SAMPLE, *WHOLE_SET))
         raise ConfigError(f"evaluation.metrics: no metric '{name}'; there are {known}, or module:function of your own")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's own file lies: the command itself lies elsewhere
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"evaluation.metrics: '{name}': {error}; expected a function (answer, right answers) -> number") from None
+    return found  # pyright: ignore[reportReturnType]  (the user's own)
 
 
 def of_whole_set(name: str, answers: Sequence[str], truths: Sequence[Sequence[str]]) -> float:

@@ -50,7 +50,7 @@ def count_steps(config: Config, stream: Stream, ranks: Ranks) -> int:
     if config.training.steps is not None:
         return config.training.steps
     if config.data.packing and ranks.is_first:
-        logger.info("data: measuring every sample, to tell how many steps %g epochs take", config.training.epochs)
+        print(f"data: measuring every sample, to tell how many steps {config.training.epochs:g} epochs take", flush=True)
     return max(ranks.gather(stream.count_steps()))
 
 
