@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,8 +63,7 @@ def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(config, t
     process = start("--config", config, "ray.workers=2", "name=killed", "--json", *more)
     run = tmp_path / "runs" / "killed"
     wait_for(lambda: any((run / "checkpoints").glob("step-*")), process)  # it is written beside the training
-    victim = next(pid for pid in descendants(process.pid) if "RayTrainWorker" in command_of(pid))
-    os.kill(victim, signal.SIGKILL)
+    os.kill(next(pid for pid in started_since(process.pid) if "RayTrainWorker" in command_of(pid)), signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, err[-3000:]
     assert json.loads(out[out.index("{\n") :])["ended"] == "finished"
@@ -101,8 +101,8 @@ def test_a_node_is_lost_and_training_goes_on_with_fewer_workers(config, tmp_path
         run = tmp_path / "runs" / "lost"
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses_of(run)) >= 6, process)
         assert json.loads((run / "environment.json").read_text())["ranks"] == 2
-        raylet = next(pid for pid in descendants(nodes[1].pid) if "raylet/raylet" in command_of(pid) and parent_of(pid) == nodes[1].pid)
-        os.kill(raylet, signal.SIGKILL)
+        raylets = (pid for pid in started_since(nodes[1].pid) if "raylet/raylet" in command_of(pid) and parent_of(pid) == nodes[1].pid)
+        os.kill(next(raylets), signal.SIGKILL)
         code, _, err = finish(process)
         assert code == 0, err[-3000:]
         assert json.loads((run / "environment.json").read_text())["ranks"] == 1
@@ -135,7 +135,12 @@ def free_port() -> int:
 
 
 def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(stat_of(pid)[1])
+
+
+def stat_of(pid: int) -> list[str]:
+    """What /proc/PID/stat says after the name: state, parent, ...; the 20th is when it started."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -147,9 +152,14 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     raise AssertionError("it did not happen in 600 s")
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below one, by /proc. Ray's daemons leave their parent, so everything started later by this user counts."""
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and int(path.name) > pid]
+def started_since(pid: int) -> list[int]:
+    """All processes that began no earlier than one. Ray's daemons leave their parent, and numbers wrap around: neither tells."""
+    began, found = int(stat_of(pid)[19]), []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                found += [int(path.name)] if int(stat_of(int(path.name))[19]) >= began else []
+    return found
 
 
 def command_of(pid: int) -> str:
