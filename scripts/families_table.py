@@ -26,11 +26,11 @@ from vlm_dist.models.export import save_pretrained_merged
 from vlm_dist.models.generate import generate
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora, find_targets
+from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.trained import load_trained
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import write_json, write_text
 from vlm_dist.testing import tiny_checkpoint, tiny_families
-from vlm_dist.training.loss import summed_loss
 from vlm_dist.training.prepare import describe_environment
 
 CPU = torch.device("cpu")

@@ -228,6 +228,10 @@ class HealthConfig(Section):
     """A rank that needs so many times as long as the others for its own work is named."""
     timeout_s: PositiveFloat | None = 900
     """Seconds without any progress until the run ends, with the stack of every rank that can be reached; null: wait for ever."""
+    on_too_large: Literal["refuse", "tell", "ignore"] = "refuse"
+    """On a GPU: what to do where a step is counted to need more memory than the card has; ignore: it is not counted."""
+    rehearse: bool | Literal["auto"] = "auto"
+    """Compute the fullest micro-batch once before training, so that too little memory shows in the first minute; auto: on a GPU."""
 
 
 class LogConfig(Section):

@@ -56,6 +56,23 @@ def dump_config(config: Config) -> str:
     return stream.getvalue()
 
 
+def write_changed(source: Path, out: Path, settings: dict[str, Any]) -> None:
+    """A copy of a YAML file with some dotted settings changed; comments and order stay."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="rt", pure=True)
+    yaml.width, yaml.preserve_quotes = 4096, True
+    tree = yaml.load(source.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    with out.open("w", encoding="utf-8") as file:
+        yaml.dump(tree, file)
+
+
 def differences(old: Config, new: Config, sections: Iterable[str], harmless: Iterable[str] = ()) -> list[str]:
     """`key: old -> new` for each leaf that differs in the given top-level sections and is not among the `harmless`."""
     flat_old, flat_new = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))

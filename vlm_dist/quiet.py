@@ -14,7 +14,7 @@ def quiet_libraries() -> None:
     # A repository's `kernels/` folder on the path is no reason to speak of Hugging Face's optional package of that name.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_not_about_accelerator)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     # torch: raised inside DeepSpeed and peft on every start
     warnings.filterwarnings("ignore", message=".*torch.utils._pytree.*", category=FutureWarning)
     # torch 2.13: DeepSpeed calls these by their old names at ZeRO stage 3

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """The interpreter runs kernels on CPU tensors, for tests. Triton reads the variable once, when it is imported."""
@@ -30,9 +33,28 @@ class Compilation:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+_counting = contextvars.ContextVar("counting", default=False)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Fake tensors, which have a shape and no data, take the kernels' path: to count what a GPU would hold and compute where there is
+    none. (torch.compile for a CPU traces with them too, so this must be said.)"""
+    token = _counting.set(True)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Whether a tensor goes to the Triton kernel; else to the PyTorch path."""
-    return tensor.is_cuda or INTERPRETED
+    return tensor.is_cuda or INTERPRETED or is_counted(tensor)
+
+
+def is_counted(tensor: torch.Tensor) -> bool:
+    """Whether it is fake and stands for one on a GPU (`as_on_gpu`): there is nothing to launch a kernel on."""
+    return _counting.get() and isinstance(tensor, FakeTensor)
 
 
 def row_block(columns: int) -> tuple[int, int]:

@@ -107,6 +107,16 @@ def _row_losses(
     return loss
 
 
+def _chunk_rows(weight: torch.Tensor, kind: str) -> int:
+    return max(16, CHUNK_BYTES[kind] // max(1, len(weight) * weight.element_size()))
+
+
+def workspace_bytes(rows: int, weight: torch.Tensor, kind: str = "cuda") -> int:
+    """What so many supervised rows need for a moment: a chunk's hidden states and logits, and the weight's gradient if it trains."""
+    chunk = min(rows, _chunk_rows(weight, kind)) * sum(weight.shape) * weight.element_size()
+    return chunk + (4 * weight.numel() if weight.requires_grad else 0)
+
+
 @torch.library.custom_op("vlm_kernels::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, smoothing: float, z_loss: float,
@@ -119,7 +129,7 @@ def _linear_cross_entropy(
     dh = hidden.new_empty((S if with_grad else 0, hidden.shape[1]))
     dw = torch.zeros(weight.shape if with_dw else (0,), dtype=torch.float32, device=hidden.device)
     db = torch.zeros(V if with_dw and bias is not None else 0, dtype=torch.float32, device=hidden.device)
-    chunk = max(16, CHUNK_BYTES[hidden.device.type] // max(1, V * hidden.element_size()))
+    chunk = _chunk_rows(weight, hidden.device.type)
     for start in range(0, S, chunk):
         part = rows[start : start + chunk]
         h = hidden[part]

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlm_kernels.common import INTERPRETED, Compilation, runs_kernel, triton_type
+from vlm_kernels.common import INTERPRETED, Compilation, is_counted, runs_kernel, triton_type
 from vlm_kernels.nf4_dequantize import block_scale, nf4_dequantize
 
 SMALL = 16
@@ -77,6 +77,8 @@ def _dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         return x * kept.to(x.dtype).div_(1 - p)
     x = x.contiguous()
     y = torch.empty_like(x)
+    if is_counted(x):
+        return y
     _dropout_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, seed, x.numel(), p, BLOCK=1024)
     return y
 
@@ -117,7 +119,7 @@ class _NF4LoraLinear(torch.autograd.Function):
 def _base(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
     """x W^T."""
     N, K = state.shape
-    if not runs_kernel(x) or len(x) > SMALL or K % state.blocksize or state.blocksize > TILE["BLOCK_K"] or x.numel() == 0:
+    if not runs_kernel(x) or is_counted(x) or len(x) > SMALL or K % state.blocksize or state.blocksize > TILE["BLOCK_K"] or x.numel() == 0:
         return torch.nn.functional.linear(x, nf4_dequantize(codes, state, x.dtype))
     nested = state.state2 if state.nested else None
     more = (nested.code, nested.absmax, state.offset) if nested is not None else (state.code, state.code, state.code)

@@ -17,10 +17,11 @@ LEAVES = {"config", "config_load", "config_model", "distributed", "errors", "fam
 ALLOWED = {
     "data": set(),
     "models": set(),
-    "training": {"data", "models"},
+    "planning": {"data", "models"},
+    "training": {"data", "models", "planning"},
     "reporting": set(),
     "testing": {"models"},
-    "cli": {"data", "models", "training", "reporting"},
+    "cli": {"data", "models", "planning", "training", "reporting"},
     "__init__": {"data", "models", "training"},
     "launch": {"cli", "training"},
     "vlm_kernels": set(),

@@ -12,9 +12,9 @@ from pathlib import Path
 from vlm_dist import distributed, load_config
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.stream import open_stream
+from vlm_dist.models.loss import summed_loss
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training.engine import start_engine
-from vlm_dist.training.loss import summed_loss
 from vlm_dist.training.prepare import load_trainable
 
 

@@ -17,7 +17,7 @@ from vlm_dist.models.generate import generate
 from vlm_dist.models.introspect import family_of
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
-from vlm_dist.training.loss import summed_loss
+from vlm_dist.models.loss import summed_loss
 
 CPU = torch.device("cpu")
 

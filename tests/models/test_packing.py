@@ -11,9 +11,9 @@ from vlm_dist.data.encode import IGNORED, Encoder
 from vlm_dist.data.lengths import Ruler, count_patches
 from vlm_dist.data.samples import Sample
 from vlm_dist.models.introspect import family_of
+from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.patching import patch_model
 from vlm_dist.models.positions import position_rule
-from vlm_dist.training.loss import summed_loss
 
 SIZES = [[(40, 30)], [], [(64, 64)], [(300, 200)], [(33, 77)]]
 

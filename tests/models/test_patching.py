@@ -17,9 +17,9 @@ from vlm_dist.errors import ConfigError
 from vlm_dist.models.generate import generate
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
+from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.patching import patch_model
 from vlm_dist.models.patching_vision import attend_in_windows
-from vlm_dist.training.loss import summed_loss
 
 CPU = torch.device("cpu")
 

@@ -7,13 +7,13 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, inspect, report, train
+from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, inspect, plan, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
-COMMANDS = (data, config, doctor, inspect, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
+COMMANDS = (data, config, doctor, inspect, plan, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   data synth      make a synthetic data set
@@ -24,6 +24,7 @@ check     doctor          is this machine fit to train
           data verify     read every sample: what is unusable, duplicates, leaks
           inspect         what the model will be fed, and what looks wrong
           data order      which samples each step holds
+          plan            memory and time on a GPU, and what fits
 train     train           train, or continue where it stopped
           launch          the same on several GPUs or nodes: deepspeed, torchrun, SLURM, Ray
 look      eval, report    scores on held-out samples; one page about a run

@@ -46,7 +46,7 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
         target_modules=as_pattern(modules, names) if modules else [],
         rank_pattern=_by_side(config, "r", family, modules, names),
         alpha_pattern=_by_side(config, "alpha", family, modules, names),
-        modules_to_save=[_trainable_whole(name, model, names) for name in whole] or None,
+        modules_to_save=[part for name in whole for part in _trainable_whole(name, model, names)] or None,
         bias=config.bias,
         use_rslora=config.rslora,
         use_dora=config.dora,
@@ -106,7 +106,10 @@ def _by_side(config: LoraConfig, what: str, family: Family, modules: list[str], 
     return {as_pattern(members, names): values[side] for side, members in chosen.items() if members}
 
 
-def _trainable_whole(name: str, model: PreTrainedModel, names: list[str]) -> str:
+def _trainable_whole(name: str, model: PreTrainedModel, names: list[str]) -> list[str]:
+    """The name as PEFT takes it: of a list of modules, which has no forward of its own, the modules."""
+    import torch
+
     found = [other for other in names if other == name or other.endswith("." + name)]
     if not found:
         raise ModelError(f"lora.modules_to_save: the model has no module '{name}'; give one such as lm_head or embed_tokens")
@@ -117,7 +120,8 @@ def _trainable_whole(name: str, model: PreTrainedModel, names: list[str]) -> str
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight and {id(head), id(embedding)} & {id(model.get_submodule(o)) for o in found}:
         raise ModelError(f"lora.modules_to_save: '{name}' shares its weights between input and output in this model; it cannot train alone")
-    return name
+    lists = [other for other in found if isinstance(model.get_submodule(other), torch.nn.ModuleList)]
+    return [f"{other}.{number}" for other in lists for number in range(len(model.get_submodule(other)))] or [name]  # pyright: ignore[reportArgumentType]
 
 
 def _is_idle(name: str, model: torch.nn.Module, family: Family) -> bool:

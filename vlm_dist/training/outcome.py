@@ -35,7 +35,7 @@ def config_hash(config: Config) -> str:
 
 
 def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps: int, done: int, log: Log) -> None:
-    """What is about to be trained, in four lines."""
+    """What is about to be trained, line by line."""
     from vlm_dist.models.lora import count_trainable
 
     counts = count_trainable(loaded.model, loaded.family)
@@ -44,6 +44,8 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
     form = "NF4" if config.model.load_in_4bit else str(loaded.dtype).removeprefix("torch.")
     log.say(f"run {run.path}: {loaded.family.model_type}, {total:,} parameters in {form}, {sum(counts.values()):,} trainable ({sides})")
     log.say(f"kernels: {loaded.kernels}")
+    if loaded.rehearsal:
+        log.say(loaded.rehearsal)
     log.say(
         f"data: {stream.num_samples:,} samples in {stream.num_shards} shards; "
         f"{steps} steps of {config.training.global_batch} {'rows' if stream.pack else 'samples'}, {steps - done} to go"

@@ -43,6 +43,8 @@ class Loaded:
     fingerprint: str
     kernels: str
     """What was put into the model, in words."""
+    rehearsal: str = ""
+    """What its fullest micro-batch took, in words; nothing where it was not tried."""
 
 
 def count_steps(config: Config, stream: Stream, ranks: Ranks) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from vlm_dist.config import OptimConfig
 from vlm_dist.families import FAMILIES
-from vlm_dist.training.loss import summed_loss
+from vlm_dist.models.loss import summed_loss
 from vlm_dist.training.optim import build_optimizer, learning_rate
 
 

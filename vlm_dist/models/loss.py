@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vlm_dist.data.encode import IGNORED
+IGNORED = -100  # as in torch.nn.functional.cross_entropy
 
 OURS = ("labels", "datasets", "num_datasets")  # what the model does not take
 

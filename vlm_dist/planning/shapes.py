@@ -1,0 +1,254 @@
+"""Running a model's own code on tensors without data, and counting what it holds, computes and moves.
+
+Floating-point tensors are fake (torch's FakeTensorMode): a shape, a dtype, no memory. Integers and masks are real: they say how many
+picture tokens there are, which rows are supervised and where windows begin, and models read them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from vlm_dist.models.patching_loss import as_on_gpu, workspace_bytes
+
+aten = torch.ops.aten
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor)
+# What a comparison of numbers that are not there is taken to give: pictures are no padding, nothing is infinite.
+COMPARED = {aten.eq: False, aten.ne: True, aten.isnan: False, aten.isinf: False, aten.isfinite: True}
+IN_FLOAT32 = (torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax)
+"""What autocast computes in float32 on a GPU and not on a CPU."""
+FREE = (aten.detach.default, aten.lift_fresh.default)
+
+
+@dataclass
+class Count:
+    """What ran."""
+
+    live: int = 0
+    """Bytes held now."""
+    peak: int = 0
+    """Most bytes held at once since the last `mark`."""
+    work: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """(FLOPs of products, bytes read and written) of each operation -> how often."""
+
+    @property
+    def flops(self) -> int:
+        return sum(flops * number for (flops, _), number in self.work.items())
+
+    @property
+    def moved(self) -> int:
+        return sum(moved * number for (_, moved), number in self.work.items())
+
+    def mark(self) -> None:
+        """Begin anew: what is held stays held."""
+        self.peak, self.work = self.live, Counter()
+
+
+class Tally(TorchDispatchMode):
+    """Counts what runs inside, on tensors with data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Count()
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        result = self.perform(func, args, kwargs, given)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if not func.is_view and func not in FREE:
+            self._add_work(func, args, kwargs, given, made)
+        for tensor in made:
+            self.hold(tensor)
+        return result
+
+    def perform(self, func: Any, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> Any:
+        return func(*args, **kwargs)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's memory until nothing holds it."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._held:
+            self._held[key] = storage.nbytes()
+            self.use(storage.nbytes())
+            weakref.finalize(storage, self._let_go, key)
+
+    def use(self, nbytes: int, *, briefly: bool = False) -> None:
+        """Memory that is taken, or needed for a moment beside what is held."""
+        count = self.count
+        count.peak = max(count.peak, count.live + nbytes)
+        count.live += 0 if briefly else nbytes
+
+    def _let_go(self, key: int) -> None:
+        self.count.live -= self._held.pop(key)
+
+    def _add_work(self, func: Any, args: tuple, kwargs: dict, given: list, made: list) -> None:
+        flops = flop_registry.get(func._overloadpacket)
+        number = flops(*args, **kwargs, out_val=made[0] if len(made) == 1 else made) if flops else ATTENTION.get(func, _none)(args)
+        moved = sum(_nbytes(tensor) for tensor in [*given, *made])
+        if moved:
+            self.count.work[int(number), moved] += 1
+
+
+class Shapes(Tally):
+    """The same on tensors without data. Use it through `counting`."""
+
+    def __init__(self, on_gpu: bool):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.on_gpu = on_gpu
+
+    def perform(self, func: Any, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> Any:
+        if not given:
+            return self._construct(func, args, kwargs)
+        if not any(isinstance(tensor, FakeTensor) for tensor in given):
+            return func(*args, **kwargs)
+        name = func._overloadpacket
+        if name in COMPARED:
+            return torch.full(torch.broadcast_shapes(*(tensor.shape for tensor in given)), COMPARED[name])
+        rule = RULES.get(name)
+        return rule(self, func, args, kwargs) if rule else self.run(func, _with_places(func, args), kwargs)
+
+    def run(self, func: Callable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """An operation on shapes."""
+        with self.fake:
+            return func(*args, **(kwargs or {}))
+
+    def _construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Numbers without data; integers and masks as they are."""
+        fake = self.run(func, args, kwargs)
+        if not isinstance(fake, torch.Tensor) or fake.is_floating_point():
+            return fake
+        return func(*args, **{**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """What a GPU does otherwise than a CPU: attention without a matrix of scores, and some functions in float32 under autocast."""
+
+    def __init__(self, on_gpu: bool):
+        super().__init__()
+        self.on_gpu = on_gpu
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.allclose, torch.equal) and any(isinstance(one, FakeTensor) for one in args):
+            return True  # probes that compare a kernel with what it replaces
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attend(*args, **kwargs)
+        if self.on_gpu and func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = (args[0].float(), *args[1:])
+            kwargs = {name: value.float() if isinstance(value, FakeTensor) else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _attend(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """Fused attention, which keeps queries, keys, values (of fewer heads, if they are), its result and a number a row."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+    width = value.shape[-1]
+    if width < query.shape[-1]:
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
+    result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
+    return result[0][..., :width]
+
+
+@contextmanager
+def counting(*, on_gpu: bool) -> Iterator[Shapes]:
+    """Count what runs inside, as a GPU would hold and compute it, or as this CPU does."""
+    with ExitStack() as stack:
+        shapes = Shapes(on_gpu)
+        stack.enter_context(shapes)
+        stack.enter_context(_AsOnGpu(on_gpu))
+        if on_gpu:
+            stack.enter_context(as_on_gpu())
+        yield shapes
+
+
+def _with_places(func: Any, args: tuple) -> tuple:
+    """A real mask as an index becomes the places that it chooses: how many they are is known."""
+    if func not in INDEXED:
+        return args
+    places = []
+    for index in args[1]:
+        is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        places += index.nonzero(as_tuple=True) if is_mask else [index]
+    return (args[0], places, *args[2:])
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _none(args: tuple) -> int:
+    return 0
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, products: int) -> int:
+    """Products of [T, D] by [D, S] for each head: scores and result, or in the backward pass those again and the gradients of three."""
+    batch, heads, rows, width = query.shape
+    return 2 * products * batch * heads * rows * key.shape[2] * width
+
+
+ATTENTION: dict[Any, Callable[[tuple], int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda args: _attention_flops(*args[:2], products=2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda args: _attention_flops(*args[1:3], products=5),
+}
+
+
+def _head_and_loss(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
+    """vlm_kernels.linear_cross_entropy: how many rows are supervised is read off the labels; a chunk of logits exists for a moment."""
+    hidden, weight, bias, labels, *_, with_grad, with_dw = args
+    rows = int((labels >= 0).sum())
+    products = 1 + with_grad + with_dw
+    shapes.count.work[2 * rows * weight.numel() * products, _nbytes(weight) * products + 2 * rows * hidden.shape[1]] += 1
+    shapes.use(workspace_bytes(rows, weight, "cuda" if shapes.on_gpu else "cpu"), briefly=True)
+    return shapes.run(
+        lambda: (
+            torch.empty(()),
+            torch.empty(rows, dtype=torch.int64),
+            hidden.new_empty((rows if with_grad else 0, hidden.shape[1])),
+            weight.new_empty(weight.shape if with_dw else (0,)),
+            weight.new_empty(len(weight) if with_dw and bias is not None else 0),
+        )
+    )
+
+
+def _four_bit_product(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
+    """bitsandbytes' product with 4-bit weights: they are put into 16 bit for the moment."""
+    x, shape = args[0], args[2]
+    size = shape[0] * shape[1]
+    shapes.count.work[2 * (x.numel() // x.shape[-1]) * size, 3 * size * x.element_size()] += 1
+    shapes.use(size * x.element_size(), briefly=True)
+    return shapes.run(lambda: x.new_empty((*x.shape[:-1], shape[0])))
+
+
+RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def _add_rules() -> None:
+    """Operations whose cost does not show in their arguments; both libraries register them when they are imported."""
+    import bitsandbytes  # noqa: F401
+
+    RULES[torch.ops.vlm_kernels.linear_cross_entropy] = _head_and_loss
+    RULES[torch.ops.bitsandbytes.gemm_4bit] = _four_bit_product
+
+
+_add_rules()

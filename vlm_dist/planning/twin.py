@@ -1,0 +1,103 @@
+"""A model as training would hold it, of tensors without data: built from its config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vlm_dist.config import Config
+from vlm_dist.families import Family
+from vlm_dist.models.checkpointing import checkpoint_gradients
+from vlm_dist.models.load import nf4_config
+from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
+from vlm_dist.models.patching import patch_model
+from vlm_dist.planning.shapes import Shapes
+
+BLOCK, OUTER_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantisation
+CODES, OUTER_CODES = 16, 256
+
+
+def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtype, shapes: Shapes) -> Any:
+    """What `load_trainable` would give, and `start_engine` would train: NF4, adapters, kernels, checkpointing; what trains in float32.
+    Call it inside `counting`."""
+    with _disable_current_modes(), torch.device("meta"):
+        model = _skeleton(config, hf_config, family, dtype)
+        checkpoint_gradients(model, family, config.model.gradient_checkpointing)
+        patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
+    _give_shapes(model, dtype)
+    return model.train()
+
+
+@contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    """As DeepSpeed's torch_autocast, which training uses with bfloat16."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
+
+
+def _skeleton(config: Config, hf_config: Any, family: Family, dtype: torch.dtype) -> Any:
+    """Modules and adapters on the meta device, by the very calls that training makes."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    attention = "sdpa" if config.model.attn_implementation in ("auto", "flash_attention_2") else config.model.attn_implementation
+    with no_init_weights():
+        model = AutoModelForImageTextToText.from_config(
+            hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.trust_remote_code
+        )
+    model.tie_weights()
+    if config.model.load_in_4bit:
+        settings = nf4_config(family, dtype, trained_whole(family, config.lora) if config.lora else ())
+        replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
+        model.is_loaded_in_4bit = True
+    if config.lora is not None:
+        return add_lora(model, family, config.lora)
+    freeze_sides(model, family, config.model.freeze)
+    return model
+
+
+def _give_shapes(model: Any, dtype: torch.dtype) -> None:
+    """Fake tensors in place of those on the meta device; what trains in float32, 4-bit weights in the size that bitsandbytes gives them."""
+    from bitsandbytes.nn import Linear4bit
+
+    made: dict[int, torch.nn.Parameter] = {}  # weights that two modules share stay one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                trains = parameter.requires_grad
+                if isinstance(module, Linear4bit) and name == "weight":
+                    made[id(parameter)] = _packed(module, dtype)
+                else:
+                    number = torch.empty(parameter.shape, dtype=torch.float32 if trains else parameter.dtype)
+                    made[id(parameter)] = torch.nn.Parameter(number, requires_grad=trains)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _packed(module: Any, dtype: torch.dtype) -> torch.nn.Parameter:
+    """Two weights a byte, a byte for the scale of 64, a float32 for the scale of 256 such, in the storage type `dtype`."""
+    from bitsandbytes.functional import QuantState
+
+    number = module.in_features * module.out_features
+    blocks = -(-number // BLOCK)
+    storage = torch.empty((-(-number // 2)) // dtype.itemsize, 1, dtype=dtype)
+    weight: Any = torch.nn.Parameter(storage, requires_grad=False)
+    scales = torch.empty(-(-blocks // OUTER_BLOCK))
+    outer = QuantState(absmax=scales, code=torch.empty(OUTER_CODES), blocksize=OUTER_BLOCK, dtype=torch.float32)
+    weight.quant_state = QuantState(
+        absmax=torch.empty(blocks).to(torch.uint8), shape=torch.Size((module.out_features, module.in_features)), code=torch.empty(CODES),
+        blocksize=BLOCK, quant_type="nf4", dtype=dtype, offset=torch.empty(()), state2=outer,
+    )  # fmt: skip
+    weight.compress_statistics, weight.quant_type = True, "nf4"
+    return weight

@@ -1,0 +1,260 @@
+"""What a configuration will need on some GPU, what else would fit, and the best settings; from the checkpoint's config.json, no weights."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.config import Config
+from vlm_dist.data.encode import Encoder
+from vlm_dist.data.samples import Size
+from vlm_dist.distributed import Ranks
+from vlm_dist.errors import DataError, MachineError, ModelError
+from vlm_dist.models.load import read_model_config
+from vlm_dist.models.processor import load_processor
+from vlm_dist.run_dir import RunDir
+from vlm_dist.training.engine import check_batches, zero_stage
+from vlm_dist.training.prepare import model_source, open_quarantine
+
+if TYPE_CHECKING:
+    from vlm_dist.planning.count import Counted
+    from vlm_dist.planning.gpus import Gpu
+    from vlm_dist.planning.workload import Workload
+
+Checkpointing = bool | dict[Any, Any]
+MODES: dict[str, Checkpointing] = {"none": False, "vision": {"vision": True}, "language": {"language": True}, "all": True}
+ROUNDED = 64  # tokens that a row's length is rounded down to
+ASSUMED: Size = (1024, 1024)
+UNSURE = 0.1  # a plan that is over by less is tried
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Planner:
+    """A model on a GPU, counted as often as it is asked."""
+
+    config: Config
+    gpu: Gpu
+    gpus: int
+    hf_config: Any
+    encoder: Encoder
+    family: Any
+    workload: Workload
+    note: Callable[[str], object]
+    _counted: dict[tuple, Counted] = field(default_factory=dict)
+
+    def count(self, config: Config, rows: int, tokens: int | None = None) -> Counted:
+        """One micro-batch of so many rows."""
+        key = _mode_of(config), rows, tokens or self.workload.tokens
+        if key not in self._counted:
+            self._counted[key] = self._count(config, rows, tokens)
+        return self._counted[key]
+
+    def _count(self, config: Config, rows: int, tokens: int | None) -> Counted:
+        import torch
+
+        from vlm_dist.planning.count import count_micro_batch
+        from vlm_dist.planning.workload import micro_batch
+
+        name = _mode_of(config)
+        self.note(f"counting {rows} x {tokens or self.workload.tokens} tokens, gradient checkpointing: {name}")
+        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+        batch = micro_batch(self.encoder, self.workload, rows, tokens)
+        return count_micro_batch(config, self.hf_config, self.family, dtype, batch, accumulates=self.rounds(rows) > 1)
+
+    def rounds(self, rows: int) -> int:
+        return max(1, self.config.training.global_batch // (rows * self.gpus))
+
+    def total(self, config: Config, counted: Counted) -> int:
+        from vlm_dist.planning.memory import memory_of
+
+        return memory_of(counted, config, zero_stage(config, self.gpus), self.gpus).total
+
+    def describe(self, config: Config, rows: int, counted: Counted) -> dict[str, Any]:
+        """The numbers of one choice of settings."""
+        from vlm_dist.planning.memory import memory_of, time_of
+
+        stage = zero_stage(config, self.gpus)
+        memory = memory_of(counted, config, stage, self.gpus)
+        time = time_of(counted, self.gpu, self.rounds(rows), self.gpus)
+        tokens = self.workload.tokens * rows * self.rounds(rows) * self.gpus
+        return {
+            "gradient_checkpointing": _mode_of(config),
+            "micro_batch": rows,
+            "micro_batches_a_step": self.rounds(rows),
+            "zero_stage": stage,
+            "memory": memory.parts,
+            "total": memory.total,
+            "host": memory.host,
+            "fits": memory.total <= self.gpu.memory,
+            "flops": {"forward": counted.forward_flops, "vision": counted.vision_flops, "backward": counted.backward_flops},
+            "step_s": {"limit": time.limit, "fast": time.fast, "slow": time.slow},
+            "tokens_per_s": {"limit": tokens / time.limit, "fast": tokens / time.fast, "slow": tokens / time.slow},
+        }
+
+    def choices(self) -> Iterator[dict[str, Any]]:
+        """By what is recomputed: the largest micro-batch that fits, and what one row of it takes; where not even one row fits, none."""
+        for mode in MODES.values():
+            config = _with(self.config, mode, 1)
+            counted = self.count(config, 1)
+            one = self.describe(config, 1, counted)
+            if not one["fits"]:
+                yield one
+                continue
+            rows = self._most_rows(config, counted)
+            yield one if rows == 1 else self.describe(config, rows, self.count(config, rows))
+
+    def _most_rows(self, config: Config, counted: Counted) -> int:
+        """Among the divisors of a rank's share of the global batch."""
+        share = self.config.training.global_batch // self.gpus
+        fixed = self.total(config, counted) - counted.peak
+        fitting = [rows for rows in range(1, share + 1) if share % rows == 0 and fixed + 1.1 * rows * counted.peak <= self.gpu.memory]
+        return max(fitting, default=1)
+
+    def longest_row(self, config: Config) -> int:
+        """Most tokens of a row that fit with this micro-batch, the pictures being the same; 0: not even the pictures."""
+        rows = config.training.micro_batch
+        low, high = self.workload.tokens, 2 * self.workload.tokens
+        first, second = (self.total(config, self.count(config, rows, tokens)) for tokens in (low, high))
+        slope = max(1.0, (second - first) / (high - low))
+        tokens = int(low + (self.gpu.memory - first) / slope) // ROUNDED * ROUNDED
+        return max(0, tokens)
+
+
+@contextmanager
+def open_planner(
+    config: Config, gpu: Gpu, gpus: int, *, size: Size | None = None, pictures: int = 1, note: Callable[[str], object] = lambda _: None
+) -> Iterator[Planner]:
+    """Read the checkpoint's config.json and processor, and look at the data.
+
+    Args:
+        size: assume rows of data.max_seq_length tokens with so many `pictures` of this size; None: measure data.train, and where that
+            cannot be read, assume a picture of ASSUMED.
+        note: is told what is being counted.
+    """
+    import torch
+
+    check_batches(config, gpus)
+    if config.model.dtype == "auto":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        source = model_source(config, run, Ranks(0, 0, 1, torch.device("cpu")))
+        hf_config, family = read_model_config(config.model, source)
+        encoder = Encoder(load_processor(config.model, source), max_seq_length=2**31)
+        workload = _workload(config, encoder, family, run, size, pictures)
+        yield Planner(config, gpu, gpus, hf_config, encoder, family, workload, note)
+
+
+def make_plan(planner: Planner, *, others: bool = True) -> dict[str, Any]:
+    """The configuration's own settings, and with `others` what else would fit."""
+    config, gpu = planner.config, planner.gpu
+    rows = config.training.micro_batch
+    own = planner.describe(config, rows, planner.count(config, rows))
+    plan = {
+        "name": config.name,
+        "model": config.model.name or "from parts",
+        "gpu": {"name": gpu.name, "memory": gpu.memory, "tflops": gpu.flops / 1e12, "gb_per_s": gpu.bandwidth / 1e9},
+        "gpus": planner.gpus,
+        "row": {"tokens": planner.workload.tokens, "pictures": list(planner.workload.pictures), "why": planner.workload.why},
+        "own": own,
+    }
+    if others:
+        plan["choices"] = list(planner.choices())
+        plan["longest_row"] = planner.longest_row(config)
+    return plan
+
+
+def best_of(plan: dict[str, Any]) -> dict[str, Any]:
+    """The quickest of the choices that fit.
+
+    Raises:
+        MachineError: none does.
+    """
+    fitting = [choice for choice in plan["choices"] if choice["fits"]]
+    if not fitting:
+        least = min(choice["total"] for choice in plan["choices"])
+        raise MachineError(
+            f"plan: nothing fits {plan['gpu']['name']} ({plan['gpu']['memory'] / 1e9:.1f} GB): one row of {plan['row']['tokens']} tokens "
+            f"takes {least / 1e9:.1f} GB at the least; lower data.max_seq_length, use smaller pictures (model.processor), or a larger card"
+        )
+    return min(fitting, key=lambda choice: choice["step_s"]["fast"])
+
+
+def settings_of(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice as dotted settings."""
+    return {
+        "training.micro_batch": choice["micro_batch"],
+        "model.gradient_checkpointing": MODES[choice["gradient_checkpointing"]],
+    }
+
+
+def check_fits(config: Config, ranks: Ranks, gpu: Gpu | None = None) -> None:
+    """Before anything is loaded: refuse what the card of this rank cannot hold, as `health.on_too_large` says. Nothing on a CPU.
+
+    Raises:
+        MachineError: a step would need more memory than the card has.
+    """
+    import torch
+
+    from vlm_dist.planning.gpus import Gpu
+
+    if config.health.on_too_large == "ignore" or (gpu is None and ranks.device.type != "cuda"):
+        return
+    problem = None
+    if ranks.is_first:
+        card = gpu or Gpu(torch.cuda.get_device_name(ranks.device), torch.cuda.mem_get_info(ranks.device)[1], 1.0, 1.0, 1.0)
+        try:
+            with open_planner(config, card, ranks.world_size) as planner:
+                own = make_plan(planner, others=False)["own"]
+        except ModelError as error:
+            logger.warning("%s", error)  # a model that cannot be counted may train all the same
+        else:
+            if own["total"] > card.memory:
+                problem = _too_large(own, card), own["total"] > (1 + UNSURE) * card.memory
+    problem = ranks.gather(problem)[0]
+    if problem is None:
+        return
+    words, surely = problem
+    if surely and config.health.on_too_large == "refuse":
+        raise MachineError(f"{words}; or insist with health.on_too_large=tell")
+    if ranks.is_first:
+        logger.warning("%s; trying it all the same", words)
+
+
+def _too_large(own: dict[str, Any], card: Gpu) -> str:
+    largest = sorted(own["memory"].items(), key=lambda part: -part[1])[:4]
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
+    return (
+        f"training.micro_batch={own['micro_batch']}: a step needs about {own['total'] / 1e9:.1f} GB, {card.name} has "
+        f"{card.memory / 1e9:.1f} ({parts}); `vlm-dist plan CONFIG --auto` finds settings that fit"
+    )
+
+
+def _workload(config: Config, encoder: Encoder, family: Any, run: RunDir, size: Size | None, pictures: int) -> Workload:
+    from vlm_dist.planning.workload import assumed, measured
+
+    if size is not None:
+        return assumed(config, encoder, size, pictures)
+    try:
+        return measured(config, encoder, config.data.packing and family.packs, open_quarantine(config, run))
+    except DataError as error:
+        found = assumed(config, encoder, ASSUMED, 1)
+        return replace(found, why=f"{found.why}, because data.train cannot be measured ({str(error).split(';')[0]})")
+
+
+def _mode_of(config: Config) -> str:
+    wanted = config.model.gradient_checkpointing
+    if isinstance(wanted, bool):
+        return "all" if wanted else "none"
+    return next((name for name, mode in MODES.items() if mode == wanted), str(wanted))
+
+
+def _with(config: Config, mode: Checkpointing, rows: int) -> Config:
+    model = config.model.model_copy(update={"gradient_checkpointing": mode})
+    return config.model_copy(update={"model": model, "training": config.training.model_copy(update={"micro_batch": rows})})

@@ -1,0 +1,64 @@
+"""The fullest micro-batch, once, before training: too little memory shows in the first minute and not in the ninth hour."""
+
+from __future__ import annotations
+
+from vlm_dist.config import Config
+from vlm_dist.data.encode import Encoder
+from vlm_dist.distributed import Ranks
+from vlm_dist.models.generate import autocast
+from vlm_dist.models.loss import summed_loss
+from vlm_dist.planning.memory import optimizer_bytes
+from vlm_dist.planning.workload import measured, micro_batch, patches_of
+from vlm_dist.run_dir import RunDir
+from vlm_dist.training.engine import zero_stage
+from vlm_dist.training.outcome import peak_memory
+from vlm_dist.training.prepare import Loaded, open_quarantine
+
+WHOLE = 2  # the highest ZeRO stage at which every rank holds the whole model
+
+
+def rehearse(config: Config, loaded: Loaded, run: RunDir, ranks: Ranks) -> str:
+    """Compute it forward and backward, with room taken for the optimizer; nothing of it stays.
+
+    Returns:
+        What it took, in words; nothing where it was not done.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit; the trainer says what would help.
+    """
+    import torch
+
+    stage = zero_stage(config, ranks.world_size)
+    wanted = ranks.device.type == "cuda" if config.health.rehearse == "auto" else config.health.rehearse
+    if not wanted or stage > WHOLE or config.engine.offload != "none":
+        return ""
+    encoder = Encoder(loaded.processor, max_seq_length=2**31)
+    workload = measured(config, encoder, config.data.packing and loaded.family.packs, open_quarantine(config, run))
+    rows = config.training.micro_batch
+    batch = {name: tensor.to(ranks.device) for name, tensor in micro_batch(encoder, workload, rows).items()}
+    model = loaded.model.to(ranks.device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    moments = torch.empty(optimizer_bytes([parameter.numel() for parameter in parameters], config.optim.name), dtype=torch.uint8,
+                          device=ranks.device)  # fmt: skip
+    was_training = model.training
+    model.train()
+    try:
+        for _ in range(min(2, config.training.global_batch // (rows * ranks.world_size))):  # the second meets the gradients of the first
+            with autocast(model):
+                loss = summed_loss(model, batch)
+            loss.backward()
+        peak = peak_memory(ranks)
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        model.train(was_training)
+        del moments
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+    used = f"{peak / 1e9:.2f}"
+    if ranks.device.type == "cuda":
+        used += f" of {torch.cuda.get_device_properties(ranks.device).total_memory / 1e9:.2f}"
+    return f"rehearsed the fullest micro-batch ({batch['input_ids'].numel():,} tokens, {patches_of(batch):,} patches): {used} GB"
