@@ -32,8 +32,10 @@ REQUIREMENTS = [
 ]
 DATASETS = ["datasets>=5"]
 TRL = ["trl>=1.16", *DATASETS]
+CHAT = ["gradio>=6"]
 DEVELOPMENT = [
     *TRL,
+    *CHAT,
     "s3fs>=2025.9",
     "moto[s3]>=5",
     "flask>=3",
@@ -60,6 +62,6 @@ setup(
     package_dir={"vlm_kernels": "kernels/vlm_kernels"},
     package_data={"vlm_dist.reporting": ["*.html"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEVELOPMENT, "trl": TRL, "datasets": DATASETS, "s3": ["s3fs>=2025.9"], "gcs": ["gcsfs>=2025.9"]},
+    extras_require={"dev": DEVELOPMENT, "trl": TRL, "chat": CHAT, "datasets": DATASETS, "s3": ["s3fs>=2025.9"], "gcs": ["gcsfs>=2025.9"]},
     entry_points={"console_scripts": ["vlm-dist=vlm_dist.cli.main:main"]},
 )

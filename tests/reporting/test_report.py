@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.browser import browser, errors_of
 from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.reporting.report import write_report
 from vlm_dist.reporting.watch import serve_report
@@ -98,28 +98,12 @@ def test_no_run(tmp_path):
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False)])
 def test_in_a_browser(run, width, dark):
     """The page opens from file://, its pictures load, nothing overflows the window, and no error is logged."""
-    if not shutil.which("chromium"):
-        pytest.skip("chromium is not installed (scripts/test.sh installs it as root)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "no-first-run"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     page = write_report(run)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    with browser(width, dark=dark) as driver:
         driver.get(page.as_uri())
         assert driver.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         assert driver.execute_script("return document.querySelectorAll('.answer').length") == 2
         ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 80) == dark
-        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
-    finally:
-        driver.quit()
+        assert errors_of(driver) == []

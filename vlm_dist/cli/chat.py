@@ -20,12 +20,15 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "chat",
-        "Talk with a trained model about pictures, in the terminal.",
-        "vlm-dist chat runs/quickstart --image photo.jpg",
+        "Talk with a trained model about pictures: on a page in the browser, or in the terminal.",
+        "vlm-dist chat runs/quickstart",
     )
     parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, a checkpoint folder or a hub id")
-    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="for the first question; may be repeated")
-    parser.add_argument("--compare", action="store_true", help="after each answer, what the base would have said")
+    parser.add_argument("--terminal", action="store_true", help="talk here, without a page")
+    parser.add_argument("--host", default="127.0.0.1", help="of the page; whoever reaches it may use the model (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (default 7860)")
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="in the terminal, for the first question")
+    parser.add_argument("--compare", action="store_true", help="in the terminal, after each answer what the base would have said")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest word each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest words of this share (default 1)")
@@ -39,6 +42,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("chat: expected --temperature of 0 or more, --top-p between 0 and 1, --max-new-tokens of 1 or more")
     drawn = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.temperature else {}
     chat = Chat(arguments.source, arguments.max_new_tokens, **drawn)
+    return _in_terminal(chat, arguments) if arguments.terminal else _on_page(chat, arguments)
+
+
+def _on_page(chat: Any, arguments: argparse.Namespace) -> int:
+    from vlm_dist.training.chat_page import serve_page
+
+    page = serve_page(chat, Path(arguments.source).name, host=arguments.host, port=arguments.port)
+    print(f"http://{arguments.host}:{page.server_port}  (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+    return 0
+
+
+def _in_terminal(chat: Any, arguments: argparse.Namespace) -> int:
     for path in arguments.image:
         chat.show(path)
     compare = arguments.compare

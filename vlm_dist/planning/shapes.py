@@ -120,16 +120,20 @@ class Shapes(Tally):
         if name in COMPARED:
             return torch.full(torch.broadcast_shapes(*(tensor.shape for tensor in given)), COMPARED[name])
         rule = RULES.get(name)
-        return rule(self, func, args, kwargs) if rule else self.run(func, _with_places(func, args), kwargs)
+        return rule(self, func, args, kwargs) if rule else self._run(func, _with_places(func, args), kwargs)
 
-    def run(self, func: Callable, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """An operation on shapes."""
+    def made(self, make: Callable[[], Any]) -> Any:
+        """Fake tensors that `make` constructs."""
         with self.fake:
-            return func(*args, **(kwargs or {}))
+            return make()
+
+    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """An operation on shapes. The mode is called, not entered: entering looks for CUDA's libraries each time."""
+        return self.fake.__torch_dispatch__(func, (), args, kwargs)
 
     def _construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Numbers without data; integers and masks as they are."""
-        fake = self.run(func, args, kwargs)
+        fake = self._run(func, args, kwargs)
         if not isinstance(fake, torch.Tensor) or fake.is_floating_point():
             return fake
         return func(*args, **{**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
@@ -220,7 +224,7 @@ def _head_and_loss(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
     products = 1 + with_grad + with_dw
     shapes.count.work[2 * rows * weight.numel() * products, _nbytes(weight) * products + 2 * rows * hidden.shape[1]] += 1
     shapes.use(workspace_bytes(rows, weight, "cuda" if shapes.on_gpu else "cpu"), briefly=True)
-    return shapes.run(
+    return shapes.made(
         lambda: (
             torch.empty(()),
             torch.empty(rows, dtype=torch.int64),
@@ -237,7 +241,7 @@ def _four_bit_product(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> A
     size = shape[0] * shape[1]
     shapes.count.work[2 * (x.numel() // x.shape[-1]) * size, 3 * size * x.element_size()] += 1
     shapes.use(size * x.element_size(), briefly=True)
-    return shapes.run(lambda: x.new_empty((*x.shape[:-1], shape[0])))
+    return shapes.made(lambda: x.new_empty((*x.shape[:-1], shape[0])))
 
 
 RULES: dict[Any, Callable[..., Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +40,13 @@ class Chat:
         """Whether there is a base to compare with."""
         return hasattr(self.model, "disable_adapter")
 
+    def another(self) -> Chat:
+        """A conversation of its own with the same model."""
+        other = copy.copy(self)
+        other.options = dict(self.options)
+        other.forget()
+        return other
+
     def forget(self) -> None:
         """Begin a new conversation."""
         self.messages: list[dict[str, Any]] = []
@@ -52,6 +60,10 @@ class Chat:
             DataError: it cannot be read.
         """
         self._coming.append(open_picture(path))
+
+    def drop(self) -> None:
+        """Forget the pictures shown since the last question."""
+        self._coming = []
 
     def ask(self, text: str) -> Iterator[str]:
         """Pieces of the answer as they come. A question whose answer fails or is abandoned is not part of the conversation."""
@@ -71,17 +83,22 @@ class Chat:
 
     def _answer(self, messages: list[dict[str, Any]], pictures: list[Any], base: bool = False) -> Iterator[str]:
         import torch
-        from transformers import TextIteratorStreamer
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         encoded = self.encoder.encode_prompt(messages, pictures)
         inputs = {**encoded.inputs, "attention_mask": torch.ones_like(encoded.inputs["input_ids"])}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         problems: list[BaseException] = []
+        abandoned = threading.Event()
+
+        def is_abandoned(tokens: Any, *_: Any, **__: Any) -> Any:
+            return torch.full((len(tokens),), abandoned.is_set(), device=tokens.device)
 
         def work() -> None:
             try:
                 with self.model.disable_adapter() if base else nullcontext():
-                    generate(self.model, self.processor, inputs, self.max_new_tokens, streamer=streamer, **self.options)
+                    options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([is_abandoned]), **self.options}
+                    generate(self.model, self.processor, inputs, self.max_new_tokens, **options)
             except BaseException as error:
                 problems.append(error)
                 streamer.end()
@@ -91,6 +108,7 @@ class Chat:
         try:
             yield from (piece for piece in streamer if piece)
         finally:
+            abandoned.set()
             thread.join()
         if problems:
             raise problems[0]
