@@ -60,7 +60,7 @@ setup(
     packages=[*find_packages(include=["vlm_dist", "vlm_dist.*"]), "vlm_kernels"],
     # kernels/ itself is no package: an importable `kernels` would shadow Hugging Face's package of that name
     package_dir={"vlm_kernels": "kernels/vlm_kernels"},
-    package_data={"vlm_dist.reporting": ["*.html"]},
+    package_data={"vlm_dist.reporting": ["*.html", "*.css"]},
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEVELOPMENT, "trl": TRL, "chat": CHAT, "datasets": DATASETS, "s3": ["s3fs>=2025.9"], "gcs": ["gcsfs>=2025.9"]},
     entry_points={"console_scripts": ["vlm-dist=vlm_dist.cli.main:main"]},

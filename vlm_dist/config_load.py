@@ -9,7 +9,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -75,14 +75,18 @@ def write_changed(source: Path, out: Path, settings: dict[str, Any]) -> None:
 
 def differences(old: Config, new: Config, sections: Iterable[str], harmless: Iterable[str] = ()) -> list[str]:
     """`key: old -> new` for each leaf that differs in the given top-level sections and is not among the `harmless`."""
-    flat_old, flat_new = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
-    wanted, passed_over = tuple(sections), tuple(f"{key}." for key in harmless)
-    keys = [key for key in {**flat_old, **flat_new} if key.split(".")[0] in wanted and not f"{key}.".startswith(passed_over)]
-    return [
-        f"{key}: {json.dumps(flat_old.get(key))} -> {json.dumps(flat_new.get(key))}"
-        for key in keys
-        if flat_old.get(key) != flat_new.get(key)
-    ]
+    passed_over = tuple(f"{key}." for key in harmless)
+    found = differing([old, new], sections)
+    return [f"{key}: {before} -> {after}" for key, (before, after) in found if not f"{key}.".startswith(passed_over)]
+
+
+def differing(configs: Sequence[Config], sections: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each as JSON) of the leaves in the given top-level sections that are not alike in all."""
+    flat = [dict(_leaves(config.model_dump(mode="json"))) for config in configs]
+    wanted = tuple(sections)
+    keys = dict.fromkeys(key for one in flat for key in one if key.split(".")[0] in wanted)
+    values = [(key, [json.dumps(one.get(key)) for one in flat]) for key in keys]
+    return [(key, each) for key, each in values if len(set(each)) > 1]
 
 
 def explain() -> Iterator[tuple[str, str, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -13,7 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.browser import browser, errors_of
+from vlm_dist.cli.main import main
 from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.reporting.compare import write_comparison
 from vlm_dist.reporting.report import write_report
 from vlm_dist.reporting.watch import serve_report
 
@@ -87,6 +90,69 @@ def test_watching_a_run_that_goes_on(run, tmp_path):
         server.shutdown()
     (run / "metrics.jsonl").write_text(metrics)
     assert "http-equiv" not in write_report(run).read_text()
+
+
+@pytest.fixture
+def other(run) -> Path:
+    """A second run beside it, with another learning rate and a mixture."""
+    settings = {"model": {"name": "m"}, "training": {"steps": 40}}
+    mixture = {"a": {"shards": ["a.tar"]}, "b": {"shards": ["b.tar"]}}
+    other = shutil.copytree(run, run.parent / "other")
+    for path, lr, train in ((run, 1e-3, ["a.tar"]), (other, 2e-3, mixture)):
+        config = {"name": path.name, **settings, "data": {"train": train}, "optim": {"lr": lr}}
+        (path / "config.yaml").write_text(json.dumps(config))
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["step"] <= 20 or "eval" in row]
+    for row in rows:
+        if "eval" in row:
+            row["eval"]["exact_match"] /= 2
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return other
+
+
+def test_runs_compared(run, other, capsys):
+    assert main(["report", str(run), str(other)]) == 0
+    page = (run.parent / "compared.html").read_text()
+    assert capsys.readouterr().out.strip() == str(run.parent / "compared.html")
+    assert not re.search(r"(?:src|href)=\"(?!data:)(?!#)", page) and page.count("<svg") == 5 and page.count("var(--curve-2)") > 5
+    assert "<td>optim.lr</td><td>0.001</td><td>0.002</td>" in page and "data.train.b.shards" in page and "<td>model.name</td>" not in page
+    assert "<td>exact match</td><td>100.0 %</td><td>50.0 %</td>" in page and "<td>steps</td><td>40</td><td>20</td>" in page
+    same = write_comparison([run, shutil.copytree(run, run.parent / "more" / "demo")], run.parent / "same.html").read_text()
+    assert "Nothing but their names." in same and "more/demo" in same
+
+
+def test_runs_that_cannot_be_compared(run, tmp_path, capsys):
+    assert main(["report", str(run), str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no run with at least one step" in capsys.readouterr().err
+    assert main(["report", *[str(run)] * 7]) == 2
+    assert "at most 6" in capsys.readouterr().err
+    assert main(["report", "--watch", str(run), str(run)]) == 2
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(1200, True), (390, False)])
+def test_a_comparison_in_a_browser(run, other, width, dark):
+    page = write_comparison([run, other], run.parent / "compared.html")
+    with browser(width, dark=dark) as driver:
+        driver.get(page.as_uri())
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width and errors_of(driver) == []
+        colours = driver.execute_script("return [...document.querySelectorAll('p .key')].map(k => getComputedStyle(k).backgroundColor)")
+        assert len(set(colours)) == 2
+        line = "return getComputedStyle([...document.querySelectorAll('svg path')].find(p => p.style.stroke.includes('curve-2'))).stroke"
+        assert driver.execute_script(line) == colours[1]
+
+
+@pytest.mark.browser
+def test_answers_are_chosen_by_their_outcome(run):
+    page = write_report(run)
+    shown = "return [...document.querySelectorAll('.answer')].filter(a => !a.hidden).map(a => a.querySelector('dl').innerText)"
+    with browser() as driver:
+        driver.get(page.as_uri())
+        counts = driver.execute_script("return [...document.querySelectorAll('.filter button')].map(b => b.innerText)")
+        assert counts == ["all 2", "learnt 1", "lost 0", "wrong after 1", "right after 1"]
+        driver.execute_script("document.querySelector('[data-show=wrong]').click()")
+        assert len(driver.execute_script(shown)) == 1 and "alert" in driver.execute_script(shown)[0]
+        assert errors_of(driver) == []
 
 
 def test_no_run(tmp_path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 INK, LINE, FAINT = "#010203", "#040506", "#070809"  # stand-ins, replaced by the page's own colours
+CURVES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06")
 
 
 def line_plot(x: Sequence[float], y: Sequence[float], unit: str, *, log: bool = False, smooth: bool = False, marks: bool = False) -> str:
@@ -17,21 +20,41 @@ def line_plot(x: Sequence[float], y: Sequence[float], unit: str, *, log: bool = 
         smooth: draw the values faintly and their moving average over 5 % of the points clearly.
         marks: mark the points.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "svg.hashsalt": "vlm_dist"}):
-        figure, axes = pyplot.subplots(figsize=(4.6, 2.6), layout="constrained")
+    with _axes(unit, list(y), log=log) as (axes, svg):
         if smooth and len(y) >= 20:
             axes.plot(x, y, color=FAINT, linewidth=0.8)
             axes.plot(x, _moving_average(y, max(2, len(y) // 20)), color=LINE, linewidth=1.6)
         else:
             axes.plot(x, y, color=LINE, linewidth=1.6, marker="o" if marks or len(y) == 1 else None, markersize=4)
-        if log and min(y) > 0:
+    return svg[0]
+
+
+def curves_plot(
+    curves: Sequence[tuple[Sequence[float], Sequence[float]]], unit: str, *, log: bool = False, smooth: bool = False, marks: bool = False
+) -> str:
+    """An `<svg>` element of several curves (x, y), in the page's colours --curve-1, --curve-2, ... ; the arguments of `line_plot`."""
+    with _axes(unit, [value for _, y in curves for value in y], log=log) as (axes, svg):
+        for number, (x, y) in enumerate(curves):
+            y = _moving_average(y, max(2, len(y) // 20)) if smooth and len(y) >= 20 else y
+            axes.plot(x, y, color=CURVES[number % len(CURVES)], linewidth=1.5, marker="o" if marks or len(y) == 1 else None, markersize=4)
+    return svg[0]
+
+
+@contextmanager
+def _axes(unit: str, values: list[float], *, log: bool) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw into; on leaving, the SVG is in the list."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    made: list[str] = []
+    with pyplot.rc_context({"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "svg.hashsalt": "vlm_dist"}):
+        figure, axes = pyplot.subplots(figsize=(4.6, 2.6), layout="constrained")
+        yield axes, made
+        if log and min(values) > 0:
             axes.set_yscale("log")
-        elif min(y) >= 0:
+        elif min(values) >= 0:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(unit, color=INK)
@@ -44,9 +67,10 @@ def line_plot(x: Sequence[float], y: Sequence[float], unit: str, *, log: bool = 
         pyplot.close(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    for stand_in, colour in ((INK, "currentColor"), (LINE, "var(--line)"), (FAINT, "var(--faint)")):
+    curves = [(colour, f"var(--curve-{number})") for number, colour in enumerate(CURVES, start=1)]
+    for stand_in, colour in ((INK, "currentColor"), (LINE, "var(--line)"), (FAINT, "var(--faint)"), *curves):
         svg = svg.replace(stand_in, colour)
-    return svg
+    made.append(svg)
 
 
 def _moving_average(values: Sequence[float], width: int) -> list[float]:

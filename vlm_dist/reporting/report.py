@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.errors import ConfigError
-from vlm_dist.reporting.plots import line_plot
+from vlm_dist.reporting.plots import curves_plot, line_plot
 from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 MOST_PICTURES = 48
@@ -16,15 +16,15 @@ MOST_EVENTS = 100
 OF_EVERY_SCORE = ("phase", "step", "exact_match", "samples", "by_kind")
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path.
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write the page to `out`, or to `run_dir/report.html`, and return its path.
 
     Raises:
         ConfigError: it is no run directory, or nothing has been trained yet.
     """
-    run = RunDir(run_dir)
-    write_text(run.report, render_report(run_dir))
-    return run.report
+    out = out or RunDir(run_dir).report
+    write_text(out, render_report(run_dir))
+    return out
 
 
 def render_report(run_dir: Path, refresh: int | None = None) -> str:
@@ -39,19 +39,17 @@ def render_report(run_dir: Path, refresh: int | None = None) -> str:
     from jinja2 import Environment, PackageLoader
 
     run = RunDir(run_dir)
-    rows = read_jsonl(run.metrics)
-    steps = [row for row in rows if "loss" in row]
-    if not run.config.exists() or not steps:
-        raise ConfigError(f"{run_dir}: no run with at least one step (needs config.yaml and metrics.jsonl); train first")
+    rows, steps = read_rows(run)
     template = Environment(loader=PackageLoader("vlm_dist.reporting", "."), autoescape=True).get_template("report.html")
     return template.render(
         refresh=refresh,
         name=run_dir.resolve().name,
-        facts=_facts(run, steps),
-        scores=_scores(rows),
-        metrics=list(dict.fromkeys(name for score in _scores(rows) for name in score if name not in OF_EVERY_SCORE)),
+        facts=facts_of(run, steps),
+        scores=scores_of(rows),
+        metrics=list(dict.fromkeys(name for score in scores_of(rows) for name in score if name not in OF_EVERY_SCORE)),
         plots=_plots(steps, rows),
-        answers=_answers(run),
+        answers=(answers := _answers(run)),
+        kinds=sorted({answer["kind"] for answer in answers if answer.get("kind")}),
         events=_events(run),
         quarantined=read_jsonl(run.quarantine)[:100],
         config=run.config.read_text(encoding="utf-8"),
@@ -59,7 +57,20 @@ def render_report(run_dir: Path, refresh: int | None = None) -> str:
     )
 
 
-def _facts(run: RunDir, steps: list[dict[str, Any]]) -> dict[str, str]:
+def read_rows(run: RunDir) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All lines of metrics.jsonl, and those of steps.
+
+    Raises:
+        ConfigError: it is no run directory, or nothing has been trained yet.
+    """
+    rows = read_jsonl(run.metrics)
+    steps = [row for row in rows if "loss" in row]
+    if not run.config.exists() or not steps:
+        raise ConfigError(f"{run.path}: no run with at least one step (needs config.yaml and metrics.jsonl); train first")
+    return rows, steps
+
+
+def facts_of(run: RunDir, steps: list[dict[str, Any]]) -> dict[str, str]:
     summary = run.read_summary() or {}
     last = steps[-1]
     seconds = sum(row["step_s"] for row in steps)
@@ -82,7 +93,7 @@ def _facts(run: RunDir, steps: list[dict[str, Any]]) -> dict[str, str]:
     return facts
 
 
-def _scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def scores_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"phase": row["phase"], "step": row["step"], **row["eval"]} for row in rows if "eval" in row]
 
 
@@ -97,7 +108,7 @@ def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tupl
         ("Gradient norm", line_plot(at_whole, [row["grad_norm"] for row in whole], "before clipping", log=True, smooth=True)),
     ]
     plots += _more_plots(steps, whole)
-    scores = _scores(rows)
+    scores = scores_of(rows)
     if scores:
         shares = [100 * score["exact_match"] for score in scores]
         plots.append(("Held-out exact match", line_plot([score["step"] for score in scores], shares, "%", marks=True)))
@@ -113,6 +124,10 @@ def _more_plots(steps: list[dict[str, Any]], whole: list[dict[str, Any]]) -> lis
     waits = [100 * row["data_wait_s"] / max(row["step_s"], 1e-9) for row in steps]
     plots = [("Waiting for data", plot(steps, waits, "% of a step", smooth=True))]
     plots.append(("Memory", plot(steps, [row["peak_memory_bytes"] / 2**30 for row in steps], "most held at once, GiB")))
+    ranks = [row for row in steps if row.get("busy_s", {}).get("slowest_rank") is not None]
+    if any(row["busy_s"]["max"] > row["busy_s"]["mean"] for row in ranks):
+        curves = [([row["step"] for row in ranks], [row["busy_s"][part] for row in ranks]) for part in ("mean", "max")]
+        plots.append(("Own work of the ranks: mean, slowest", curves_plot(curves, "seconds of a step", smooth=True)))
     if any(any(row.get("imbalance", {}).values()) for row in steps):
         uneven = [row for row in steps if "imbalance" in row]
         for part, title in (("tokens", "Uneven tokens"), ("patches", "Uneven vision patches")):

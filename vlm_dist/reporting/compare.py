@@ -1,0 +1,88 @@
+"""One self-contained page about several runs: their curves in one picture, their scores, and how their configurations differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.config import Config
+from vlm_dist.config_load import differing, load_config
+from vlm_dist.errors import ConfigError
+from vlm_dist.reporting.plots import CURVES, curves_plot
+from vlm_dist.reporting.report import facts_of, read_rows, scores_of
+from vlm_dist.run_dir import RunDir, write_text
+
+NOT_COMPARED = ("name", "output_dir")
+CURVE_OF: tuple[tuple[str, str, str, bool], ...] = (
+    ("Loss", "loss", "mean over supervised tokens", True),
+    ("Gradient norm", "grad_norm", "before clipping", True),
+    ("Learning rate", "lr", "", False),
+    ("Throughput", "tokens_per_s", "tokens per second", False),
+)
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the page and return its path.
+
+    Raises:
+        ConfigError: one of them is no run with at least one step, or they are too many to tell apart.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    if len(run_dirs) > len(CURVES):
+        raise ConfigError(f"report: {len(run_dirs)} runs; at most {len(CURVES)} can be told apart in one picture")
+    runs = [RunDir(run_dir) for run_dir in run_dirs]
+    rows = [read_rows(run) for run in runs]
+    names = _names(run_dirs)
+    scores = [scores_of(every) for every, _ in rows]
+    template = Environment(loader=PackageLoader("vlm_dist.reporting", "."), autoescape=True).get_template("compare.html")
+    page = template.render(
+        names=names,
+        facts=_as_table([facts_of(run, steps) for run, (_, steps) in zip(runs, rows, strict=True)]),
+        scores=_last_scores(scores),
+        plots=[*_plots([steps for _, steps in rows]), *_score_plots(scores)],
+        differences=differing([load_config(run.config) for run in runs], [key for key in Config.model_fields if key not in NOT_COMPARED]),
+    )
+    write_text(out, page)
+    return out
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """Folder names; with the folder above where two are alike."""
+    short = [run_dir.resolve().name for run_dir in run_dirs]
+    long = [f"{run_dir.resolve().parent.name}/{run_dir.resolve().name}" for run_dir in run_dirs]
+    return [name if short.count(name) == 1 else more for name, more in zip(short, long, strict=True)]
+
+
+def _as_table(columns: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return [(key, [column.get(key, "") for column in columns]) for key in keys]
+
+
+def _plots(runs: list[list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    def curves(key: str) -> list[tuple[list[float], list[float]]]:
+        known = [[row for row in steps if row[key] is not None] for steps in runs]
+        return [([row["step"] for row in steps], [row[key] for row in steps]) for steps in known]
+
+    return [(title, curves_plot(curves(key), unit, log=log, smooth=key != "lr")) for title, key, unit, log in CURVE_OF]
+
+
+def _score_plots(scores: list[list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    if not all(scores):
+        return []
+    curves = [([score["step"] for score in run], [100 * score["exact_match"] for score in run]) for run in scores]
+    return [("Held-out exact match", curves_plot(curves, "%", marks=True))]
+
+
+def _last_scores(scores: list[list[dict[str, Any]]]) -> list[tuple[str, list[str]]]:
+    """The last score of each run, metric by metric and kind by kind."""
+    last = [run[-1] if run else {} for run in scores]
+    if not any(last):
+        return []
+    shares: Callable[[float | None], str] = lambda value: "" if value is None else f"{100 * value:.1f} %"  # noqa: E731
+    table = [("at step", [str(one.get("step", "")) for one in last]), ("exact match", [shares(one.get("exact_match")) for one in last])]
+    others = dict.fromkeys(name for one in last for name in one if name not in ("phase", "step", "exact_match", "samples", "by_kind"))
+    table += [(name, ["" if name not in one else f"{one[name]:.3f}" for one in last]) for name in others]
+    kinds = dict.fromkeys(kind for one in last for kind in one.get("by_kind", {}))
+    return table + [(f"{kind}, exact", [shares(one.get("by_kind", {}).get(kind)) for one in last]) for kind in kinds]
