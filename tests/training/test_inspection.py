@@ -133,6 +133,18 @@ def test_the_page_and_the_terminal(settings, tmp_path, capsys):
     assert main(["inspect", config, "-n", "0"]) == 2
 
 
+def test_flow_and_heat(settings, tmp_path, capsys):
+    config, page = str(write_config(settings, tmp_path)), tmp_path / "page.html"
+    assert main(["inspect", config, "-n", "2", "--html", str(page), "--heat"]) == 0
+    shown, html = capsys.readouterr().out, page.read_text()
+    assert "vision tower" in shown and "model.multi_modal_projector" in shown
+    assert html.count("norm of the vision feature of each patch") == 2 and "<td>model.vision_tower</td>" in html
+    found = look(settings, tmp_path, count=1)
+    assert found["flow"][0]["shape"] == (1, 3, 32, 32) and "heat" not in found["rows"][0][0]["pictures"][0]
+    assert main(["inspect", config, "--heat"]) == 2
+    assert "add --html" in capsys.readouterr().err
+
+
 def test_nothing_is_written(settings, tmp_path):
     look(settings, tmp_path)
     assert not (tmp_path / "runs").exists()

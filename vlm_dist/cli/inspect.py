@@ -23,6 +23,7 @@ def add_parser(commands: Any) -> None:
     add_config(parser)
     parser.add_argument("-n", type=int, default=8, metavar="N", help="rows to show (default 8)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the pictures")
+    parser.add_argument("--heat", action="store_true", help="load the model and draw the norms of its vision features (on the page)")
     parser.add_argument("--json", action="store_true", help="print JSON, without the pictures")
     parser.set_defaults(run=run)
 
@@ -34,13 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.n < 1:
         raise ConfigError(f"-n: found {arguments.n}; expected 1 or more")
-    found = inspect(load_config(arguments.config, arguments.overrides), arguments.n)
+    if arguments.heat and not arguments.html:
+        raise ConfigError("inspect --heat: draws on the page; add --html FILE")
+    found = inspect(load_config(arguments.config, arguments.overrides), arguments.n, heat=arguments.heat)
     if arguments.html:
         write_inspection(found, arguments.html)
     if arguments.json:
         for sample in (sample for row in found["rows"] for sample in row):
             for picture in sample["pictures"]:
                 del picture["url"]
+                picture.pop("heat", None)
         print(json.dumps(found, indent=1))
     else:
         _show(found)
@@ -76,6 +80,11 @@ def _show(found: dict[str, Any]) -> None:
             f"{lengths['samples']} samples measured: median {lengths['median']} tokens, 99th percentile {lengths['p99']}, "
             f"longest {lengths['longest']}; data.max_seq_length={found['max_seq_length']}"
         )
+    if found["flow"]:
+        console.print("through the model, the first sample:")
+        for stage in found["flow"]:
+            shape = " x ".join(map(str, stage["shape"]))
+            console.print(f"  {stage['name']:<24} {shape:<22} {stage['module']}", markup=False)
     for one in found["refused"][:10]:
         console.print(f"left out: {one['key']}: {one['reason']}", markup=False)
     for flag in found["flags"]:

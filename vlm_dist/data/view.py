@@ -30,6 +30,53 @@ def patch_size(processor: Any) -> int | None:
     return int(size) if size else None
 
 
+def feature_maps(features: torch.Tensor, encoded: Encoded, processor: Any) -> list[torch.Tensor]:
+    """The norm of each patch's feature, laid out as the patches lie in the pictures of `pictures_as_seen`; empty where the layout of this
+    vision tower is not known.
+
+    Args:
+        features: what the vision tower gives: [patches, D], or [pictures or tiles, patches, D], with a class token before them or not.
+
+    Returns:
+        [rows, columns] of each picture or tile.
+    """
+    norms = features.float().norm(dim=-1)
+    if "image_grid_thw" in encoded.inputs:
+        return _maps_of_merged(norms.flatten(), encoded.inputs["image_grid_thw"].tolist(), processor.image_processor.merge_size)
+    sizes = [tuple(tile.shape[-2:]) for tile in _tiles(encoded.inputs, processor.image_processor)]
+    if sizes and norms.ndim == 2 and norms.shape[0] == len(sizes):
+        grids = [max(_grid(norms.shape[1], size), _grid(norms.shape[1] - 1, size)) for size in sizes]
+        parts = [row[row.numel() - rows * columns :] for row, (rows, columns) in zip(norms, grids, strict=True)]  # a class token is first
+    else:  # one behind the other, without what pads the smaller pictures
+        sizes = [(int(height), int(width)) for height, width in encoded.inputs.get("image_sizes", [])] or sizes
+        pixels = sum(height * width for height, width in sizes)
+        grids = [_grid(round(norms.numel() * height * width / pixels), (height, width)) for height, width in sizes]
+        parts = norms.flatten().split([rows * columns for rows, columns in grids]) if sum(r * c for r, c in grids) == norms.numel() else []
+    if not parts or (0, 0) in grids:
+        return []
+    return [part.view(grid) for part, grid in zip(parts, grids, strict=True)]
+
+
+def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of so many square patches in a picture of (height, width); (0, 0) where they are not square."""
+    height, width = size
+    side = round((height * width / patches) ** 0.5) if patches > 0 else 0
+    if not side or height % side or width % side or (height // side) * (width // side) != patches:
+        return 0, 0
+    return height // side, width // side
+
+
+def _maps_of_merged(norms: torch.Tensor, grids: list[list[int]], merge: int) -> list[torch.Tensor]:
+    """Patches in Qwen2-VL's order."""
+    found, start = [], 0
+    for time, height, width in grids:
+        count = time * height * width
+        cut = norms[start : start + count].view(time, height // merge, width // merge, merge, merge)
+        found.append(cut.permute(0, 1, 3, 2, 4).reshape(time, height, width)[0])
+        start += count
+    return found
+
+
 def _tiles(inputs: dict[str, Any], image_processor: Any) -> list[torch.Tensor]:
     """[3, H, W] each, normalised."""
     pixels = inputs.get("pixel_values")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import IGNORED, Encoded
 from vlm_dist.data.preparer import Preparer
 from vlm_dist.data.rows import Slot
@@ -19,24 +21,31 @@ from vlm_dist.distributed import Ranks
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.run_dir import RunDir
+from vlm_dist.training.heat import Heat, drawn_over
 from vlm_dist.training.prepare import model_source, open_quarantine
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlm_dist.config import Config
+    from vlm_dist.families import Family
 
+logger = logging.getLogger(__name__)
 MEASURED = 300  # samples whose lengths are looked at
 ENLARGED = 1.5  # times on a side, from which on a picture counts as enlarged
 LARGEST = 448  # pixels on the longer side of a picture on the page
 
 
-def inspect(config: Config, count: int = 8) -> dict[str, Any]:
+def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, Any]:
     """The first `count` rows of training, as plain data.
+
+    Args:
+        heat: load the model, and draw the norms of its vision features over the pictures.
 
     Returns:
         `rows` (each a list of samples with `key`, `tokens`, `segments`, `pictures`, `flags`, ...), `refused` (samples that training
-        leaves out, with the reason), `lengths` of up to 300 samples, and `flags`: what is wrong with many.
+        leaves out, with the reason), `lengths` of up to 300 samples, `flow` (what comes out of each part of the model for the first
+        sample), and `flags`: what is wrong with many.
 
     Raises:
         DataError, ModelError: as training would.
@@ -47,33 +56,51 @@ def inspect(config: Config, count: int = 8) -> dict[str, Any]:
         run = RunDir(Path(folder))
         source = model_source(config, run, Ranks(0, 0, 1, torch.device("cpu")))
         processor = load_processor(config.model, source)
-        _, family = read_model_config(config.model, source)
+        hf_config, family = read_model_config(config.model, source)
+        warm = Heat(config, source) if heat else None
         stream = open_stream(
             config.data, processor, open_quarantine(config, run), seed=config.seed, global_batch=config.training.global_batch,
             micro_batch=config.training.micro_batch, rank=0, world_size=1, pack=config.data.packing and family.packs,
         )  # fmt: skip
-        rows, refused = [], []
+        rows, refused, flow = [], [], []
         for row in itertools.islice(stream.preview(), count):
             shown = []
             for slot, encoded in row:
                 if encoded is None:
                     refused.append({"key": (slot.raw or {}).get("__key__", "?"), "reason": str(slot.problem)})
                 else:
-                    shown.append(_describe(stream.preparer, slot, encoded))
+                    shown.append(_describe(stream.preparer, slot, encoded, warm))
+                    flow = flow or _flow(config, hf_config, family, encoded, processor)
             rows.append(shown)
         lengths = _lengths(stream)
     found = {
         "name": config.name, "model": config.model.name or "from scratch", "max_seq_length": config.data.max_seq_length,
         "packing": stream.pack, "rows": rows, "refused": [*refused, *lengths.pop("refused")], "lengths": lengths,
+        "flow": flow,
     }  # fmt: skip
     return found | {"flags": _flags(found)}
 
 
-def _describe(preparer: Preparer, slot: Slot, encoded: Encoded) -> dict[str, Any]:
+def _flow(config: Config, hf_config: Any, family: Family, encoded: Encoded, processor: Any) -> list[dict[str, Any]]:
+    """Of one sample; nothing where the model asks for numbers that are not there."""
+    from vlm_dist.planning.flow import data_flow
+
+    try:
+        return [stage.to_dict() for stage in data_flow(config, hf_config, family, collate([encoded], processor.tokenizer.pad_token_id))]
+    except (RuntimeError, NotImplementedError) as error:
+        logger.warning("inspect: no data flow: %s", (str(error).splitlines() or [""])[0][:200])
+        return []
+
+
+def _describe(preparer: Preparer, slot: Slot, encoded: Encoded, warm: Heat | None) -> dict[str, Any]:
     assert slot.raw is not None
     processor, sample = preparer.encoder.processor, preparer.parse(slot.raw)
     segments = _segments(encoded, processor.tokenizer)
-    pictures = [_picture(image, patch_size(processor)) for image in pictures_as_seen(encoded, processor)]
+    seen = pictures_as_seen(encoded, processor)
+    pictures = [_picture(image, patch_size(processor)) for image in seen]
+    for picture, image, norms in zip(pictures, seen, warm.maps(encoded) if warm else [], strict=False):
+        picture["heat"] = _as_url(drawn_over(_enlarged(image), norms))
+        picture["norms"] = [round(float(norms.min()), 3), round(float(norms.max()), 3)]
     supervised = int((encoded.labels[:, 1:] != IGNORED).sum())
     return {
         "key": encoded.key,
@@ -108,8 +135,8 @@ def _picture(image: Image, patch: int | None) -> dict[str, Any]:
     from PIL import Image as Images
     from PIL import ImageDraw
 
-    scale = max(1, LARGEST // max(image.size))
-    shown = image.resize((image.width * scale, image.height * scale), Images.Resampling.NEAREST)
+    shown = _enlarged(image)
+    scale = shown.width // image.width
     if patch:
         lines = Images.new("RGBA", shown.size)
         draw = ImageDraw.Draw(lines)
@@ -118,10 +145,22 @@ def _picture(image: Image, patch: int | None) -> dict[str, Any]:
         for y in range(0, shown.height, patch * scale):
             draw.line([(0, y), (shown.width, y)], (128, 128, 128, 140))
         shown = Images.alpha_composite(shown.convert("RGBA"), lines).convert("RGB")
-    shown.thumbnail((2 * LARGEST, 2 * LARGEST))
+    return {"size": list(image.size), "patch": patch, "url": _as_url(shown)}
+
+
+def _enlarged(image: Image) -> Image:
+    """By a whole number, so that its pixels stay sharp."""
+    from PIL import Image as Images
+
+    scale = max(1, LARGEST // max(image.size))
+    return image.resize((image.width * scale, image.height * scale), Images.Resampling.NEAREST)
+
+
+def _as_url(image: Image) -> str:
+    image.thumbnail((2 * LARGEST, 2 * LARGEST))
     buffer = io.BytesIO()
-    shown.save(buffer, "JPEG", quality=85)
-    return {"size": list(image.size), "patch": patch, "url": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()}
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _sample_flags(encoded: Encoded, sample: Sample, segments: list[dict], pictures: list[dict], preparer: Preparer) -> list[str]:
