@@ -33,9 +33,11 @@ REQUIREMENTS = [
 DATASETS = ["datasets>=5"]
 TRL = ["trl>=1.16", *DATASETS]
 CHAT = ["gradio>=6"]
+CIDER = ["pycocoevalcap>=1.2"]
 DEVELOPMENT = [
     *TRL,
     *CHAT,
+    *CIDER,
     "s3fs>=2025.9",
     "moto[s3]>=5",
     "flask>=3",
@@ -62,6 +64,14 @@ setup(
     package_dir={"vlm_kernels": "kernels/vlm_kernels"},
     package_data={"vlm_dist.reporting": ["*.html", "*.css"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEVELOPMENT, "trl": TRL, "chat": CHAT, "datasets": DATASETS, "s3": ["s3fs>=2025.9"], "gcs": ["gcsfs>=2025.9"]},
+    extras_require={
+        "dev": DEVELOPMENT,
+        "trl": TRL,
+        "chat": CHAT,
+        "cider": CIDER,
+        "datasets": DATASETS,
+        "s3": ["s3fs>=2025.9"],
+        "gcs": ["gcsfs>=2025.9"],
+    },
     entry_points={"console_scripts": ["vlm-dist=vlm_dist.cli.main:main"]},
 )

@@ -190,8 +190,8 @@ class EvaluationConfig(Section):
     max_new_tokens: PositiveInt = 64
     """Longest answer, in tokens."""
     metrics: list[str] = []
-    """Scores besides exact_match: token_f1, anls, vqa_accuracy, relaxed_accuracy, cer, wer, bleu, chrf, or module:function of your own,
-    called with an answer and the list of right ones."""
+    """Scores besides exact_match: token_f1, anls, vqa_accuracy, relaxed_accuracy, cer, wer, bleu, chrf, cider, or module:function of your
+    own, called with an answer and the list of right ones."""
     patience: PositiveInt | None = None
     """Stop when checkpoint.best_metric has not become better in so many evaluations; null: train to the end."""
 

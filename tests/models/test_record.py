@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -144,8 +145,17 @@ def test_in_another_form_only_the_logits_go_unchecked(adapter):
 def test_export_adapter(trained, tmp_path, capsys):
     run = trained.parent
     assert main(["export", str(run), "--to", "adapter", "--out", str(tmp_path / "out")]) == 0
-    assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {p.name: p.read_bytes() for p in trained.iterdir()}
+    shown = capsys.readouterr()
+    assert f"written: {tmp_path / 'out'}" in shown.out and "the adapter changes the vision too; servers such as vLLM" in shown.err
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
+
+    assert files(tmp_path / "out") == files(trained)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: peft" in card and "A LoRA adapter for" in card
+    for picture in re.findall(r"!\[\]\((.+?)\)", card):
+        assert (tmp_path / "out" / picture).is_file()
     assert main(["export", str(run), "--to", "adapter", "--out", str(tmp_path / "out")]) == 2
     assert "exists already; give a new folder" in capsys.readouterr().err
 
@@ -164,6 +174,16 @@ def test_export_merged(trained, capsys, onto):
     if onto:
         assert comparison["largest_logit_difference"] < 0.1 * comparison["logit_spread"]
     assert AutoModelForImageTextToText.from_pretrained(told["out"]).dtype == torch.bfloat16
+    card = (run / "export" / "merged-16bit" / "README.md").read_text()
+    assert "library_name: transformers" in card and f"Merged onto the {comparison['onto']} weights" in card and told["warning"] == ""
+
+
+def test_a_hub_that_cannot_be_reached(trained, tmp_path, capsys):
+    """What was exported stays, and one line says so. (That the hub takes it cannot be shown without a network.)"""
+    assert main(["export", str(trained.parent), "--to", "adapter", "--out", str(tmp_path / "out"), "--push", "me/it"]) == 4
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("vlm-dist: export --push me/it: the hub does not take it (") and str(tmp_path / "out") in line
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

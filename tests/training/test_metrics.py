@@ -58,6 +58,16 @@ def first_letter(answer: str, truths: list[str]) -> float:
     return float(any(answer[:1] == truth[:1] for truth in truths))
 
 
+def test_cider_of_its_authors():
+    """Ten where every caption is the only right one; less for fewer common words; nothing in common: zero."""
+    truths = [["A red circle on the left."], ["two blue squares, top right"], ["nothing but a green cross"]]
+    right = [each[0].upper() for each in truths]
+    assert of_whole_set("cider", right, truths) == pytest.approx(10)
+    half = of_whole_set("cider", ["a red circle", *right[1:]], truths)
+    assert 6 < half < 10
+    assert of_whole_set("cider", ["x", "y", "z"], truths) == 0
+
+
 def test_names():
     assert find_metric("tests.training.test_metrics:first_letter") is not None and find_metric("bleu") is None
     for name, words in (

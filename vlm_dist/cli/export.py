@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,26 @@ def add_parser(commands: Any) -> None:
         help="merge onto the base's own 16-bit weights (default where it has them), or onto the NF4 ones that the adapter was trained on",
     )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="held-out samples to compare on (default 8)")
+    parser.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
+    parser.add_argument("--public", action="store_true", help="with --push: a repository that is made is public (default: private)")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.export import export_run
+    from vlm_dist.training.export import export_run, push_folder
 
     result = export_run(arguments.run_dir, arguments.to, arguments.out, onto=arguments.onto, samples=arguments.samples)
+    if result.warning:
+        print(f"note: {result.warning}", file=sys.stderr)
+    pushed = push_folder(result.out, arguments.push, private=not arguments.public) if arguments.push else ""
     if arguments.json:
-        print(json.dumps({"out": str(result.out), "comparison": asdict(result.comparison) if result.comparison else None}))
+        comparison = asdict(result.comparison) if result.comparison else None
+        print(json.dumps({"out": str(result.out), "comparison": comparison, "warning": result.warning, "pushed": pushed}))
         return 0
     if result.comparison:
         print(result.comparison)
     print(f"written: {result.out}")
+    if pushed:
+        print(f"uploaded: {pushed}")
     return 0

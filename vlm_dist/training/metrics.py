@@ -1,12 +1,13 @@
 """Scores of answers against what would be right, by the definitions of the benchmarks that use them.
 
 Each takes an answer and the right ones (several captions, several annotators), and gives a number for that sample; the score is the mean.
-BLEU and chrF are defined on the whole set and computed there.
+BLEU, chrF and CIDEr are defined on the whole set and computed there.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -89,7 +90,7 @@ PER_SAMPLE: dict[str, Metric] = {
     "exact_match": exact_match, "token_f1": token_f1, "anls": anls, "vqa_accuracy": vqa_accuracy, "relaxed_accuracy": relaxed_accuracy,
     "cer": cer, "wer": wer,
 }  # fmt: skip
-WHOLE_SET = ("bleu", "chrf")
+WHOLE_SET = ("bleu", "chrf", "cider")
 
 
 def find_metric(name: str) -> Metric | None:
@@ -101,6 +102,8 @@ def find_metric(name: str) -> Metric | None:
     if name in PER_SAMPLE:
         return PER_SAMPLE[name]
     if name in WHOLE_SET:
+        if name == "cider" and importlib.util.find_spec("pycocoevalcap") is None:
+            raise ConfigError("evaluation.metrics: cider needs pycocoevalcap; pip install 'vlm_dist[cider]'")
         return None
     module, _, function = name.partition(":")
     if not function:
@@ -116,13 +119,27 @@ def find_metric(name: str) -> Metric | None:
 
 
 def of_whole_set(name: str, answers: Sequence[str], truths: Sequence[Sequence[str]]) -> float:
-    """BLEU (Papineni et al. 2002) or chrF (Popović 2015) by sacrebleu, as a share of 1."""
+    """BLEU (Papineni et al. 2002) or chrF (Popović 2015) by sacrebleu, as a share of 1; CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) by
+    its authors' pycocoevalcap, from 0 to 10, on lower-case words without punctuation."""
+    if name == "cider":
+        return _cider(answers, truths)
     import sacrebleu
 
     most = max(map(len, truths), default=1)
     references = [[right[number] if number < len(right) else None for right in truths] for number in range(most)]
     metric = sacrebleu.BLEU() if name == "bleu" else sacrebleu.CHRF()
     return metric.corpus_score(list(answers), references).score / 100  # pyright: ignore[reportArgumentType]  (None: no further reference)
+
+
+def _cider(answers: Sequence[str], truths: Sequence[Sequence[str]]) -> float:
+    from pycocoevalcap.cider.cider import Cider
+
+    def words(text: str) -> str:
+        return " ".join(PUNCTUATION.sub(" ", text.casefold()).split())
+
+    said = {number: [words(answer)] for number, answer in enumerate(answers)}
+    right = {number: [words(truth) for truth in each] for number, each in enumerate(truths)}
+    return float(Cider().compute_score(right, said)[0])
 
 
 def _normal(text: str) -> str:

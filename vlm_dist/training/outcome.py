@@ -138,7 +138,7 @@ def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], samples: 
 
 def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Ranks, log: Log) -> None:
     """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
-    from vlm_dist.models.card import adapter_card
+    from vlm_dist.models.card import model_card
     from vlm_dist.models.record import make_record
     from vlm_dist.training.checkpoint import MAKE_ROOM, why_not_written
     from vlm_dist.training.snapshot import gather_weights
@@ -157,7 +157,7 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
         if record is None or base is None:
             save_model(engine.module, weights, loaded.processor, out)
         else:
-            card = adapter_card(config, base.name, log.evaluations())
+            card = model_card(config, base.name, log.evaluations())
             save_adapter(engine.module, weights, loaded.processor, out, record, card)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
