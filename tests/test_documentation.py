@@ -13,10 +13,13 @@ from tests.conftest import ROOT
 from vlm_dist.cli.config import reference
 from vlm_dist.cli.main import main
 
-PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md", "docs/models.md", "docs/scaling.md", "docs/security.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md", "docs/models.md", "docs/scaling.md", "docs/security.md",
+         "docs/memory.md", "docs/using.md"]  # fmt: skip
 COMMAND = re.compile(r"^(?:    |\$ |    \$ )(?:\.venv/bin/)?vlm-dist (.+?)(?:\s{2,}#.*)?$", re.M)
 # Shown for a machine with a GPU and a network; run at tiny scale in test_train.py, test_pack.py and test_mini_vlm.py.
-NOT_HERE = ("qwen2_5_vl_7b_qlora", "jxie/flickr8k", "mini_vlm_flickr8k")
+# The page of `chat` is opened in a browser in test_chat.py, a report is watched in test_report.py.
+NOT_HERE = ("qwen2_5_vl_7b_qlora", "jxie/flickr8k", "mini_vlm_flickr8k", "--watch")
+PAGES_THAT_SERVE = ("chat runs/quickstart",)
 # Shown as mistakes, with their error.
 WRONG_ON_PURPOSE = ("optim.lrr=1e-3",)
 
@@ -25,7 +28,7 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         for line in COMMAND.findall((ROOT / page).read_text()):
-            if line not in found and not any(word in line for word in NOT_HERE):
+            if line not in found and line not in PAGES_THAT_SERVE and not any(word in line for word in NOT_HERE):
                 found.append(line)
     return found
 
@@ -77,8 +80,20 @@ def test_python_of_the_models_page(tmp_path, monkeypatch):
     assert (tmp_path / "out/adapter/vlm_dist.json").exists() and (tmp_path / "out/merged/model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_python_page(tmp_path, monkeypatch):
+    """Its cells, one after another in one namespace, as in a notebook."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S):
+        exec(code, names)
+    assert names["summary"]["ended"] == "finished" and names["page"].exists()
+    assert (tmp_path / "lora_model" / "adapter_model.safetensors").exists() and (tmp_path / "merged" / "model.safetensors").exists()
+
+
 def test_pages_name_files_that_exist():
-    for page in [*PAGES, "docs/README.md", "docs/kernels.md", "docs/architecture.md", "CONTRIBUTING.md"]:
+    for page in [*PAGES, "docs/README.md", "docs/python.md", "docs/kernels.md", "docs/architecture.md", "CONTRIBUTING.md"]:
         text = (ROOT / page).read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"

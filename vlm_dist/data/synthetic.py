@@ -140,12 +140,12 @@ def synthesise(
     *,
     train: int,
     heldout: int,
-    tasks: tuple[str, ...],
-    seed: int,
-    size: int,
-    image_format: str,
-    shard_size: int,
-    questions_per_picture: int,
+    tasks: tuple[str, ...] = TASKS,
+    seed: int = 0,
+    size: int = 64,
+    image_format: str = "jpg",
+    shard_size: int = 1000,
+    questions_per_picture: int = 3,
 ) -> dict[str, list[Path]]:
     """Write `out/TASK-SPLIT-000000.tar`, ... and return the shards by "TASK-SPLIT".
 
