@@ -85,6 +85,7 @@ class FastVisionModel:
         use_dora: bool = False,
         use_gradient_checkpointing: bool | str = False,
         random_state: int = 3407,
+        loftq_config: None = None,
     ) -> Any:
         """Put LoRA adapters on the chosen sides and kinds of modules; everything else is frozen.
 
@@ -95,6 +96,7 @@ class FastVisionModel:
             modules_to_save: modules that train whole; they must not be in 4 bit.
             use_gradient_checkpointing: True or "unsloth" recompute activations in the backward pass.
             random_state: seed of the adapters' first values.
+            loftq_config: scripts for Unsloth name it; only None is taken.
 
         Returns:
             A `peft.PeftModel` that also has `save_pretrained_merged`.
@@ -111,19 +113,11 @@ class FastVisionModel:
         layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
         sides = {"vision": finetune_vision_layers, "language": finetune_language_layers}
         config = _lora_config(
-            r=r,
-            alpha=lora_alpha,
-            dropout=lora_dropout,
-            **sides,
-            attention=finetune_attention_modules,
-            mlp=finetune_mlp_modules,
-            modules=_leaf_names(target_modules),
+            loftq_config, r=r, alpha=lora_alpha, dropout=lora_dropout, **sides, attention=finetune_attention_modules,
+            mlp=finetune_mlp_modules, modules=_leaf_names(target_modules),
             layers={} if layers is None else {side: list(layers) for side, on in sides.items() if on},
-            modules_to_save=list(modules_to_save or []),
-            bias=bias,
-            rslora=use_rslora,
-            dora=use_dora,
-        )
+            modules_to_save=list(modules_to_save or []), bias=bias, rslora=use_rslora, dora=use_dora,
+        )  # fmt: skip
         torch.manual_seed(random_state)
         adapted = allow_merging(add_lora(model, family_of(model), config))
         _checkpoint_gradients(adapted, use_gradient_checkpointing)
@@ -150,9 +144,11 @@ def _leaf_names(target_modules: str | Sequence[str]) -> list[str]:
     return [] if isinstance(target_modules, str) else list(target_modules)
 
 
-def _lora_config(**settings: Any) -> LoraConfig:
+def _lora_config(loftq_config: Any, **settings: Any) -> LoraConfig:
     from pydantic import ValidationError
 
+    if loftq_config is not None:
+        raise ModelError("get_peft_model: loftq_config is not supported; leave it None")
     try:
         return LoraConfig(**settings)
     except ValidationError as error:

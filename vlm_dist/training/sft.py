@@ -32,14 +32,27 @@ class SFTConfig(TrlConfig):
 
 
 class SFTTrainer(TrlTrainer):
-    """`trl.SFTTrainer` that also takes `tokenizer` (now `processing_class`)."""
+    """`trl.SFTTrainer` that also takes `tokenizer` (now `processing_class`), and lists of rows as data sets."""
 
     def __init__(self, *arguments: Any, tokenizer: Any = None, **settings: Any):
         if tokenizer is not None:
             if settings.get("processing_class") not in (None, tokenizer):
                 raise ConfigError("tokenizer and processing_class are two names of one thing; give one")
             settings["processing_class"] = tokenizer
+        for name in ("train_dataset", "eval_dataset"):
+            if isinstance(settings.get(name), list):
+                settings[name] = _as_dataset(settings[name])
         super().__init__(*arguments, **settings)
+
+
+def _as_dataset(rows: list[dict[str, Any]]) -> Any:
+    """A data set that gives the rows themselves: Arrow would turn their pictures into bytes."""
+    from datasets import Dataset
+
+    def look_up(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        return {key: [rows[number][key] for number in batch["row"]] for key in rows[0]}
+
+    return Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(look_up)
 
 
 def _without_half_precision(settings: dict[str, Any]) -> dict[str, Any]:
