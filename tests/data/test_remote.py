@@ -188,6 +188,12 @@ def test_a_server_without_ranges(served, monkeypatch):
         dataset.raw(0)
 
 
+def test_a_cache_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"data.cache_dir: .*file/ranges' cannot be made .*; give a folder"):
+        RangeCache(tmp_path / "file" / "ranges", 10_000)
+
+
 def test_the_cache_keeps_to_its_limit(tmp_path):
     cache = RangeCache(tmp_path, 10_000)
     fetched: list[int] = []

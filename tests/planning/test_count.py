@@ -12,7 +12,7 @@ from vlm_dist.data.encode import Encoder
 from vlm_dist.families import FAMILIES
 from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.load import load_model, read_model_config
-from vlm_dist.models.lora import add_lora
+from vlm_dist.models.lora import add_lora, freeze_sides
 from vlm_dist.models.loss import IGNORED, summed_loss
 from vlm_dist.models.patching import patch_model
 from vlm_dist.models.processor import load_processor
@@ -39,7 +39,10 @@ def batch_of(processor) -> dict:
 
 def real_model(config):
     model, processor, family = load_model(config.model, config.model.name, torch.device("cpu"), lora=config.lora)
-    model = add_lora(model, family, config.lora)
+    if config.lora is None:
+        freeze_sides(model, family, config.model.freeze)
+    else:
+        model = add_lora(model, family, config.lora)
     checkpoint_gradients(model, family, config.model.gradient_checkpointing)
     patch_model(model, config.kernels)
     return model.train(), processor
@@ -78,6 +81,19 @@ def test_bytes_kept_and_at_the_fullest_moment(any_checkpoint, checkpointing):
     assert counted.saved == pytest.approx(kept, rel=0.02)
     assert counted.peak == pytest.approx(peak, rel=0.02)
     assert 0 < counted.saved_vision < counted.saved and 0 < counted.vision_flops < counted.forward_flops
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "mllama"])
+def test_every_weight_trained(checkpoint, family):
+    config = config_of(checkpoint(family), **{"lora": "null", "model.load_in_4bit": "false"})
+    model, processor = real_model(config)
+    batch = batch_of(processor)
+    kept, peak = measure(model, batch)
+    counted = count_micro_batch(config, *read_model_config(config.model, config.model.name), torch.float32, batch, on_gpu=False)
+    assert (counted.saved, counted.peak) == (pytest.approx(kept, rel=0.02), pytest.approx(peak, rel=0.02))
+    assert sum(counted.trainable) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # two products for each of the forward pass; attention five for two, because it makes its scores again
+    assert 1.9 * counted.forward_flops < counted.backward_flops < 2.5 * counted.forward_flops
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "internvl"])

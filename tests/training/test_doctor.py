@@ -53,6 +53,15 @@ def test_a_broken_library_is_a_finding(monkeypatch, capsys):
     assert code == 6 and checks["four_bit"]["found"] == "RuntimeError: CUDA SETUP failed"
 
 
+def test_a_clock_that_is_wrong(tmp_path, monkeypatch):
+    (right,) = doctor._clock(tmp_path / "runs" / "not there yet")
+    assert right.state == "ok" and not list(tmp_path.iterdir())
+    now = doctor.time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: now() - 90)
+    (wrong,) = doctor._clock(tmp_path)
+    assert wrong.state == "warn" and "within 90.0 s" in wrong.found and "NTP" in wrong.fix
+
+
 @pytest.mark.parametrize("mode", [0o500])
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # root may write anywhere

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from vlm_dist.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 DOWNLOADS = 8  # ranges fetched at a time
@@ -26,11 +28,17 @@ class RangeCache:
 
     Args:
         limit: bytes that the folder may hold.
+
+    Raises:
+        DataError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"data.cache_dir: '{folder}' cannot be made ({error.strerror}); give a folder that can be written") from None
         self._bytes = sum(file.stat().st_size for file in folder.glob("*.range"))
         self._lock = threading.Lock()
         self._coming: dict[Path, Future[bytes]] = {}

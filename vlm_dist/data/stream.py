@@ -144,16 +144,18 @@ class Stream:
         self._step = state["step"]
         self._state = {lane: state["lanes"][str(lane)] for lane in self._lanes} if state["lanes"] else {}
 
-    def count_steps(self) -> int:
-        """Optimizer steps until this rank's lanes have had all their epochs. With packing every sample is measured to tell."""
+    def count_steps(self, note: Callable[[float], object] = lambda share: None) -> int:
+        """Optimizer steps until this rank's lanes have had all their epochs. With packing every sample is measured to tell, and `note` is
+        told after each lane what share is done."""
         assert self.epochs is not None
         if not self.config.packing:
             return math.ceil(self.epochs * self.num_samples / self.global_batch)
         most = 0
         with Workers(self.config.workers) as workers:
-            for rows in self._rows(workers, lambda slot: None):
+            for done, rows in enumerate(self._rows(workers, lambda slot: None), start=1):
                 for number, _ in enumerate(until_done(rows), start=1):
                     most = max(most, number)
+                note(done / len(self._lanes))
         return most
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ def feature_maps(features: torch.Tensor, encoded: Encoded, processor: Any) -> li
     norms = features.float().norm(dim=-1)
     if "image_grid_thw" in encoded.inputs:
         return _maps_of_merged(norms.flatten(), encoded.inputs["image_grid_thw"].tolist(), processor.image_processor.merge_size)
-    sizes = [tuple(tile.shape[-2:]) for tile in _tiles(encoded.inputs, processor.image_processor)]
+    sizes = [(tile.shape[-2], tile.shape[-1]) for tile in _tiles(encoded.inputs, processor.image_processor)]
     if sizes and norms.ndim == 2 and norms.shape[0] == len(sizes):
         grids = [max(_grid(norms.shape[1], size), _grid(norms.shape[1] - 1, size)) for size in sizes]
         parts = [row[row.numel() - rows * columns :] for row, (rows, columns) in zip(norms, grids, strict=True)]  # a class token is first

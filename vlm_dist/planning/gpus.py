@@ -56,8 +56,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def this_gpu() -> Gpu | None:
-    """The card of this machine: its row of the table with the memory that it really has; unknown ones by their multiprocessors' count
-    and clock are not guessed. None: no GPU, or one that the table lacks."""
+    """The card of this machine: its row of the table, with the memory that it really has. None: no GPU, or one that the table lacks."""
     import torch
 
     if not torch.cuda.is_available():

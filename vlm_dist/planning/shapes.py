@@ -69,7 +69,7 @@ class Tally(TorchDispatchMode):
         result = self.perform(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not func.is_view and func not in FREE:
-            self._add_work(func, args, kwargs, given, made)
+            self._add_work(func, args, kwargs, result, [*given, *made])
         for tensor in made:
             self.hold(tensor)
         return result
@@ -95,10 +95,10 @@ class Tally(TorchDispatchMode):
     def _let_go(self, key: int) -> None:
         self.count.live -= self._held.pop(key)
 
-    def _add_work(self, func: Any, args: tuple, kwargs: dict, given: list, made: list) -> None:
+    def _add_work(self, func: Any, args: tuple, kwargs: dict, result: Any, tensors: list[torch.Tensor]) -> None:
         flops = flop_registry.get(func._overloadpacket)
-        number = flops(*args, **kwargs, out_val=made[0] if len(made) == 1 else made) if flops else ATTENTION.get(func, _none)(args)
-        moved = sum(_nbytes(tensor) for tensor in [*given, *made])
+        number = flops(*args, **kwargs, out_val=result) if flops else ATTENTION.get(func, _none)(args)
+        moved = sum(_nbytes(tensor) for tensor in tensors)
         if moved:
             self.count.work[int(number), moved] += 1
 

@@ -63,7 +63,7 @@ def _skeleton(config: Config, hf_config: Any, family: Family, dtype: torch.dtype
 
 def _give_shapes(model: Any, dtype: torch.dtype) -> None:
     """Fake tensors in place of those on the meta device; what trains in float32, 4-bit weights in the size that bitsandbytes gives them."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     made: dict[int, torch.nn.Parameter] = {}  # weights that two modules share stay one
     for module in model.modules():

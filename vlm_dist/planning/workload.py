@@ -13,7 +13,7 @@ from vlm_dist.data.lengths import Length, Ruler, count_patches
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.samples import BadSample, Size, outline
 from vlm_dist.data.stream import open_stream
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, DataError
 
 MEASURED = 200  # samples that are looked at
 BLANK: tuple[Size, ...] = ((56, 56),)  # what the stream adds where a micro-batch has no picture
@@ -51,8 +51,7 @@ def measured(config: Config, encoder: Encoder, pack: bool, quarantine: Quarantin
     with as many such pictures as its budgets allow.
 
     Raises:
-        DataError: there are no shards.
-        ConfigError: no sample can be used.
+        DataError: there are no shards, or none of the first samples can be used.
     """
     stream = open_stream(
         config.data, encoder.processor, quarantine, seed=config.seed, global_batch=config.training.global_batch,
@@ -68,7 +67,7 @@ def measured(config: Config, encoder: Encoder, pack: bool, quarantine: Quarantin
         if slot.length.patches > most:
             most, pictures = slot.length.patches, _sizes(slot.raw, config)
     if not lengths:
-        raise ConfigError("plan: none of the first samples of data.train can be used; `vlm-dist inspect` says why")
+        raise DataError("plan: none of the first samples of data.train can be used; `vlm-dist inspect` says why")
     longest = max(length.tokens for length in lengths)
     if not pack:
         return Workload(longest, pictures, f"the longest and the most pictures of {len(lengths)} samples")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ LEAST_DISK = 20 * 10**9
 LEAST_SHARED = 10**9
 LEAST_FILES = 4096
 LEAST_MEMORY = 8 * 10**9
+MOST_APART = 2.0  # seconds between clocks
 READ = 200 * 10**6  # bytes of the data that are read to tell its speed
 SLOWING = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE")
 LEFT_ON = ("NCCL_DEBUG", "CUDA_LAUNCH_BLOCKING", "TORCH_DISTRIBUTED_DEBUG", "TRITON_INTERPRET")
@@ -57,7 +59,9 @@ def examine(config: Config | None = None) -> Iterator[Check]:
         _variables,
     ):
         yield from _guarded(check)
-    yield from _guarded(_disk, Path(config.output_dir if config else "."))
+    folder = Path(config.output_dir if config else ".")
+    yield from _guarded(_disk, folder)
+    yield from _guarded(_clock, folder)
     if config is not None:
         yield from _guarded(_data, config)
 
@@ -225,14 +229,33 @@ def _variables() -> Iterator[Check]:
             yield Check(name, "warn", f"is {value}: for debugging, and slow", f"unset {name}")
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+
+
 def _disk(folder: Path) -> Iterator[Check]:
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    there = _existing(folder)
     if not os.access(there, os.W_OK):
         yield Check("disk", "bad", f"{there} cannot be written", "choose another output_dir")
         return
     free = shutil.disk_usage(there).free
     fix = "fewer checkpoints (checkpoint.keep_last), or another output_dir"
     yield _judge("disk", free >= LEAST_DISK, f"{free / 1e9:.1f} GB free below {there}", fix)
+
+
+def _clock(folder: Path) -> Iterator[Check]:
+    """This clock against that of the file system on which the runs lie: nodes that agree with it agree with one another."""
+    there = _existing(folder)
+    if not os.access(there, os.W_OK):
+        return
+    with tempfile.NamedTemporaryFile(dir=there, prefix=".doctor-") as file:
+        before = time.time()
+        os.utime(file.fileno())  # now, as the file system's server sees it
+        apart = os.fstat(file.fileno()).st_mtime - before
+    found = f"within {max(0.1, abs(apart)):.1f} s of the file system's"
+    fix = "set it by NTP (chrony) on every node: times in logs and the watchdog's would disagree"
+    yield _judge("clock", abs(apart) <= MOST_APART, found, fix)
 
 
 def _data(config: Config) -> Iterator[Check]:
@@ -249,8 +272,3 @@ def _data(config: Config) -> Iterator[Check]:
         seconds = max(time.perf_counter() - start, 1e-9)
         speed = f"{count / seconds:,.0f} a second, {seen / seconds / 1e6:,.0f} MB/s, read here and there"
         yield Check(f"data {dataset.name}", "ok", f"{len(dataset.index):,} samples; {speed}")
-
-
-CHECKS = (
-    _python, _packages, _gpus, _peers, _vision, _four_bit, _kernels, _compiler, _memory, _shared, _files, _sockets, _variables,
-)  # fmt: skip

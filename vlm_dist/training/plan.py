@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from vlm_dist.config import Config
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Size
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import DataError, MachineError, ModelError
+from vlm_dist.errors import ConfigError, DataError, MachineError, ModelError
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.run_dir import RunDir
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Checkpointing = bool | dict[Any, Any]
 MODES: dict[str, Checkpointing] = {"none": False, "vision": {"vision": True}, "language": {"language": True}, "all": True}
 ROUNDED = 64  # tokens that a row's length is rounded down to
-ASSUMED: Size = (1024, 1024)
+ASSUMED: tuple[Size, ...] = ((1024, 1024), (512, 512), (256, 256), (56, 56))
 UNSURE = 0.1  # a plan that is over by less is tried
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def open_planner(
 
     Args:
         size: assume rows of data.max_seq_length tokens with so many `pictures` of this size; None: measure data.train, and where that
-            cannot be read, assume a picture of ASSUMED.
+            cannot be read, assume one picture a row.
         note: is told what is being counted.
     """
     import torch
@@ -204,8 +204,8 @@ def check_fits(config: Config, ranks: Ranks, gpu: Gpu | None = None) -> None:
 
     from vlm_dist.planning.gpus import Gpu
 
-    if config.health.on_too_large == "ignore" or (gpu is None and ranks.device.type != "cuda"):
-        return
+    if config.health.on_too_large == "ignore" or config.model.name is None or (gpu is None and ranks.device.type != "cuda"):
+        return  # a model that is yet to be made is only rehearsed
     problem = None
     if ranks.is_first:
         card = gpu or Gpu(torch.cuda.get_device_name(ranks.device), torch.cuda.mem_get_info(ranks.device)[1], 1.0, 1.0, 1.0)
@@ -244,8 +244,19 @@ def _workload(config: Config, encoder: Encoder, family: Any, run: RunDir, size: 
     try:
         return measured(config, encoder, config.data.packing and family.packs, open_quarantine(config, run))
     except DataError as error:
-        found = assumed(config, encoder, ASSUMED, 1)
+        found = _any_picture(config, encoder)
         return replace(found, why=f"{found.why}, because data.train cannot be measured ({str(error).split(';')[0]})")
+
+
+def _any_picture(config: Config, encoder: Encoder) -> Workload:
+    """The largest of some usual sizes whose tokens fit a row."""
+    from vlm_dist.planning.workload import assumed
+
+    *larger, least = ASSUMED
+    for size in larger:
+        with suppress(ConfigError):
+            return assumed(config, encoder, size, 1)
+    return assumed(config, encoder, least, 1)
 
 
 def _mode_of(config: Config) -> str:

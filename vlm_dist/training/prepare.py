@@ -51,9 +51,17 @@ def count_steps(config: Config, stream: Stream, ranks: Ranks) -> int:
     """Optimizer steps of the whole run; with packing and training.epochs all samples are measured to tell."""
     if config.training.steps is not None:
         return config.training.steps
+    told = 0
+
+    def note(share: float) -> None:
+        nonlocal told
+        if ranks.is_first and share >= (told + 1) / 10:
+            told = int(10 * share)
+            print(f"data: {share:.0%} of the samples measured", flush=True)
+
     if config.data.packing and ranks.is_first:
         print(f"data: measuring every sample, to tell how many steps {config.training.epochs:g} epochs take", flush=True)
-    return max(ranks.gather(stream.count_steps()))
+    return max(ranks.gather(stream.count_steps(note)))
 
 
 def row_rules(config: Config, loaded: Loaded, ranks: Ranks) -> dict[str, Any]:
