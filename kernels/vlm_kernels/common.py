@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,18 +32,19 @@ class Compilation:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_counting = contextvars.ContextVar("counting", default=False)
+_counting = False  # a plain global: torch.compile reads it without breaking the graph
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Fake tensors, which have a shape and no data, take the kernels' path: to count what a GPU would hold and compute where there is
     none. (torch.compile for a CPU traces with them too, so this must be said.)"""
-    token = _counting.set(True)
+    global _counting
+    before, _counting = _counting, True
     try:
         yield
     finally:
-        _counting.reset(token)
+        _counting = before
 
 
 def runs_kernel(tensor: torch.Tensor) -> bool:
@@ -54,7 +54,7 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
 
 def is_counted(tensor: torch.Tensor) -> bool:
     """Whether it is fake and stands for one on a GPU (`as_on_gpu`): there is nothing to launch a kernel on."""
-    return _counting.get() and isinstance(tensor, FakeTensor)
+    return _counting and isinstance(tensor, FakeTensor)
 
 
 def row_block(columns: int) -> tuple[int, int]:
