@@ -8,8 +8,8 @@ from typing import Any
 
 from vlm_dist.config import Config
 from vlm_dist.data.collate import collate
-from vlm_dist.data.encode import Encoded, Encoder
-from vlm_dist.data.lengths import Length, Ruler, count_patches
+from vlm_dist.data.encode import Encoded, Encoder, is_per_token
+from vlm_dist.data.lengths import Length, Ruler
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.samples import BadSample, Size, outline
 from vlm_dist.data.stream import open_stream
@@ -84,11 +84,6 @@ def micro_batch(encoder: Encoder, workload: Workload, rows: int, tokens: int | N
     return collate([_lengthened(encoded, max(tokens or workload.tokens, encoded.length))] * rows, encoder.processor.tokenizer.pad_token_id)
 
 
-def patches_of(batch: dict[str, Any]) -> int:
-    """What the vision tower computes for it."""
-    return count_patches(batch)
-
-
 def _filled(config: Config, encoder: Encoder, pictures: tuple[Size, ...]) -> tuple[Size, ...]:
     """Pictures of a row, again and again, while tokens and patches last."""
     one = Ruler(encoder).measure(_question(len(pictures)), list(pictures))
@@ -117,8 +112,9 @@ def _lengthened(encoded: Encoded, tokens: int) -> Encoded:
     more = tokens - encoded.length
 
     def longer(tensor: Any) -> Any:
-        is_row = tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, encoded.length) and not tensor.is_floating_point()
-        return torch.cat([tensor, tensor[:, -1:].expand(-1, more, *tensor.shape[2:])], 1) if is_row else tensor
+        if not is_per_token(tensor, encoded.length):
+            return tensor
+        return torch.cat([tensor, tensor[:, -1:].expand(-1, more, *tensor.shape[2:])], 1)
 
     inputs = {name: longer(tensor) for name, tensor in encoded.inputs.items()}
     labels = encoded.labels.clone()

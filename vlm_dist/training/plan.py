@@ -14,7 +14,7 @@ from vlm_dist.config import Config
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Size
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import ConfigError, DataError, MachineError, ModelError
+from vlm_dist.errors import ConfigError, DataError, MachineError, UserError
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.run_dir import RunDir
@@ -212,8 +212,8 @@ def check_fits(config: Config, ranks: Ranks, gpu: Gpu | None = None) -> None:
         try:
             with open_planner(config, card, ranks.world_size) as planner:
                 own = make_plan(planner, others=False)["own"]
-        except ModelError as error:
-            logger.warning("%s", error)  # a model that cannot be counted may train all the same
+        except UserError as error:
+            logger.warning("%s", error)  # what cannot be counted may train all the same; what is wrong is told where it is used
         else:
             if own["total"] > card.memory:
                 problem = _too_large(own, card), own["total"] > (1 + UNSURE) * card.memory

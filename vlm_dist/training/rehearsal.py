@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from vlm_dist.config import Config
 from vlm_dist.data.encode import Encoder
+from vlm_dist.data.lengths import count_patches
 from vlm_dist.distributed import Ranks
 from vlm_dist.models.generate import autocast
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.planning.memory import optimizer_bytes
-from vlm_dist.planning.workload import measured, micro_batch, patches_of
+from vlm_dist.planning.workload import measured, micro_batch
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training.engine import zero_stage
 from vlm_dist.training.outcome import peak_memory
@@ -61,4 +62,4 @@ def rehearse(config: Config, loaded: Loaded, run: RunDir, ranks: Ranks) -> str:
     used = f"{peak / 1e9:.2f}"
     if ranks.device.type == "cuda":
         used += f" of {torch.cuda.get_device_properties(ranks.device).total_memory / 1e9:.2f}"
-    return f"rehearsed the fullest micro-batch ({batch['input_ids'].numel():,} tokens, {patches_of(batch):,} patches): {used} GB"
+    return f"rehearsed the fullest micro-batch ({batch['input_ids'].numel():,} tokens, {count_patches(batch):,} patches): {used} GB"
