@@ -22,6 +22,7 @@ from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Sample
+from vlm_dist.environment import describe_environment
 from vlm_dist.models.export import save_pretrained_merged
 from vlm_dist.models.generate import generate
 from vlm_dist.models.load import load_model
@@ -31,7 +32,6 @@ from vlm_dist.models.trained import load_trained
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import write_json, write_text
 from vlm_dist.testing import tiny_checkpoint, tiny_families
-from vlm_dist.training.prepare import describe_environment
 
 CPU = torch.device("cpu")
 COLOURS = {"red": "a red circle", "blue": "top left", "green": "two", "white": "three yellow squares"}

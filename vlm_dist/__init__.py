@@ -16,11 +16,11 @@ from vlm_dist.config_load import load_config
 from vlm_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from vlm_dist.data.collator import VisionDataCollator
-    from vlm_dist.data.collator import VisionDataCollator as UnslothVisionDataCollator
-    from vlm_dist.models.fast import FastVisionModel
-    from vlm_dist.training.sft import SFTConfig, SFTTrainer
     from vlm_dist.training.train import train
+    from vlm_dist.unsloth.collator import VisionDataCollator
+    from vlm_dist.unsloth.collator import VisionDataCollator as UnslothVisionDataCollator
+    from vlm_dist.unsloth.fast import FastVisionModel
+    from vlm_dist.unsloth.sft import SFTConfig, SFTTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,11 +36,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "FastVisionModel": ("vlm_dist.models.fast", "FastVisionModel"),
-    "SFTConfig": ("vlm_dist.training.sft", "SFTConfig"),
-    "SFTTrainer": ("vlm_dist.training.sft", "SFTTrainer"),
-    "UnslothVisionDataCollator": ("vlm_dist.data.collator", "VisionDataCollator"),
-    "VisionDataCollator": ("vlm_dist.data.collator", "VisionDataCollator"),
+    "FastVisionModel": ("vlm_dist.unsloth.fast", "FastVisionModel"),
+    "SFTConfig": ("vlm_dist.unsloth.sft", "SFTConfig"),
+    "SFTTrainer": ("vlm_dist.unsloth.sft", "SFTTrainer"),
+    "UnslothVisionDataCollator": ("vlm_dist.unsloth.collator", "VisionDataCollator"),
+    "VisionDataCollator": ("vlm_dist.unsloth.collator", "VisionDataCollator"),
     "train": ("vlm_dist.training.train", "train"),
 }
 

@@ -123,6 +123,13 @@ def start() -> Ranks:
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
+def alone() -> Ranks:
+    """A world of one on the CPU, without a process group: for what looks at a run and is no part of one."""
+    import torch
+
+    return Ranks(0, 0, 1, torch.device("cpu"))
+
+
 def stop() -> None:
     """Leave the process group, if this process joined one."""
     import torch.distributed as dist

@@ -108,9 +108,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     from vlm_dist import distributed
+    from vlm_dist.environment import describe_environment
     from vlm_dist.quiet import quiet_libraries
     from vlm_dist.run_dir import write_json
-    from vlm_dist.training.prepare import describe_environment
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:

@@ -144,8 +144,8 @@ def main() -> int:
 
 def report(found: dict[str, Any], arguments: argparse.Namespace) -> None:
     from vlm_dist import distributed
+    from vlm_dist.environment import describe_environment
     from vlm_dist.run_dir import write_json
-    from vlm_dist.training.prepare import describe_environment
 
     rows = []
     for stage, numbers in found.items():

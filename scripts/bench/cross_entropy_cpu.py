@@ -19,8 +19,8 @@ import torch
 
 import vlm_kernels
 from vlm_dist import distributed
+from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import write_json
-from vlm_dist.training.prepare import describe_environment
 
 
 def inputs(rows: int, hidden: int, vocabulary: int, supervised: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

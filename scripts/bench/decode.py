@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from vlm_dist import distributed
+from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import write_json
-from vlm_dist.training.prepare import describe_environment
 
 SIDE = 336
 SIZES = ((384, 304), (1440, 1080))

@@ -27,8 +27,8 @@ import torch
 
 import vlm_kernels
 from vlm_dist import distributed
+from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import write_json
-from vlm_dist.training.prepare import describe_environment
 from vlm_kernels import reference
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None

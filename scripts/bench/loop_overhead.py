@@ -20,23 +20,23 @@ from vlm_dist import distributed
 from vlm_dist.config import Config
 from vlm_dist.config_load import load_config
 from vlm_dist.data.encode import IGNORED
-from vlm_dist.data.stream import Step, Stream, open_stream
+from vlm_dist.data.stream import Step, Stream
+from vlm_dist.environment import describe_environment
+from vlm_dist.inputs.opened import open_inputs
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import RunDir, read_jsonl, write_json
-from vlm_dist.training.prepare import describe_environment, load_trainable, open_quarantine
+from vlm_dist.training.prepare import load_trainable
 
 
-def prepared_steps(config: Config, run: RunDir, processor, count: int) -> list[Step]:
-    batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
-    stream = open_stream(config.data, processor, open_quarantine(config, run), seed=config.seed, **batch, rank=0, world_size=1)
-    return list(itertools.islice(stream.steps(), count))
+def prepared_steps(config: Config, run: RunDir, ranks, count: int) -> list[Step]:
+    return list(itertools.islice(open_inputs(config, run, ranks).stream().steps(), count))
 
 
 def bare_loop(config: Config, run: RunDir, steps: list[Step], ranks) -> float:
     """Median seconds a step of forward, backward, clipping and AdamW, and nothing else."""
     import torch
 
-    model = load_trainable(config, run, ranks).model.to(ranks.device).train()
+    model = load_trainable(open_inputs(config, run, ranks), ranks).model.to(ranks.device).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     seconds = []
@@ -89,7 +89,7 @@ def main() -> int:
             overrides = [f"output_dir={folder}", f"name=round-{number}", f"training.steps={arguments.steps}", "data.heldout=[]"]
             config = load_config(arguments.config, [*overrides, "checkpoint.save_every=0", "log.every=1000000", "log.wandb=disabled"])
             run = RunDir.open(config)
-            steps = prepared_steps(config, run, load_trainable(config, run, ranks).processor, arguments.steps)
+            steps = prepared_steps(config, run, ranks, arguments.steps)
             bare, ours = bare_loop(config, run, steps, ranks), our_loop(config, run, steps)
         rounds.append({"bare_s": bare, "ours_s": ours, "ratio": ours / bare})
         print(f"round {number}: bare {1e3 * bare:.1f} ms, ours {1e3 * ours:.1f} ms, ratio {ours / bare:.3f}", flush=True)

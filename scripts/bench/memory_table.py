@@ -17,10 +17,10 @@ from typing import Any
 
 from vlm_dist.config_load import parse_config
 from vlm_dist.planning.gpus import GPUS
+from vlm_dist.planning.plan import MODES, make_plan, open_planner
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import write_json
 from vlm_dist.testing.full_size import SIZES, full_size_config
-from vlm_dist.training.plan import MODES, make_plan, open_planner
 
 
 def plan_model(name: str, gpus: list[str], folder: Path) -> dict[str, Any]:

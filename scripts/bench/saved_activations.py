@@ -23,6 +23,7 @@ import torch
 from vlm_dist import distributed
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.data.encode import IGNORED
+from vlm_dist.environment import describe_environment
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.models.loss import summed_loss
@@ -30,7 +31,6 @@ from vlm_dist.models.patching import patch_model
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import write_json
 from vlm_dist.testing import tiny_checkpoint
-from vlm_dist.training.prepare import describe_environment
 
 FORMS = {
     "language and vision": {},

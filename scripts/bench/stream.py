@@ -42,8 +42,8 @@ from vlm_dist.data.samples import Sample, decode_pixels
 from vlm_dist.data.shards import read_in_order, write_shards
 from vlm_dist.data.storage import Storage
 from vlm_dist.data.stream import Stream, open_stream
+from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import write_json
-from vlm_dist.training.prepare import describe_environment
 
 SIDE = 336
 WORKERS = 2

@@ -36,9 +36,9 @@ from vlm_dist.data.lanes import Lane, Order
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.shards import write_shards
 from vlm_dist.data.stream import Stream, merge_states, open_stream
+from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import write_json
 from vlm_dist.testing import tiny_checkpoint
-from vlm_dist.training.prepare import describe_environment
 
 RANKS = 8
 ROWS = 32  # of a step, over all ranks

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from vlm_dist import distributed
+from vlm_dist.environment import describe_environment
 from vlm_dist.models.patches import Patches
 from vlm_dist.models.patching_vision import patch_vision_windows
 from vlm_dist.run_dir import write_json
-from vlm_dist.training.prepare import describe_environment
 
 
 def build(device: torch.device):

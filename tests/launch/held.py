@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from vlm_dist import distributed, load_config
-from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.stream import open_stream
+from vlm_dist.inputs.opened import open_inputs
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training.engine import start_engine
@@ -21,7 +20,8 @@ from vlm_dist.training.prepare import load_trainable
 def main() -> None:
     config = load_config(sys.argv[1], sys.argv[2:])
     ranks = distributed.start()
-    loaded = load_trainable(config, RunDir(Path(config.output_dir) / "held"), ranks)
+    inputs = open_inputs(config, RunDir(Path(config.output_dir) / "held"), ranks)
+    loaded = load_trainable(inputs, ranks)
     whole = {name: parameter.nbytes for name, parameter in loaded.model.named_parameters() if not parameter.requires_grad}
     engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
     base = {name: parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
@@ -38,10 +38,7 @@ def main() -> None:
 
     for module in engine.module.modules():
         module.register_forward_pre_hook(look)
-    stream = open_stream(
-        config.data, loaded.processor, Quarantine(Path(config.output_dir) / "quarantine.jsonl", 0.5), seed=0, global_batch=2,
-        micro_batch=1, rank=ranks.rank, world_size=ranks.world_size,
-    )  # fmt: skip
+    stream = inputs.stream(ranks.rank, ranks.world_size)
     engine.backward(summed_loss(engine, stream.next_step().micro_batches[0]))
     engine.step()
     stream.close()

@@ -16,10 +16,10 @@ import pytest
 
 from tests.conftest import ROOT, child_environment, losses_of, run_command, write_config
 from vlm_dist import load_config, train
+from vlm_dist.checkpoints.form import verify_checkpoint
 from vlm_dist.cli.main import main
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.training import outcome
-from vlm_dist.training.checkpoint import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vlm_dist.checking.heat import Heat, drawn_over
 from vlm_dist.config_load import parse_config
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoded, Encoder
@@ -14,7 +15,6 @@ from vlm_dist.data.view import _tiles, feature_maps, patch_size
 from vlm_dist.models.load import load_model, read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.planning.flow import ORDER, data_flow
-from vlm_dist.training.heat import Heat, drawn_over
 
 UNKNOWN_LAYOUT = ("gemma4",)  # patches without a grid
 TWO_AXES_MORE = ("mllama",)  # a tower that keeps pictures and tiles apart

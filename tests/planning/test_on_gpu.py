@@ -9,6 +9,7 @@ import torch
 
 from vlm_dist.config_load import parse_config
 from vlm_dist.data.encode import Encoder
+from vlm_dist.inputs.workload import assumed, micro_batch
 from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.generate import autocast
 from vlm_dist.models.load import load_model, read_model_config
@@ -16,7 +17,6 @@ from vlm_dist.models.lora import add_lora
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.patching import patch_model
 from vlm_dist.planning.count import count_micro_batch
-from vlm_dist.planning.workload import assumed, micro_batch
 from vlm_dist.testing.full_size import full_size_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from vlm_dist import load_config, train
 from vlm_dist.cli.main import main
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.inputs.opened import open_inputs
+from vlm_dist.inputs.workload import assumed, micro_batch
 from vlm_dist.models.load import read_model_config
 from vlm_dist.planning.count import count_micro_batch
+from vlm_dist.planning.fits import check_fits
 from vlm_dist.planning.gpus import GPUS, Gpu, find_gpu
-from vlm_dist.planning.workload import assumed, micro_batch
+from vlm_dist.planning.plan import MODES, best_of, make_plan, open_planner
+from vlm_dist.run_dir import RunDir
 from vlm_dist.testing.full_size import full_size_config
-from vlm_dist.training.plan import MODES, best_of, check_fits, make_plan, open_planner
 
 pytestmark = pytest.mark.slow
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -112,14 +116,16 @@ def test_a_card_between(settings, tmp_path):
 
 def test_training_refuses_what_cannot_fit(settings, tmp_path, caplog):
     config = load_config(write_config(settings, tmp_path))
-    check_fits(config, ALONE)  # on a CPU nothing is counted
-    check_fits(config, ALONE, small_gpu(24e9))
+    inputs = open_inputs(config, RunDir(tmp_path / "run"), ALONE)
+    check_fits(inputs, ALONE)  # on a CPU nothing is counted
+    check_fits(inputs, ALONE, small_gpu(24e9))
     with pytest.raises(MachineError, match=r"training.micro_batch=2: a step needs about 0.6 GB, small has 0.1 \(CUDA itself 0.6.*--auto"):
-        check_fits(config, ALONE, small_gpu(1e8))
+        check_fits(inputs, ALONE, small_gpu(1e8))
     told = load_config(write_config(settings, tmp_path), ["health.on_too_large=tell"])
-    check_fits(told, ALONE, small_gpu(1e8))
+    check_fits(replace(inputs, config=told), ALONE, small_gpu(1e8))
     assert "trying it all the same" in caplog.text
-    check_fits(load_config(write_config(settings, tmp_path), ["health.on_too_large=ignore"]), ALONE, small_gpu(1))
+    ignored = load_config(write_config(settings, tmp_path), ["health.on_too_large=ignore"])
+    check_fits(replace(inputs, config=ignored), ALONE, small_gpu(1))
 
 
 def test_rows_that_are_packed_are_full(settings, tmp_path):

@@ -158,7 +158,7 @@ def test_disk_full_while_saving(settings, tmp_path, left):
         config = str(write_config(settings, tmp_path))
         code = (
             "import sys, pathlib, shutil\n"
-            "from vlm_dist.training import saver\n"
+            "from vlm_dist.checkpoints import saver\n"
             "from vlm_dist.cli.main import main\n"
             "write = saver.write_checkpoint\n"
             "def fill_then_write(folder, step, *rest):\n"
@@ -178,7 +178,7 @@ def test_disk_full_while_saving(settings, tmp_path, left):
         named = re.search(r"(step-\d+), is intact", line)
         assert named and "the disk is full" in line and "run the same command again" in line
         assert "Traceback" not in result.stderr
-        from vlm_dist.training.checkpoint import newest_good_checkpoint, verify_checkpoint
+        from vlm_dist.checkpoints.form import newest_good_checkpoint, verify_checkpoint
 
         good = newest_good_checkpoint(disk / "runs" / "tiny" / "checkpoints")
         assert good is not None and good.name == named[1] and verify_checkpoint(good) is None

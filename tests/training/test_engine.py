@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import losses_of, write_config
 from vlm_dist import load_config, train
+from vlm_dist.deepspeed_config import deepspeed_config
 from vlm_dist.errors import ConfigError, MachineError
-from vlm_dist.training.engine import deepspeed_config
 
 pytestmark = pytest.mark.slow
 FORMS = {"plain": [], "optimizer-1": ["engine.zero_stage=1", "engine.offload=optimizer"],

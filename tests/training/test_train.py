@@ -128,7 +128,7 @@ def test_forms_of_lora_train_resume_and_load(settings, tmp_path, options, family
     import torch
 
     from vlm_dist.models.trained import load_trained
-    from vlm_dist.training.score import score_run
+    from vlm_dist.scoring.score import score_run
 
     settings["model"]["name"] = {"llava": llava, "qwen2_5_vl": qwen}[family]
     options = [*options, "optim.lr=0.01"]

@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.chat import Chat
+    from vlm_dist.serving.chat import Chat
 
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1 or arguments.max_new_tokens < 1:
         raise ConfigError("chat: expected --temperature of 0 or more, --top-p between 0 and 1, --max-new-tokens of 1 or more")
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _on_page(chat: Any, arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.chat_page import serve_page
+    from vlm_dist.serving.chat_page import serve_page
 
     page = serve_page(chat, Path(arguments.source).name, host=arguments.host, port=arguments.port)
     print(f"http://{arguments.host}:{page.server_port}  (Ctrl-C ends it)", flush=True)

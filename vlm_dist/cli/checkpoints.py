@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.checkpoint import find_checkpoints, prune
+    from vlm_dist.checkpoints.form import find_checkpoints, prune
 
     folder = RunDir(arguments.run_dir).checkpoints
     if not folder.is_dir():
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _describe(path: Path, *, verify: bool) -> dict[str, Any]:
-    from vlm_dist.training.checkpoint import read_state, verify_checkpoint
+    from vlm_dist.checkpoints.form import read_state, verify_checkpoint
 
     problem = verify_checkpoint(path) if verify else None
     try:

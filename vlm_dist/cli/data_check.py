@@ -102,8 +102,8 @@ def run_index(arguments: argparse.Namespace) -> int:
 
 
 def run_order(arguments: argparse.Namespace) -> int:
+    from vlm_dist.checking.order import order_of
     from vlm_dist.config_load import load_config
-    from vlm_dist.training.order import order_of
 
     for name, least in {"world_size": 1, "steps": 1, "start": 0}.items():
         if getattr(arguments, name) < least:

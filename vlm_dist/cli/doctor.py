@@ -26,8 +26,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from vlm_dist.checking.doctor import examine
     from vlm_dist.config_load import load_config
-    from vlm_dist.training.doctor import examine
 
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     checks = []

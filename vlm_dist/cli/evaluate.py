@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.score import score_run
+    from vlm_dist.scoring.score import score_run
 
     scores = score_run(arguments.run_dir, data=arguments.data, samples=arguments.samples, base=arguments.base)
     if arguments.json:

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.export import export_run, push_folder
+    from vlm_dist.serving.export import export_run, push_folder
 
     result = export_run(arguments.run_dir, arguments.to, arguments.out, onto=arguments.onto, samples=arguments.samples)
     if result.warning:

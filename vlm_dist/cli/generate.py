@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.answer import answer
+    from vlm_dist.serving.answer import answer
 
     text = answer(arguments.source, arguments.image, arguments.prompt, max_new_tokens=arguments.max_new_tokens, base=arguments.base)
     if arguments.json:

@@ -29,9 +29,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from vlm_dist.checking.inspection import inspect
     from vlm_dist.config_load import load_config
     from vlm_dist.reporting.inspect_page import write_inspection
-    from vlm_dist.training.inspection import inspect
 
     if arguments.n < 1:
         raise ConfigError(f"-n: found {arguments.n}; expected 1 or more")

@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.engine import check_batches
+    from vlm_dist.deepspeed_config import check_batches
 
     if not (ROOT / "launch" / "train.py").exists():
         raise MachineError(

@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.config_load import load_config, write_changed
     from vlm_dist.planning.gpus import find_gpu, this_gpu
-    from vlm_dist.training.plan import best_of, make_plan, open_planner, settings_of
+    from vlm_dist.planning.plan import best_of, make_plan, open_planner, settings_of
 
     if arguments.gpus < 1 or arguments.pictures < 0:
         raise ConfigError("plan: expected --gpus of 1 or more and --pictures of 0 or more")

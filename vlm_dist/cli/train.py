@@ -58,7 +58,7 @@ def _end(summary: dict[str, Any], arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(config: Any, arguments: argparse.Namespace) -> int:
-    from vlm_dist.training.prepare import dry_run
+    from vlm_dist.checking.dry_run import dry_run
 
     plan = dry_run(config, env_world_size())
     if arguments.json:

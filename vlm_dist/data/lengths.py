@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Size
+from vlm_dist.upstream.transformers import picture_token_rule
 
 PROBES = ((64, 48), (640, 360))  # (width, height) on which a processor's own rule is compared with what the processor does
 
@@ -22,13 +23,14 @@ class Length(NamedTuple):
 class Ruler:
     """Token and patch counts from messages and the sizes of pictures.
 
-    Text is tokenised. What a picture of some size adds is asked of the processor's own rule (transformers'
-    `_get_num_multimodal_tokens`) where it has one that agrees with what it does, else found by processing a blank picture of that
+    Text is tokenised. What a picture of some size adds is asked of the processor's own rule (see
+    `picture_token_rule`) where it has one that agrees with what it does, else found by processing a blank picture of that
     size. Where text around a picture merges with it into other tokens, a count may be off by a few.
     """
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
+        self._told = picture_token_rule(encoder.processor)
         self._picture = lru_cache(100_000)(self._by_rule if self._rule_is_right() else self._by_trying)
 
     def measure(self, messages: list[dict[str, Any]], sizes: list[Size]) -> Length:
@@ -51,11 +53,11 @@ class Ruler:
         return Length(self._rule(size) + self._besides, round(self._rule(size) * self._patches_a_token))
 
     def _rule(self, size: Size) -> int:
-        width, height = size
-        return self.encoder.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0]
+        assert self._told is not None
+        return self._told(*size)
 
     def _rule_is_right(self) -> bool:
-        if not hasattr(self.encoder.processor, "_get_num_multimodal_tokens"):
+        if self._told is None:
             return False
         try:
             told = [self._rule(size) for size in PROBES]

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_dist.errors import ModelError
 from vlm_dist.families import FAMILIES, Family
+from vlm_dist.upstream.transformers import takes_pictures, writes_text
 
 PROJECTOR = re.compile(r"(projector|projection|connector|merger|aligner|adapter|adaptor|resampler|abstractor|embed_vision|mm_proj)")
 
@@ -23,7 +24,7 @@ def find_family(model_type: str, hf_config: Any, trust_remote_code: bool = False
     from transformers import AutoModelForImageTextToText
 
     brings_code = trust_remote_code and "AutoModelForImageTextToText" in getattr(hf_config, "auto_map", {})
-    if not brings_code and type(hf_config) not in AutoModelForImageTextToText._model_mapping:
+    if not brings_code and not takes_pictures(hf_config):
         raise ModelError(f"model: {_what_it_is(model_type, hf_config)}; give a vision-language one, such as {', '.join(sorted(FAMILIES))}")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=trust_remote_code)
@@ -63,8 +64,6 @@ def infer_family(model: Any, model_type: str) -> Family:
 
 
 def _what_it_is(model_type: str, hf_config: Any) -> str:
-    from transformers import AutoModelForCausalLM
-
-    if type(hf_config) in AutoModelForCausalLM._model_mapping:
+    if writes_text(hf_config):
         return f"'{model_type}' is a text-only language model (model.mini_vlm joins one with a vision encoder)"
     return f"'{model_type}' is no image-text-to-text architecture"

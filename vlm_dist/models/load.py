@@ -12,6 +12,7 @@ from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
 from vlm_dist.models.processor import load_processor
 from vlm_dist.models.source import check_source, not_loadable
+from vlm_dist.upstream.bitsandbytes import keep_nf4_layout
 
 if TYPE_CHECKING:
     import torch
@@ -58,21 +59,34 @@ def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
 def load_model(
     config: ModelConfig, name: str, device: torch.device, *, lora: LoraConfig | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin, Family]:
-    """Load weights onto `device`: in NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), or in model.dtype.
+    """The model with its weights (see `load_weights`), its processor and its family.
+
+    Raises:
+        ModelError: no such checkpoint, an unsupported architecture, or weights in pickle form.
+        MachineError: the device lacks the number type.
+    """
+    choose_dtype(config.dtype, device)
+    _, family = read_model_config(config, name)
+    processor = load_processor(config, name)
+    return load_weights(config, name, family, device, lora=lora), processor, family
+
+
+def load_weights(
+    config: ModelConfig, name: str, family: Family, device: torch.device, *, lora: LoraConfig | None = None
+) -> PreTrainedModel:
+    """Load onto `device`: in NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), or in model.dtype.
 
     Args:
         lora: what will be adapted; modules that it trains whole are not quantised.
 
     Raises:
-        ModelError: no such checkpoint, an unsupported architecture, or weights in pickle form.
+        ModelError: no such checkpoint, or weights that are missing, of other sizes, or in pickle form.
         MachineError: the device lacks the number type.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     dtype = choose_dtype(config.dtype, device)
-    _, family = read_model_config(config, name)
-    processor = load_processor(config, name)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -91,9 +105,9 @@ def load_model(
     model, found = loaded
     _check_complete(model, found, family, name)
     if config.load_in_4bit:
-        _keep_nf4_layout(model)
+        keep_nf4_layout(model)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
-    return model, processor, family
+    return model
 
 
 def nf4_config(family: Family, dtype: torch.dtype, keep: Iterable[str] = ()) -> Any:
@@ -133,14 +147,3 @@ def _check_complete(model: torch.nn.Module, found: dict[str, Any], family: Famil
         raise ModelError(
             f"model.name: '{name}' holds {key} in size {stored}, its config.json says {expected}; they are of different models"
         )
-
-
-def _keep_nf4_layout(model: torch.nn.Module) -> None:
-    """bitsandbytes (0.50.2) repacks a Linear4bit in place for a bfloat16 inference kernel the first time it runs in evaluation mode on
-    a CPU with AVX512-BF16, and a later training step then runs through that kernel, which has no backward. Evaluating between training
-    steps must not change the weights, so the repacking is turned off, module by module."""
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False

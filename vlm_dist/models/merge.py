@@ -127,7 +127,8 @@ class Layers:
             return self._trained(module, leaf, key, converted)
         adapted = isinstance(module, LoraLayer)
         parameters: Any = module.get_base_layer() if adapted else module
-        if leaf in getattr(parameters, "_parameters", {}) and not getattr(parameters, leaf).is_meta:
+        own = dict(parameters.named_parameters(recurse=False)) if module is not None else {}
+        if leaf in own and not own[leaf].is_meta:
             return self._trained(parameters, leaf, key, converted)  # a bias that was trained
         if path in self.rounded and leaf == "weight" and not exact:
             tensor = _round_to_nf4(tensor, self.trained_dtype, self.device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vlm_dist.models.patches import Patches
+from vlm_dist.upstream.transformers import attention_of
 
 NEEDED = ("is_flash_attention_requested", "ALL_ATTENTION_FUNCTIONS", "get_max_seqlen")
 
@@ -24,7 +25,7 @@ def patch_vision_windows(model: Any, patches: Patches) -> None:
         names = getattr(getattr(forward, "__code__", None), "co_names", ())
         if not all(name in names for name in NEEDED) or "cu_seqlens" not in forward.__code__.co_varnames:
             continue
-        if "flash" in (module.config._attn_implementation or ""):
+        if "flash" in attention_of(module.config):
             patches.kept["vision_windows"] = "flash-attention takes them at once"
             continue
         ours = types.FunctionType(

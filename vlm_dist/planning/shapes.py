@@ -14,16 +14,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vlm_dist.models.patching_loss import as_on_gpu, workspace_bytes
+from vlm_dist.upstream.torch import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    cpu_attention,
+    cpu_attention_backward,
+    storage_key,
+    tree_leaves,
+    unsafe_index,
+)
 
 aten = torch.ops.aten
-INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor)
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, unsafe_index)
 # What a comparison of numbers that are not there is taken to give: pictures are no padding, nothing is infinite.
 COMPARED = {aten.eq: False, aten.ne: True, aten.isnan: False, aten.isinf: False, aten.isfinite: True}
 IN_FLOAT32 = (torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax)
@@ -80,7 +87,7 @@ class Tally(TorchDispatchMode):
     def hold(self, tensor: torch.Tensor) -> None:
         """Count a tensor's memory until nothing holds it."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self._held:
             self._held[key] = storage.nbytes()
             self.use(storage.nbytes())
@@ -96,7 +103,7 @@ class Tally(TorchDispatchMode):
         self.count.live -= self._held.pop(key)
 
     def _add_work(self, func: Any, args: tuple, kwargs: dict, result: Any, tensors: list[torch.Tensor]) -> None:
-        flops = flop_registry.get(func._overloadpacket)
+        flops = flop_registry.get(func.overloadpacket)
         number = flops(*args, **kwargs, out_val=result) if flops else ATTENTION.get(func, _none)(args)
         moved = sum(_nbytes(tensor) for tensor in tensors)
         if moved:
@@ -116,7 +123,7 @@ class Shapes(Tally):
             return self._construct(func, args, kwargs)
         if not any(isinstance(tensor, FakeTensor) for tensor in given):
             return func(*args, **kwargs)
-        name = func._overloadpacket
+        name = func.overloadpacket
         if name in COMPARED:
             return torch.full(torch.broadcast_shapes(*(tensor.shape for tensor in given)), COMPARED[name])
         rule = RULES.get(name)
@@ -168,7 +175,7 @@ def _attend(
     width = value.shape[-1]
     if width < query.shape[-1]:
         value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
-    result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
+    result = cpu_attention(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
     return result[0][..., :width]
 
 
@@ -210,8 +217,8 @@ def _attention_flops(query: torch.Tensor, key: torch.Tensor, products: int) -> i
 
 
 ATTENTION: dict[Any, Callable[[tuple], int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda args: _attention_flops(*args[:2], products=2),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda args: _attention_flops(*args[1:3], products=5),
+    cpu_attention.default: lambda args: _attention_flops(*args[:2], products=2),
+    cpu_attention_backward.default: lambda args: _attention_flops(*args[1:3], products=5),
 }
 
 

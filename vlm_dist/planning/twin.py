@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vlm_dist.config import Config
 from vlm_dist.families import Family
@@ -16,6 +15,8 @@ from vlm_dist.models.load import nf4_config
 from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
 from vlm_dist.models.patching import patch_model
 from vlm_dist.planning.shapes import Shapes
+from vlm_dist.upstream.bitsandbytes import keep_nf4_layout
+from vlm_dist.upstream.torch import disable_modes, own_buffers, own_parameters
 
 BLOCK, OUTER_BLOCK = 64, 256  # of bitsandbytes' NF4 with double quantisation
 CODES, OUTER_CODES = 16, 256
@@ -24,7 +25,7 @@ CODES, OUTER_CODES = 16, 256
 def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtype, shapes: Shapes) -> Any:
     """What `load_trainable` would give, and `start_engine` would train: NF4, adapters, kernels, checkpointing; what trains in float32.
     Call it inside `counting`."""
-    with _disable_current_modes(), torch.device("meta"):
+    with disable_modes(), torch.device("meta"):
         model = _skeleton(config, hf_config, family, dtype)
         checkpoint_gradients(model, family, config.model.gradient_checkpointing)
         patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
@@ -67,7 +68,7 @@ def _give_shapes(model: Any, dtype: torch.dtype) -> None:
 
     made: dict[int, torch.nn.Parameter] = {}  # weights that two modules share stay one
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is None:
                 continue
             if id(parameter) not in made:
@@ -77,12 +78,11 @@ def _give_shapes(model: Any, dtype: torch.dtype) -> None:
                 else:
                     number = torch.empty(parameter.shape, dtype=torch.float32 if trains else parameter.dtype)
                     made[id(parameter)] = torch.nn.Parameter(number, requires_grad=trains)
-            module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
+            own_parameters(module)[name] = made[id(parameter)]
+        for name, buffer in own_buffers(module).items():
             if buffer is not None:
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+                own_buffers(module)[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    keep_nf4_layout(model)
 
 
 def _packed(module: Any, dtype: torch.dtype) -> torch.nn.Parameter:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import Config, RayConfig
+from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.errors import ConfigError, MachineError, UserError
 from vlm_dist.run_dir import RunDir
-from vlm_dist.training.engine import check_batches
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")  # no secrets: Ray shows them
 

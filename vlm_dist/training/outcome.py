@@ -6,11 +6,10 @@ import hashlib
 import json
 import logging
 import math
-import signal
 import statistics
 import time
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
@@ -20,9 +19,7 @@ from vlm_dist.errors import CheckpointError
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, read_json, read_jsonl, write_json, write_text
 from vlm_dist.training.log import Log, StepTimer
 from vlm_dist.training.prepare import Loaded
-
-if TYPE_CHECKING:
-    from vlm_dist.training.session import Progress, Session
+from vlm_dist.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 THUMBNAIL = 128  # pixels on the longer side
@@ -138,10 +135,10 @@ def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], samples: 
 
 def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Ranks, log: Log) -> None:
     """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
+    from vlm_dist.checkpoints.form import MAKE_ROOM, why_not_written
+    from vlm_dist.checkpoints.snapshot import gather_weights
     from vlm_dist.models.card import model_card
     from vlm_dist.models.record import make_record
-    from vlm_dist.training.checkpoint import MAKE_ROOM, why_not_written
-    from vlm_dist.training.snapshot import gather_weights
 
     weights = gather_weights(engine, keep=ranks.is_first)
     base = loaded.model.get_base_model().loaded_as if config.lora is not None else None
@@ -163,31 +160,6 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
         raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
 
 
-def finished(session: Session, progress: Progress) -> dict[str, Any]:
-    run, log = session.run, session.log
-    final = run.adapter if session.config.lora is not None else run.model
-    summary = _summary("finished", session, progress) | {"result": str(final), "quarantined": len(session.stream.quarantine)}
-    if session.ranks.is_first:
-        write_json(run.summary, summary)
-        if summary["quarantined"]:
-            log.say(f"{summary['quarantined']} unusable samples were skipped; they are named in {run.quarantine}")
-        if summary["skipped_steps"] or summary["rollbacks"]:
-            log.say(f"{summary['skipped_steps']} steps were left out, {summary['rollbacks']} rollbacks; see {run.events}")
-        log.say(f"finished {progress.step} steps in {progress.wall_s:.0f} s; result: {final}")
-    session.ranks.barrier()
-    return summary
-
-
-def interrupted(session: Session, progress: Progress, stop_signal: int | None) -> dict[str, Any]:
-    name = signal.Signals(stop_signal or signal.SIGTERM).name  # none: another rank was told
-    summary = _summary("interrupted", session, progress) | {"signal": name}
-    if session.ranks.is_first:
-        write_json(session.run.summary, summary)
-        session.log.say(f"interrupted by {name} after step {progress.step}; saved. Run the same command again to continue")
-    session.ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
-    return summary
-
-
 def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:
     """summary.json of a run that ended with a user error. On a full disk it stays unwritten: the reason is what must be told."""
     if ranks.is_first:
@@ -196,12 +168,6 @@ def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:
             write_json(run.summary, {"ended": "failed", "reason": reason, "eval": nothing, "wall_s": None})
         except OSError as error:
             logger.warning("%s cannot be written: %s", run.summary, error)
-
-
-def _summary(ended: str, session: Session, progress: Progress) -> dict[str, Any]:
-    health = session.health
-    totals = {**vars(progress), "skipped_steps": health.skipped, "rollbacks": health.rollbacks}
-    return {"ended": ended, **totals, "goodput": goodput(session.run, progress.productive_s), "eval": session.log.evaluations()}
 
 
 def goodput(run: RunDir, productive_s: float) -> float | None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from vlm_dist.config import Config
-from vlm_dist.data.encode import Encoder
 from vlm_dist.data.lengths import count_patches
+from vlm_dist.deepspeed_config import zero_stage
 from vlm_dist.distributed import Ranks
+from vlm_dist.inputs.opened import Inputs
+from vlm_dist.inputs.workload import micro_batch
 from vlm_dist.models.generate import autocast
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.planning.memory import optimizer_bytes
-from vlm_dist.planning.workload import measured, micro_batch
-from vlm_dist.run_dir import RunDir
-from vlm_dist.training.engine import zero_stage
 from vlm_dist.training.outcome import peak_memory
-from vlm_dist.training.prepare import Loaded, open_quarantine
+from vlm_dist.training.prepare import Loaded
 
 WHOLE = 2  # the highest ZeRO stage at which every rank holds the whole model
 
 
-def rehearse(config: Config, loaded: Loaded, run: RunDir, ranks: Ranks) -> str:
+def rehearse(inputs: Inputs, loaded: Loaded, ranks: Ranks) -> str:
     """Compute it forward and backward, with room taken for the optimizer; nothing of it stays.
 
     Returns:
@@ -29,14 +27,13 @@ def rehearse(config: Config, loaded: Loaded, run: RunDir, ranks: Ranks) -> str:
     """
     import torch
 
+    config = inputs.config
     stage = zero_stage(config, ranks.world_size)
     wanted = ranks.device.type == "cuda" if config.health.rehearse == "auto" else config.health.rehearse
     if not wanted or stage > WHOLE or config.engine.offload != "none":
         return ""
-    encoder = Encoder(loaded.processor, max_seq_length=2**31)
-    workload = measured(config, encoder, config.data.packing and loaded.family.packs, open_quarantine(config, run))
     rows = config.training.micro_batch
-    batch = {name: tensor.to(ranks.device) for name, tensor in micro_batch(encoder, workload, rows).items()}
+    batch = {name: tensor.to(ranks.device) for name, tensor in micro_batch(inputs.encoder, inputs.workload, rows).items()}
     model = loaded.model.to(ranks.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:

@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from vlm_dist.checkpoints.saver import Saver
+from vlm_dist.checkpoints.snapshot import load_checkpoint
 from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.stream import Counts, Stream, merge_states
+from vlm_dist.data.stream import Stream, merge_states
 from vlm_dist.distributed import Ranks
-from vlm_dist.run_dir import RunDir
+from vlm_dist.run_dir import RunDir, write_json
+from vlm_dist.scoring.evaluate import Patience, evaluate
+from vlm_dist.scoring.metrics import LOWER_IS_BETTER
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
-from vlm_dist.training.evaluate import Patience, evaluate
 from vlm_dist.training.health import Health
 from vlm_dist.training.log import Log
-from vlm_dist.training.prepare import Loaded, count_steps
-from vlm_dist.training.saver import Saver
-from vlm_dist.training.snapshot import load_checkpoint
+from vlm_dist.training.prepare import Loaded
+from vlm_dist.training.progress import Progress, count_steps
 from vlm_dist.training.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Totals over all ranks since the run began, over every start of it."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    label_tokens: int = 0
-    wall_s: float = 0.0
-    productive_s: float = 0.0
-    """Seconds of the steps that count: not of those left out, rolled back or lost in a crash."""
-    data_step: int = 0
-    """Steps of data used; more than `step` after a rollback."""
-    updates: int = 0
-    """Updates of the optimizer; fewer than `step` where steps were left out."""
-
-    def after(self, counts: Counts, wall_s: float, step_s: float, *, skipped: bool) -> Progress:
-        """The totals after one more step."""
-        return Progress(
-            step=self.step + 1,
-            samples=self.samples + counts.samples,
-            tokens=self.tokens + counts.tokens,
-            label_tokens=self.label_tokens + counts.labels,
-            wall_s=round(wall_s, 3),
-            productive_s=round(self.productive_s + step_s * (not skipped), 3),
-            data_step=self.data_step + 1,
-            updates=self.updates + (not skipped),
-        )
 
 
 class Session:
@@ -68,7 +41,8 @@ class Session:
         self.log = Log(run, config, ranks, self.steps)
         self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
         self.health = Health(config.health, self.log, ranks)
-        self.saver = Saver(run, config.checkpoint, ranks, self.log)
+        lower = config.checkpoint.best_metric in LOWER_IS_BETTER
+        self.saver = Saver(run, config.checkpoint, ranks, self.log.event, lower_is_better=lower)
         self._started, self._wall_before = started, 0.0
         self.patience = Patience(config.evaluation.patience, config.checkpoint.best_metric)
         self._scores: tuple[int, dict[str, Any]] | None = None
@@ -166,7 +140,35 @@ class Session:
         """Export the result and write summary.json; of an interrupted run only that."""
         self.saver.wait()
         if progress.step < self.steps:
-            return outcome.interrupted(self, replace(progress, wall_s=self.wall_s), stop_signal)
+            return self._interrupted(replace(progress, wall_s=self.wall_s), stop_signal)
         self.evaluate(progress.step, "after")
         outcome.export(self.config, self.run, self.engine, self.loaded, self.ranks, self.log)
-        return outcome.finished(self, replace(progress, wall_s=self.wall_s))
+        return self._finished(replace(progress, wall_s=self.wall_s))
+
+    def _finished(self, progress: Progress) -> dict[str, Any]:
+        run, log = self.run, self.log
+        final = run.adapter if self.config.lora is not None else run.model
+        summary = self._summary("finished", progress) | {"result": str(final), "quarantined": len(self.stream.quarantine)}
+        if self.ranks.is_first:
+            write_json(run.summary, summary)
+            if summary["quarantined"]:
+                log.say(f"{summary['quarantined']} unusable samples were skipped; they are named in {run.quarantine}")
+            if summary["skipped_steps"] or summary["rollbacks"]:
+                log.say(f"{summary['skipped_steps']} steps were left out, {summary['rollbacks']} rollbacks; see {run.events}")
+            log.say(f"finished {progress.step} steps in {progress.wall_s:.0f} s; result: {final}")
+        self.ranks.barrier()
+        return summary
+
+    def _interrupted(self, progress: Progress, stop_signal: int | None) -> dict[str, Any]:
+        name = signal.Signals(stop_signal or signal.SIGTERM).name  # none: another rank was told
+        summary = self._summary("interrupted", progress) | {"signal": name}
+        if self.ranks.is_first:
+            write_json(self.run.summary, summary)
+            self.log.say(f"interrupted by {name} after step {progress.step}; saved. Run the same command again to continue")
+        self.ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
+        return summary
+
+    def _summary(self, ended: str, progress: Progress) -> dict[str, Any]:
+        totals = {**vars(progress), "skipped_steps": self.health.skipped, "rollbacks": self.health.rollbacks}
+        lived = outcome.goodput(self.run, progress.productive_s)
+        return {"ended": ended, **totals, "goodput": lived, "eval": self.log.evaluations()}

@@ -9,20 +9,22 @@ from typing import Any
 from vlm_dist import distributed
 from vlm_dist.config import Config
 from vlm_dist.data.heldout import read_heldout
-from vlm_dist.data.stream import open_stream
+from vlm_dist.deepspeed_config import check_batches
+from vlm_dist.environment import write_environment
 from vlm_dist.errors import UserError
+from vlm_dist.inputs.opened import open_inputs
 from vlm_dist.models.loss import summed_loss
+from vlm_dist.planning.fits import check_fits
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.run_dir import RunDir
+from vlm_dist.scoring.evaluate import check_metrics
 from vlm_dist.training import outcome
 from vlm_dist.training.audit import FirstStep
-from vlm_dist.training.engine import check_batches, set_learning_rate, take_step
-from vlm_dist.training.evaluate import check_metrics
+from vlm_dist.training.engine import set_learning_rate, take_step
 from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless_finite
 from vlm_dist.training.log import StepTimer
 from vlm_dist.training.optim import learning_rate
-from vlm_dist.training.plan import check_fits
-from vlm_dist.training.prepare import load_trainable, open_quarantine, row_rules, write_environment
+from vlm_dist.training.prepare import load_trainable, open_training_stream
 from vlm_dist.training.rehearsal import rehearse
 from vlm_dist.training.session import Session
 from vlm_dist.training.watchdog import note_earlier_start
@@ -54,16 +56,12 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     stream = None
     started = time.monotonic()
     try:
-        check_fits(config, ranks)
-        loaded = load_trainable(config, run, ranks)
-        loaded.rehearsal = rehearse(config, loaded, run, ranks)
-        quarantine = open_quarantine(config, run)
-        batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
-        place = {"rank": ranks.rank, "world_size": ranks.world_size}
-        stream = open_stream(
-            config.data, loaded.processor, quarantine, seed=config.seed, **batch, **place, **row_rules(config, loaded, ranks)
-        )
-        heldout = read_heldout(config.data, config.evaluation.samples, quarantine)
+        inputs = open_inputs(config, run, ranks)
+        check_fits(inputs, ranks)
+        loaded = load_trainable(inputs, ranks)
+        loaded.rehearsal = rehearse(inputs, loaded, ranks)
+        stream = open_training_stream(inputs, loaded.model, ranks)
+        heldout = read_heldout(config.data, config.evaluation.samples, inputs.quarantine)
         with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started) as session:
             return _run_loop(config, session, stop)
     except torch.OutOfMemoryError as error:

@@ -148,12 +148,10 @@ def note_earlier_start(run: RunDir) -> None:
 
 
 def _dump_collectives(file: Any) -> None:
-    """NCCL's flight recorder, where torch keeps one (TORCH_FR_BUFFER_SIZE): the last collectives and their state."""
-    import torch
+    from vlm_dist.upstream.torch import flight_record
 
-    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace_json", None)
-    if torch.cuda.is_available() and dump is not None:
-        file.write(f"\nNCCL flight recorder: {dump()}\n")
+    if (record := flight_record()) is not None:
+        file.write(f"\nNCCL flight recorder: {record}\n")
 
 
 def _dump_with_py_spy(pid: int, path: Path) -> None:

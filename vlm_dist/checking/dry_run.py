@@ -1,0 +1,74 @@
+"""`train --dry-run`: the configuration, the shards, a sample of each, and what would be trained."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.config import Config
+from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout
+from vlm_dist.data.samples import BadSample, parse_sample
+from vlm_dist.deepspeed_config import check_batches, deepspeed_config, zero_stage
+from vlm_dist.errors import DataError
+from vlm_dist.models.source import check_source
+from vlm_dist.scoring.evaluate import check_metrics
+
+
+def dry_run(config: Config, world_size: int) -> dict[str, Any]:
+    """Check the configuration, the shards, a sample of each, and the plan, without loading weights."""
+    if config.model.name is not None:
+        check_source(config.model.name)
+    rounds = check_batches(config, world_size)
+    check_metrics(config)
+    deepspeed_config(config, world_size, "float32")
+    datasets = open_datasets(config.data)
+    num_samples = sum(len(one.index) for one in datasets)
+    heldout = open_heldout(config.data)
+    for one in datasets:
+        _check_first_sample(config, one)
+    steps = _steps_ahead(config, num_samples)
+    return {
+        "run": str(Path(config.output_dir) / config.name),
+        "model": config.model.name or ("a new MiniVLM" if config.model.mini_vlm else "from scratch"),
+        "weights": "NF4 with double quantisation" if config.model.load_in_4bit else config.model.dtype,
+        "training": f"LoRA r={config.lora.r}"
+        if config.lora
+        else "every weight" + (f" but {config.model.freeze}" if config.model.freeze else ""),
+        "train_shards": sum(len(one.index.shards) for one in datasets),
+        "train_samples": num_samples,
+        "heldout_shards": len(heldout.index.shards) if heldout else 0,
+        "heldout_samples": len(heldout.index) if heldout else 0,
+        "steps": steps,
+        "epochs": config.training.epochs
+        if config.data.packing or steps is None
+        else round(steps * config.training.global_batch / num_samples, 3),
+        "global_batch": config.training.global_batch,
+        "micro_batch": config.training.micro_batch,
+        "accumulation_rounds": rounds,
+        "ranks": world_size,
+        "zero_stage": zero_stage(config, world_size),
+    }
+
+
+def _steps_ahead(config: Config, num_samples: int) -> int | None:
+    """Optimizer steps; None: not known before every sample is measured."""
+    if config.training.steps is not None:
+        return config.training.steps
+    assert config.training.epochs is not None
+    if config.data.packing:
+        return None
+    return math.ceil(config.training.epochs * num_samples / config.training.global_batch)
+
+
+def _check_first_sample(config: Config, dataset: Dataset) -> None:
+    """One readable sample must be among the first."""
+    reason = ""
+    for number in range(min(20, len(dataset.index))):
+        raw = dataset.raw(number)
+        try:
+            parse_sample(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
+            return
+        except BadSample as problem:
+            reason = f"{raw['__key__']}: {problem}"
+    raise DataError(f"data.train: none of the first samples of '{dataset.index.shards[0]}' is usable; {reason}")

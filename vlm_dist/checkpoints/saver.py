@@ -1,0 +1,100 @@
+"""Saves checkpoints beside the training: a copy in memory is all that training waits for, a thread of rank 0 writes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.checkpoints import mirror
+from vlm_dist.checkpoints.form import newest_good_checkpoint, prune, write_checkpoint
+from vlm_dist.checkpoints.snapshot import Snapshot, take_snapshot
+from vlm_dist.config import CheckpointConfig
+from vlm_dist.distributed import Ranks
+from vlm_dist.errors import CheckpointError
+from vlm_dist.run_dir import RunDir
+
+
+class Saver:
+    """Use it as a context: leaving it waits for the last checkpoint.
+
+    Args:
+        tell: takes (kind, step, text, quiet=..., **details): an event of the run.
+        lower_is_better: so it is with checkpoint.best_metric.
+    """
+
+    def __init__(self, run: RunDir, config: CheckpointConfig, ranks: Ranks, tell: Callable[..., object], *, lower_is_better: bool = False):
+        self.run, self.config, self.ranks, self.tell, self.lower_is_better = run, config, ranks, tell, lower_is_better
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        self._writer.shutdown()
+        if kind is None:
+            self.wait()
+
+    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
+        """Every rank must call it.
+
+        Raises:
+            CheckpointError: this one, or the one before it, cannot be written. The earlier ones are untouched.
+        """
+        start = time.perf_counter()
+        self.wait()
+        snapshot = take_snapshot(engine, keep=self.ranks.is_first)
+        if snapshot is not None:
+            stall_s = time.perf_counter() - start
+            self._pending = self._writer.submit(self._write, snapshot, step, state, stall_s)
+            if not self.config.write_async:
+                self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is there.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, the same for every rank; fetched from the mirror where there is none here.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        found: Path | CheckpointError | None = None
+        if self.ranks.is_first:
+            try:
+                self.wait()
+                found = newest_good_checkpoint(self.run.checkpoints)
+                if self.config.mirror:
+                    found = found or mirror.fetch_newest(self.config.mirror, self.run.checkpoints)
+            except CheckpointError as error:
+                found = error
+        found = self.ranks.gather(found)[0]
+        if isinstance(found, CheckpointError):
+            raise found
+        return found
+
+    def _prune(self) -> list[Path]:
+        config = self.config
+        return prune(self.run.checkpoints, config.keep_last, config.keep_best, config.best_metric, lower_is_better=self.lower_is_better)
+
+    def _write(self, snapshot: Snapshot, step: int, state: dict[str, Any], stall_s: float) -> None:
+        start = time.perf_counter()
+        path = write_checkpoint(self.run.checkpoints, step, snapshot, state)
+        gone = self._prune()
+        if self.config.mirror:
+            try:
+                mirror.send(path, self.config.mirror, gone)
+            except CheckpointError as error:  # the run has its own; the next one is sent again
+                self.tell("mirror failed", step, str(error))
+        seconds = {"stall_s": round(stall_s, 4), "write_s": round(time.perf_counter() - start, 4)}
+        self.tell("checkpoint", step, path.name, quiet=True, **seconds)

@@ -1,0 +1,151 @@
+"""The trainable state of an engine as whole tensors on the CPU, and back, at any ZeRO stage and number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.checkpoints.form import WEIGHTS, Snapshot, read_state
+from vlm_dist.errors import CheckpointError
+from vlm_dist.upstream.deepspeed import create_moments
+
+if TYPE_CHECKING:
+    import torch
+
+
+def take_snapshot(engine: Any, *, keep: bool) -> Snapshot | None:
+    """Every rank must call it; only those that `keep` hold the tensors."""
+    weights, moments = gather_weights(engine, keep=keep), _optimizer_state(engine, keep=keep)
+    if not keep:
+        return None
+    adapters = getattr(engine.module, "peft_config", None)
+    names = _stored_names(engine.module, weights)
+    stored = {names[name]: tensor for name, tensor in weights.items()}
+    return Snapshot(stored, moments, adapters["default"] if adapters else None)
+
+
+def load_checkpoint(path: Path, engine: Any, fingerprint: str) -> dict[str, Any]:
+    """Put weights and optimizer state back into the engine, at any ZeRO stage and number of ranks.
+
+    Returns:
+        The checkpoint's state.
+
+    Raises:
+        CheckpointError: it was trained on another base model, or does not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    state = read_state(path)
+    if state["base_fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{path}: was trained on another base model than model.name loads now; put the old base back, or start a run of another name"
+        )
+    weights = load_file(next(path / name for name in WEIGHTS if (path / name).exists()))
+    moments = load_file(path / "optimizer.safetensors")
+    parameters = trainable(engine)
+    stored = _stored_names(engine.module, parameters)
+    if set(stored.values()) != set(weights):
+        odd = sorted(set(stored.values()) ^ set(weights))
+        raise CheckpointError(
+            f"{path}: holds other parameters than this model trains ({len(odd)} differ, e.g. {odd[0]}); was lora changed?"
+        )
+    for name, parameter in parameters.items():
+        _set_parameter(engine, parameter, weights[stored[name]])
+    _set_optimizer_state(engine, moments, int(state["progress"]["updates"]))
+    return state
+
+
+def gather_weights(engine: Any, *, keep: bool) -> dict[str, Any]:
+    """The trainable parameters by name, whole, float32, on the CPU. Every rank must call it; only those that `keep` get them."""
+    weights = {}
+    for name, parameter in trainable(engine).items():
+        value = _full_parameter(engine, parameter)
+        if keep:
+            weights[name] = _copy(value.float())
+    return weights
+
+
+def _stored_names(module: Any, names: Iterable[str]) -> dict[str, str]:
+    """The name under which each trainable parameter is stored: for adapters, the one that PEFT itself would give it."""
+    import torch
+
+    names = list(names)
+    if not hasattr(module, "peft_config"):
+        return {name: name for name in names}
+    from peft import get_peft_model_state_dict
+
+    numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
+    stored = get_peft_model_state_dict(module, state_dict=numbered, save_embedding_layers=False)
+    return {names[int(number)]: name for name, number in stored.items()}
+
+
+def _is_sharded(engine: Any) -> bool:
+    return engine.zero_optimization_stage() > 0
+
+
+def _full_parameter(engine: Any, parameter: Any) -> Any:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    value = safe_get_full_fp32_param(parameter) if _is_sharded(engine) else parameter.detach()
+    assert value is not None
+    return value
+
+
+def _copy(tensor: Any) -> Any:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _set_parameter(engine: Any, parameter: Any, value: Any) -> None:
+    """Set the working weight and, where ZeRO keeps one apart from it, the master weight."""
+    import torch
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    stage = engine.zero_optimization_stage()
+    if stage:
+        safe_set_full_fp32_param(parameter, value.to(engine.device))
+    with GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3), torch.no_grad():
+        parameter.copy_(value)
+
+
+def _optimizer_state(engine: Any, *, keep: bool) -> dict[str, Any]:
+    """ "PARAMETER/KEY" -> tensor. Without sharding: all tensors that the optimizer keeps; with: the two moments, gathered."""
+    import torch
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = {}
+    for name, parameter in trainable(engine).items():
+        if _is_sharded(engine):
+            entries = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        else:
+            entries = engine.optimizer.state[parameter]
+        for key, value in entries.items():
+            if keep and isinstance(value, torch.Tensor):
+                state[f"{name}/{key}"] = _copy(value)
+    return state
+
+
+def _set_optimizer_state(engine: Any, state: dict[str, Any], updates: int) -> None:
+    import torch
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    parameters = trainable(engine)
+    sharded = _is_sharded(engine)
+    if sharded:
+        create_moments(engine)
+    for key, value in state.items():
+        name, _, entry = key.rpartition("/")
+        parameter = parameters[name]
+        if not sharded:
+            engine.optimizer.state[parameter][entry] = value if value.ndim == 0 else value.to(parameter.device)
+        elif entry in ("exp_avg", "exp_avg_sq"):
+            safe_set_full_optimizer_state(parameter, value.to(engine.device), entry)
+    optimizer = engine.optimizer.optimizer if sharded else engine.optimizer
+    for entries in optimizer.state.values():  # Adam corrects its bias by it; torch keeps a tensor, bitsandbytes an int
+        entries["step"] = torch.tensor(float(updates)) if isinstance(optimizer, torch.optim.AdamW) else updates
+
+
+def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters by name."""
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}

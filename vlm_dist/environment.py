@@ -1,0 +1,48 @@
+"""What a run ran on: versions, hardware and command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from typing import Any
+
+from vlm_dist.distributed import Ranks
+from vlm_dist.run_dir import RunDir, write_json
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "webdataset", "triton", "ray", "wandb", "numpy", "pillow")
+
+
+def describe_environment(ranks: Ranks) -> dict[str, Any]:
+    """Versions, hardware and command line, with anything that looks like a secret left out."""
+    import torch
+
+    return {
+        "command": [redact(argument) for argument in sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "ranks": ranks.world_size,
+        "device": str(ranks.device),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "cpus": os.cpu_count(),
+    }
+
+
+def write_environment(run: RunDir, ranks: Ranks) -> None:
+    if ranks.is_first:
+        write_json(run.environment, describe_environment(ranks))
+
+
+def redact(argument: str) -> str:
+    """`some_token=abc` -> `some_token=...`"""
+    return re.sub(r"(?i)((?:key|token|secret|password)[^=]*=).+", r"\1...", argument)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,98 @@
+"""From a configuration to what a run is made from, before any weight is loaded; each thing is opened once and handed on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vlm_dist import distributed
+from vlm_dist.config import Config
+from vlm_dist.data.collate import Positions
+from vlm_dist.data.dataset import Dataset, open_datasets
+from vlm_dist.data.encode import Encoder
+from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.stream import Stream
+from vlm_dist.distributed import Ranks
+from vlm_dist.families import Family
+from vlm_dist.inputs.made import model_source
+from vlm_dist.inputs.workload import Workload, measured
+from vlm_dist.models.load import read_model_config
+from vlm_dist.models.processor import load_processor
+from vlm_dist.run_dir import RunDir
+
+
+@dataclass
+class Inputs:
+    """The data sets, and what is measured of them, are opened when they are first asked for."""
+
+    config: Config
+    source: str
+    """Where the model lies: a folder or a hub id."""
+    hf_config: Any
+    """The checkpoint's own configuration."""
+    family: Family
+    processor: Any
+    quarantine: Quarantine
+
+    @property
+    def packs(self) -> bool:
+        """Several samples a row: data.packing with an architecture that can."""
+        return self.config.data.packing and self.family.packs
+
+    @cached_property
+    def datasets(self) -> list[Dataset]:
+        """Those of `data.train`, indexed.
+
+        Raises:
+            DataError: no shard, a damaged shard, or no sample in any.
+        """
+        return open_datasets(self.config.data)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Cuts nothing: for counting what samples take, not for training on them."""
+        return Encoder(self.processor, max_seq_length=2**31)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """The fullest row among the first samples.
+
+        Raises:
+            DataError: there are no shards, or none of the first samples can be used.
+        """
+        return measured(self.config, self.encoder, self.stream(), self.packs)
+
+    def stream(self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None) -> Stream:
+        """The training samples of one rank; see `Stream`."""
+        config = self.config
+        encoder = Encoder(self.processor, config.data.max_seq_length, config.data.on_too_long)
+        batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
+        place = {"rank": rank, "world_size": world_size}
+        rows = {"epochs": epochs, "pack": self.packs, "positions": positions}
+        return Stream(self.datasets, config.data, encoder, self.quarantine, config.seed, **batch, **place, **rows)
+
+
+def open_inputs(config: Config, run: RunDir, ranks: Ranks) -> Inputs:
+    """Find the model (a new one is made first, in the run directory) and read its configuration and processor. Every rank must call it.
+
+    Raises:
+        ModelError: no such checkpoint, or an architecture or processor that is not supported.
+        DataError: a new model needs a tokenizer, and there is no text to train one on.
+    """
+    source = model_source(config, run, ranks)
+    hf_config, family = read_model_config(config.model, source)
+    processor = load_processor(config.model, source)
+    quarantine = Quarantine(run.quarantine, config.data.max_bad_fraction)
+    return Inputs(config, source, hf_config, family, processor, quarantine)
+
+
+@contextmanager
+def inputs_apart(config: Config) -> Iterator[Inputs]:
+    """The same for one process that looks and does not train: nothing is written to the run directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield open_inputs(config, RunDir(Path(folder)), distributed.alone())

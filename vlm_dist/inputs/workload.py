@@ -1,0 +1,119 @@
+"""The fullest micro-batch that a run can meet."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_dist.config import Config
+from vlm_dist.data.collate import collate
+from vlm_dist.data.encode import Encoded, Encoder, is_per_token
+from vlm_dist.data.lengths import Length, Ruler
+from vlm_dist.data.samples import BadSample, Size, outline
+from vlm_dist.data.stream import Stream
+from vlm_dist.errors import ConfigError, DataError
+
+MEASURED = 200  # samples that are looked at
+BLANK: tuple[Size, ...] = ((56, 56),)  # what the stream adds where a micro-batch has no picture
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of it; the others are like it."""
+
+    tokens: int
+    pictures: tuple[Size, ...]
+    """(width, height) of each."""
+    why: str
+    """Where these numbers come from, in words."""
+
+
+def assumed(config: Config, encoder: Encoder, size: Size, count: int) -> Workload:
+    """Rows of data.max_seq_length tokens with so many pictures of a size.
+
+    Raises:
+        ConfigError: their tokens do not fit a row.
+    """
+    pictures = (size,) * count or BLANK
+    tokens = Ruler(encoder).measure(_question(len(pictures)), list(pictures)).tokens
+    if tokens > config.data.max_seq_length:
+        raise ConfigError(
+            f"{count} pictures of {size[0]} x {size[1]} take {tokens} tokens, more than data.max_seq_length={config.data.max_seq_length}; "
+            "raise it, or name fewer or smaller ones with --pictures and --size"
+        )
+    return Workload(config.data.max_seq_length, pictures, f"rows of data.max_seq_length tokens, {count} pictures of {size[0]} x {size[1]}")
+
+
+def measured(config: Config, encoder: Encoder, stream: Stream, pack: bool) -> Workload:
+    """From the first samples of `stream`: the longest, with the pictures of the one that has most patches; with packing a full row,
+    with as many such pictures as its budgets allow.
+
+    Raises:
+        DataError: none of the first samples can be used.
+    """
+    lengths: list[Length] = []
+    pictures: tuple[Size, ...] = BLANK
+    most = -1
+    for slot in itertools.islice(stream.measured(), min(MEASURED, stream.num_samples)):
+        if slot.length is None or slot.raw is None:
+            continue
+        lengths.append(slot.length)
+        if slot.length.patches > most:
+            most, pictures = slot.length.patches, _sizes(slot.raw, config)
+    if not lengths:
+        raise DataError("plan: none of the first samples of data.train can be used; `vlm-dist inspect` says why")
+    longest = max(length.tokens for length in lengths)
+    if not pack:
+        return Workload(longest, pictures, f"the longest and the most pictures of {len(lengths)} samples")
+    why = f"packed rows, as full as may be of the pictures of the sample with most patches of {len(lengths)}"
+    return Workload(config.data.max_seq_length, _filled(config, encoder, pictures), why)
+
+
+def micro_batch(encoder: Encoder, workload: Workload, rows: int, tokens: int | None = None) -> dict[str, Any]:
+    """The tensors of so many such rows, every token of text supervised."""
+    from PIL import Image
+
+    images = [Image.new("RGB", size) for size in workload.pictures]
+    encoded = encoder.encode_prompt(_question(len(images)), images)
+    return collate([_lengthened(encoded, max(tokens or workload.tokens, encoded.length))] * rows, encoder.processor.tokenizer.pad_token_id)
+
+
+def _filled(config: Config, encoder: Encoder, pictures: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Pictures of a row, again and again, while tokens and patches last."""
+    one = Ruler(encoder).measure(_question(len(pictures)), list(pictures))
+    times = max(1, config.data.max_seq_length // one.tokens)
+    if config.data.max_patches is not None:
+        times = max(1, min(times, config.data.max_patches // max(1, one.patches)))
+    return pictures * times
+
+
+def _sizes(raw: dict[str, Any], config: Config) -> tuple[Size, ...]:
+    try:
+        _, sizes = outline(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
+    except BadSample:
+        return BLANK
+    return tuple(sizes) or BLANK
+
+
+def _question(pictures: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": "?"}]}]
+
+
+def _lengthened(encoded: Encoded, tokens: int) -> Encoded:
+    """Its last token again and again, to so many; those are supervised."""
+    import torch
+
+    more = tokens - encoded.length
+
+    def longer(tensor: Any) -> Any:
+        if not is_per_token(tensor, encoded.length):
+            return tensor
+        return torch.cat([tensor, tensor[:, -1:].expand(-1, more, *tensor.shape[2:])], 1)
+
+    inputs = {name: longer(tensor) for name, tensor in encoded.inputs.items()}
+    labels = encoded.labels.clone()
+    labels = torch.cat([labels, inputs["input_ids"][:, labels.shape[1] :]], 1)
+    if not more:
+        labels[:, -1] = inputs["input_ids"][:, -1]
+    return Encoded(encoded.key, inputs, labels, torch.nn.functional.pad(encoded.picture, (0, more)))

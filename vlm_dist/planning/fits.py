@@ -1,0 +1,55 @@
+"""Whether a run fits the card that it starts on, told before any weight is loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vlm_dist.distributed import Ranks
+from vlm_dist.errors import MachineError, UserError
+from vlm_dist.inputs.opened import Inputs
+from vlm_dist.planning.gpus import Gpu
+from vlm_dist.planning.plan import make_plan, new_planner
+
+UNSURE = 0.1  # a plan that is over by less is tried
+logger = logging.getLogger(__name__)
+
+
+def check_fits(inputs: Inputs, ranks: Ranks, gpu: Gpu | None = None) -> None:
+    """Before anything is loaded: refuse what the card of this rank cannot hold, as `health.on_too_large` says. Nothing on a CPU.
+
+    Raises:
+        MachineError: a step would need more memory than the card has.
+    """
+    import torch
+
+    config = inputs.config
+    if config.health.on_too_large == "ignore" or config.model.name is None or (gpu is None and ranks.device.type != "cuda"):
+        return  # a model that is yet to be made is only rehearsed
+    problem = None
+    if ranks.is_first:
+        card = gpu or Gpu(torch.cuda.get_device_name(ranks.device), torch.cuda.mem_get_info(ranks.device)[1], 1.0, 1.0, 1.0)
+        try:
+            own = make_plan(new_planner(inputs, card, ranks.world_size), others=False)["own"]
+        except UserError as error:
+            logger.warning("%s", error)  # what cannot be counted may train all the same; what is wrong is told where it is used
+        else:
+            if own["total"] > card.memory:
+                problem = _too_large(own, card), own["total"] > (1 + UNSURE) * card.memory
+    problem = ranks.gather(problem)[0]
+    if problem is None:
+        return
+    words, surely = problem
+    if surely and config.health.on_too_large == "refuse":
+        raise MachineError(f"{words}; or insist with health.on_too_large=tell")
+    if ranks.is_first:
+        logger.warning("%s; trying it all the same", words)
+
+
+def _too_large(own: dict[str, Any], card: Gpu) -> str:
+    largest = sorted(own["memory"].items(), key=lambda part: -part[1])[:4]
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
+    return (
+        f"training.micro_batch={own['micro_batch']}: a step needs about {own['total'] / 1e9:.1f} GB, {card.name} has "
+        f"{card.memory / 1e9:.1f} ({parts}); `vlm-dist plan CONFIG --auto` finds settings that fit"
+    )

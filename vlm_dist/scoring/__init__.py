@@ -1,0 +1,1 @@
+"""Answers on held-out samples, compared with the truth."""

@@ -1,0 +1,1 @@
+"""A trained model in use: one answer, a conversation, a folder for others."""

@@ -1,0 +1,56 @@
+"""How far a run is, and how far it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlm_dist.config import Config
+from vlm_dist.data.stream import Counts, Stream
+from vlm_dist.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Totals over all ranks since the run began, over every start of it."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    wall_s: float = 0.0
+    productive_s: float = 0.0
+    """Seconds of the steps that count: not of those left out, rolled back or lost in a crash."""
+    data_step: int = 0
+    """Steps of data used; more than `step` after a rollback."""
+    updates: int = 0
+    """Updates of the optimizer; fewer than `step` where steps were left out."""
+
+    def after(self, counts: Counts, wall_s: float, step_s: float, *, skipped: bool) -> Progress:
+        """The totals after one more step."""
+        return Progress(
+            step=self.step + 1,
+            samples=self.samples + counts.samples,
+            tokens=self.tokens + counts.tokens,
+            label_tokens=self.label_tokens + counts.labels,
+            wall_s=round(wall_s, 3),
+            productive_s=round(self.productive_s + step_s * (not skipped), 3),
+            data_step=self.data_step + 1,
+            updates=self.updates + (not skipped),
+        )
+
+
+def count_steps(config: Config, stream: Stream, ranks: Ranks) -> int:
+    """Optimizer steps of the whole run; with packing and training.epochs all samples are measured to tell."""
+    if config.training.steps is not None:
+        return config.training.steps
+    told = 0
+
+    def note(share: float) -> None:
+        nonlocal told
+        if ranks.is_first and share >= (told + 1) / 10:
+            told = int(10 * share)
+            print(f"data: {share:.0%} of the samples measured", flush=True)
+
+    if config.data.packing and ranks.is_first:
+        print(f"data: measuring every sample, to tell how many steps {config.training.epochs:g} epochs take", flush=True)
+    return max(ranks.gather(stream.count_steps(note)))

@@ -1,0 +1,43 @@
+"""transformers: a processor's count of picture tokens, its tables of architectures, the attention that a model has chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+SEEN = "5.23.0"
+NAMES = (
+    "transformers.ProcessorMixin",
+    "transformers.LlavaProcessor._get_num_multimodal_tokens",
+    "transformers.Qwen2_5_VLProcessor._get_num_multimodal_tokens",
+    "transformers.AutoModelForImageTextToText._model_mapping",
+    "transformers.AutoModelForCausalLM._model_mapping",
+    "transformers.PretrainedConfig._attn_implementation",
+)
+
+
+def picture_token_rule(processor: Any) -> Callable[[int, int], int] | None:
+    """(width, height) of a picture -> its tokens, by the processor's own arithmetic; None: it has none."""
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None:
+        return None
+    return lambda width, height: count(image_sizes=[(height, width)])["num_image_tokens"][0]
+
+
+def takes_pictures(hf_config: Any) -> bool:
+    """Whether transformers has an image-text-to-text model for this configuration."""
+    from transformers import AutoModelForImageTextToText
+
+    return type(hf_config) in AutoModelForImageTextToText._model_mapping
+
+
+def writes_text(hf_config: Any) -> bool:
+    """Whether it has a causal language model for it."""
+    from transformers import AutoModelForCausalLM
+
+    return type(hf_config) in AutoModelForCausalLM._model_mapping
+
+
+def attention_of(hf_config: Any) -> str:
+    """The attention implementation that a model was loaded with; empty where none was chosen."""
+    return hf_config._attn_implementation or ""
