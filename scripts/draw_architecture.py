@@ -120,8 +120,6 @@ def caption(paths: list[Path]) -> str:
 
 def layers_of(graph: nx.DiGraph) -> dict[str, int]:
     """A layer for every room, below all that import it, and as near to its neighbours as that allows."""
-    if not nx.is_directed_acyclic_graph(graph):
-        raise SystemExit(f"draw_architecture: the rooms import each other in a circle: {nx.find_cycle(graph)}; break it")
     layer = {room: depth for depth, rooms in enumerate(nx.topological_generations(graph)) for room in rooms}
     moved = True
     while moved:
@@ -217,6 +215,8 @@ def draw() -> str:
     rooms = find_rooms()
     graph = nx.DiGraph([(room.name, used) for room in rooms.values() for used in sorted(room.imports)])
     graph.add_nodes_from(rooms)
+    if not nx.is_directed_acyclic_graph(graph):
+        raise SystemExit(f"draw_architecture: the rooms import each other in a circle: {nx.find_cycle(graph)}; break it")
     reduced = nx.transitive_reduction(graph)
     layer = layers_of(reduced)
     threaded, ways = with_threads(reduced, layer)
