@@ -51,6 +51,9 @@ DEVELOPMENT = [
     "pre-commit>=4",
     "selenium>=4",
     "num2words>=0.5",
+    "networkx>=3",
+    "mkdocs-material>=9.8",
+    "mkdocstrings[python]>=1",
 ]
 
 setup(

@@ -93,7 +93,18 @@ def test_python_page(tmp_path, monkeypatch):
 
 
 def test_pages_name_files_that_exist():
-    for page in [*PAGES, "docs/README.md", "docs/python.md", "docs/kernels.md", "docs/architecture.md", "CONTRIBUTING.md"]:
+    for page in [
+        *PAGES,
+        "docs/README.md",
+        "docs/python.md",
+        "docs/kernels.md",
+        "docs/architecture.md",
+        "docs/cli.md",
+        "docs/api.md",
+        "docs/benchmarks/README.md",
+        "docs/log.md",
+        "CONTRIBUTING.md",
+    ]:
         text = (ROOT / page).read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"

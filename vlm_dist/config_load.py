@@ -22,6 +22,9 @@ from vlm_dist.errors import ConfigError
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file and apply dotted overrides such as `optim.lr=2e-4`.
 
+    Returns:
+        The configuration, every default filled in.
+
     Raises:
         ConfigError: one line per problem: file, line, key, what was found, what is expected.
     """

@@ -86,7 +86,7 @@ def nf4_dequantize(codes: torch.Tensor, state: Any, dtype: torch.dtype | None = 
         dtype: of the result; None: the dtype that was quantised.
 
     Returns:
-        w, of `state.shape`.
+        w: [N, K], the `state.shape`, in that dtype.
     """
     nested = state.state2 if state.nested else None
     if not runs_kernel(codes):

@@ -142,6 +142,9 @@ def mrope(
         sections: pairs that take their angle from each axis; they sum to R / 2.
         interleaved: the axes alternate (Qwen3-VL); else they follow one another (Qwen2-VL).
 
+    Returns:
+        (q, k) rotated, in their own dtype.
+
     Raises:
         ValueError: shapes do not fit.
     """

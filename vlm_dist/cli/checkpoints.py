@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands, "checkpoints", "List a run's checkpoints; verify or prune them.", "vlm-dist checkpoints runs/quickstart --verify"
     )
-    parser.add_argument("run_dir", metavar="RUN", type=Path)
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
     parser.add_argument("--verify", action="store_true", help="compare every file with its sha256; exit code 5 if one is damaged")
     parser.add_argument("--prune", metavar="N", type=int, help="delete all but the newest N")
     parser.add_argument("--json", action="store_true", help="print JSON")

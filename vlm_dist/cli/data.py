@@ -22,13 +22,13 @@ def add_parser(commands: Any) -> None:
         "Make a synthetic data set with exact answers: coloured shapes to describe and ask about, and short texts to read.",
         "vlm-dist data synth data/synthetic --train 4000 --heldout 200 --tasks caption qa",
     )
-    synth.add_argument("out", metavar="FOLDER", type=Path)
+    synth.add_argument("out", metavar="FOLDER", type=Path, help="where the shards go")
     synth.add_argument("--train", type=int, default=8000, metavar="N", help="training samples a task (default 8000)")
     synth.add_argument("--heldout", type=int, default=200, metavar="N", help="held-out samples a task (default 200)")
-    synth.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to make (default: all)")
+    synth.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
     synth.add_argument("--size", type=int, default=64, metavar="PIXELS", help="side of the pictures (default 64)")
-    synth.add_argument("--format", choices=("jpg", "png", "webp"), default="jpg")
+    synth.add_argument("--format", choices=("jpg", "png", "webp"), default="jpg", help="of the pictures (default jpg)")
     synth.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     synth.add_argument("--questions", type=int, default=3, metavar="N", help="most questions a training picture of task qa (default 3)")
     synth.set_defaults(run=run_synth)
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
         "metadata.csv; tars that others made ('cc3m/*.tar'); a Hugging Face data set (saved to a folder, or a hub id). flickr8k: a hub "
         "id, a folder of parquet files, or a folder with captions.txt",
     )
-    pack.add_argument("out", metavar="FOLDER", type=Path)
+    pack.add_argument("out", metavar="FOLDER", type=Path, help="where the shards go")
     pack.add_argument(
         "--format", choices=("records", "flickr8k"), default="records", help="default records; flickr8k: pictures with five captions each"
     )
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         "--heldout", type=int, metavar="N", help="samples kept apart, those of one picture together (default 0; flickr8k: 1000 pictures)"
     )
     pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
-    pack.add_argument("--seed", type=int, default=0)
+    pack.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     pack.set_defaults(run=run_pack)
     add_index(kinds)
     add_verify(kinds)

@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--data", nargs="+", help="shards to score on (default: the run's data.heldout)")
     parser.add_argument("--samples", type=int, metavar="N", help="use N samples, spread over the shards (default: all)")
     parser.add_argument("--base", action="store_true", help="leave the run's adapter off: the score before training")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 

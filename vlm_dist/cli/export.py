@@ -19,8 +19,10 @@ def add_parser(commands: Any) -> None:
         "Write a run's result for use elsewhere: the adapter, or one merged checkpoint that transformers and vLLM load.",
         "vlm-dist export runs/quickstart --to merged-16bit --out models/quickstart",
     )
-    parser.add_argument("run_dir", metavar="RUN", type=Path)
-    parser.add_argument("--to", required=True, choices=("adapter", "merged-16bit"))
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument(
+        "--to", required=True, choices=("adapter", "merged-16bit"), help="the adapter alone, or base and adapter as one model"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export/adapter or RUN/export/merged-16bit")
     parser.add_argument(
         "--onto",
@@ -30,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="held-out samples to compare on (default 8)")
     parser.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
     parser.add_argument("--public", action="store_true", help="with --push: a repository that is made is public (default: private)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 

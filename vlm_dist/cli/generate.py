@@ -19,10 +19,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, a checkpoint folder or a hub id")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a JPEG, PNG or WebP file; may be given several times")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--prompt", required=True, help="what to ask")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--base", action="store_true", help="leave the run's adapter off: the answer before training")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 

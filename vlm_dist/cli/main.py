@@ -34,14 +34,19 @@ use       generate        ask a trained model about a picture
           export          write the adapter or a merged model for use elsewhere"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `vlm-dist` with all its commands."""
     parser = argparse.ArgumentParser("vlm-dist", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
-    arguments = parse(parser, argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = parse(build_parser(), argv)
     quiet_libraries()
     return run_reporting(lambda: arguments.run(arguments), debug=arguments.debug)
 

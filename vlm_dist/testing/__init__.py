@@ -18,6 +18,9 @@ __all__ = ["tiny_checkpoint", "tiny_families"]
 def tiny_checkpoint(family: str, path: str | Path, seed: int = 0) -> Path:
     """Write a checkpoint of `family` (a name of `tiny_families()`) into the folder `path`; the same seed gives the same weights.
 
+    Returns:
+        The folder.
+
     Raises:
         ModelError: there is no builder for this family.
     """

@@ -39,6 +39,15 @@ class VisionDataCollator:
         self.encoder = Encoder(processor, longest, on_too_long)  # pyright: ignore[reportArgumentType]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Encode and pad rows.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` ([rows, longest row] int64; -100: not learnt from), and what the model takes
+            beside them, such as `pixel_values`, in the form of its processor.
+
+        Raises:
+            DataError: a row cannot be used; says which, and why.
+        """
         encoded = []
         for number, row in enumerate(rows):
             try:

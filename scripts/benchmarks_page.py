@@ -1,0 +1,157 @@
+"""docs/benchmarks/README.md, made from the raw results beside it: what each says, and the command that made it.
+
+    python scripts/benchmarks_page.py
+
+A file that no function here reads is listed with its own `what`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+HEAD = """# Benchmarks
+
+Every figure in these pages comes from a raw result in this folder. The table is read from the files by `python scripts/benchmarks_page.py`;
+each command runs from the top of the repository and says with `--help` what can be changed.
+A row that was measured on a GPU names it; all other times are those of CPU cores, bytes and registers are counted,
+and what is on paper says so.
+
+| raw result | what it says | on page |
+|---|---|---|
+"""
+# Results that do not name their own command.
+COMMANDS = {
+    "aot": ".venv/bin/python -m vlm_kernels.aot --json",
+    "scaling_model": "python scripts/bench/scaling_model.py --json",
+    "scaling_model_25gbps": "python scripts/bench/scaling_model.py --node-gbps 25 --gpus 16 64 --json",
+    "quickstart": "scripts/quickstart.sh",
+}
+
+
+def aot(rows: Any) -> str:
+    targets, spills = len({row["target"] for row in rows}), sum(row["spills"] > 0 for row in rows)
+    return f"{len(rows)} compilations of {len({row['kernel'] for row in rows})} kernels for {targets} GPUs: {spills} spill registers"
+
+
+def communication(raw: Any) -> str:
+    ratios = [stage["ratio_gloo"] for stage in raw["stages"]]
+    first, last = raw["stages"][0], raw["stages"][-1]
+    sent = (
+        f"{first['sent_by_a_rank'] / 1e6:.1f} MB a step at ZeRO {first['stage']}, {last['sent_by_a_rank'] / 1e6:.1f} MB at {last['stage']}"
+    )
+    return f"{raw['ranks']} ranks: a rank sends {sent}; {min(ratios):.3f} to {max(ratios):.3f} of the theory"
+
+
+def cross_entropy_cpu(raw: Any) -> str:
+    row = min(raw["results"], key=lambda row: row["supervised"])
+    share = f"{row['time_ratio']:.2f} of the time and {row['memory_ratio']:.2f} of the memory"
+    return f"with {row['supervised']:.0%} of the rows supervised, head and loss take {share}"
+
+
+def decode(raw: Any) -> str:
+    ratios = [row["ratio"] for row in raw["rows"] if row["way"] == "simplejpeg"]
+    return f"simplejpeg decodes {min(ratios):.2f} to {max(ratios):.2f} times as many pictures a second as Pillow"
+
+
+def families(raw: Any) -> str:
+    rows = raw["families"].values()
+    whole = sum(row["with_gradient"] == row["trainable"] for row in rows)
+    merged = max(row["merged"] for row in rows)
+    gradients = f"{whole} of {len(rows)} tiny architectures: a gradient for every trainable tensor"
+    return f"{gradients}; merged logits within {merged:.1%} of their spread"
+
+
+def loop_overhead(raw: Any) -> str:
+    return f"a step takes {raw['ratio_median']:.2f} times as long as in a bare torch loop (median of {len(raw['rounds'])} rounds)"
+
+
+def memory_table(raw: Any) -> str:
+    row = next(row for row in raw["rows"] if row["name"] == "qwen2.5-vl-7b")
+    none, every = (row["one_row"][kind]["total"] / 1e9 for kind in ("none", "all"))
+    return f"counted, on no GPU: QLoRA of Qwen2.5-VL-7B, one row of 2,048 tokens: {none:.1f} GB, {every:.1f} GB with all recomputed"
+
+
+def quickstart(raw: Any) -> str:
+    before, after = (raw["qlora"]["eval"][when]["exact_match"] for when in ("before", "after"))
+    return f"held-out questions exactly right: {before:.1%} before QLoRA, {after:.1%} after; {raw['script_wall_s']} s in all"
+
+
+def saved_activations(raw: Any) -> str:
+    ratios = [row["ratio"] for row in raw["results"]]
+    return f"the kernels keep {min(ratios):.2f} to {max(ratios):.2f} of the bytes for the backward pass"
+
+
+def scaling_model(raw: Any) -> str:
+    row = max((row for row in raw if row["stage"] == 0), key=lambda row: row["gpus"])
+    return f"on paper: {row['efficiency']:.0%} efficiency on {row['gpus']:,} GPUs at ZeRO 0"
+
+
+def stream(raw: Any) -> str:
+    share = raw["share_of_ceiling"]
+    others = f"webdataset's loader {share['webdataset']:.2f}, datasets' {share['datasets']:.2f}"
+    return f"the stream reaches {share['stream']:.2f} of two bare decoding processes; {others}"
+
+
+def stream_scale(raw: Any) -> str:
+    index, packed = raw["index"], raw["padding"]["packed"]
+    speed = f"loads in {index['load_s']} s, finds one in {index['lookup_us']} µs"
+    return f"an index of {index['samples'] / 1e6:.0f} M samples {speed}; packed rows are {packed['fill']:.1%} full"
+
+
+def vision_windows(raw: Any) -> str:
+    shares = [share for row in raw["rows"] for share in row["share_of_time"].values()]
+    return f"attention in windows takes {min(shares):.2f} to {max(shares):.2f} of the loop's time on a CPU"
+
+
+def vllm_load(raw: Any) -> str:
+    return "; ".join(
+        f"{row['model_type']} {'loads' if row['loaded'] else 'does not load'} in vLLM {row['versions']['vllm']}" for row in raw["results"]
+    )
+
+
+READERS: dict[str, Callable[[Any], str]] = {
+    "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
+    "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "quickstart": quickstart,
+    "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
+    "stream_scale": stream_scale, "vision_windows": vision_windows, "vllm_load": vllm_load,
+}  # fmt: skip
+
+
+def command_of(name: str, raw: Any) -> str:
+    own = raw if isinstance(raw, dict) else {}
+    command = COMMANDS.get(name) or own.get("command") or own.get("environment", {}).get("command") or ""
+    command = shlex.join(command) if isinstance(command, list) else command
+    return f"python {command}" if command.startswith("scripts/") and ".py" in command else command
+
+
+def gpus_of(raw: dict[str, Any]) -> list[str]:
+    names = (gpu.get("name") if isinstance(gpu, dict) else gpu for gpu in raw.get("environment", {}).get("gpus", []))
+    return sorted({str(name) for name in names})
+
+
+def pages_that_quote(name: str) -> list[str]:
+    return [path.name for path in sorted(FOLDER.parent.glob("*.md")) if f"benchmarks/{name}.json" in path.read_text(encoding="utf-8")]
+
+
+def page() -> str:
+    rows, commands = [], []
+    for path in sorted(FOLDER.glob("*.json")):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        reader = READERS.get(path.stem)
+        own = raw if isinstance(raw, dict) else {}
+        says = " on ".join([reader(raw) if reader else own.get("what", ""), *gpus_of(own)])
+        quoted = ", ".join(f"[{name}](../{name})" for name in pages_that_quote(path.stem))
+        rows.append(f"| [{path.name}]({path.name}) | {says} | {quoted} |")
+        if command := command_of(path.stem, raw):
+            commands.append(f"    {command}  # {path.name}")
+    return HEAD + "\n".join(rows) + "\n\nThe commands that made them:\n\n" + "\n".join(commands) + "\n"
+
+
+if __name__ == "__main__":
+    (FOLDER / "README.md").write_text(page(), encoding="utf-8")
+    print("docs/benchmarks/README.md")
