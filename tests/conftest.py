@@ -7,14 +7,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, several processes
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.warm import Warm
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.testing import tiny_families
 
@@ -122,15 +123,16 @@ def losses_of(run: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def command(*arguments: str, **environment: str) -> list[str]:
-    return [sys.executable, "-m", "vlm_dist.cli.main", *arguments]
-
-
 def run_command(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """`vlm-dist ARGUMENTS` in a process of its own."""
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=child_environment(**environment), check=False
-    )
+    process = start_command(*arguments, **environment)
+    out, err = process.communicate(timeout)
+    return subprocess.CompletedProcess(arguments, process.returncode or 0, out, err)
+
+
+def start_command(*arguments: str, **environment: str) -> Warm:
+    """The same, not waited for."""
+    return Warm(list(arguments), child_environment(**environment))
 
 
 def child_environment(**changes: str) -> dict[str, str]:

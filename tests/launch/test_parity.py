@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, child_environment, losses_of, run_command, write_config
+from tests.warm import Warm, warm_ranks
 from vlm_dist import load_config, train
 from vlm_dist.checkpoints.form import verify_checkpoint
 from vlm_dist.cli.main import main
@@ -29,7 +30,7 @@ def port(offset: int) -> str:
     return str(21_000 + (os.getpid() * 7 + offset) % 18_000)
 
 
-STARTED: list[subprocess.Popen] = []
+STARTED: list[subprocess.Popen | Warm] = []
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +60,16 @@ def torchrun(*words: str, offset: int = 0) -> subprocess.Popen:
     return start(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", port(offset), *words)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def finish(process: subprocess.Popen | Warm, code: int = 0) -> str:
     output, _ = process.communicate(timeout=400)
     assert process.returncode == code, output[-6000:]
     return output
+
+
+def two_ranks(script: str, *words: str | Path) -> str:
+    """Without a launcher, which tests below have: its start and the imports of each rank take longer than what is tested."""
+    STARTED.extend(processes := warm_ranks(2, script, *words, environment=child_environment()))
+    return "".join(finish(process) for process in processes)
 
 
 @pytest.fixture
@@ -104,7 +111,7 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
         for stage in (0, 1, 2, 3)
     }
     runs["qlora-2-whole"] = [model, "name=qlora-2-whole", "training.micro_batch=2"]
-    output = finish(torchrun("tests/launch/many.py", many(config, list(runs.values()), tmp_path)))
+    output = two_ranks("tests/launch/many.py", many(config, list(runs.values()), tmp_path))
     expected = {form: reference(f"{form}-here", *options) for form, options in forms.items()}
     for name in runs:
         assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected[name.split("-")[0]], rel=1e-4), (name, output[-2000:])
@@ -121,7 +128,7 @@ def test_a_rank_with_text_alone_beside_one_with_pictures(config, reference, shar
             tar.write({"__key__": f"text-{number}", "json": {"messages": turns}})
     data = [f"model.name={qwen}", f"data.train={json.dumps([*shards['qa-train'], str(tmp_path / 'text.tar')])}", "training.steps=6"]
     runs = [[*data, f"name=mixed-{stage}", f"engine.zero_stage={stage}", "training.micro_batch=1"] for stage in (0, 1, 2, 3)]
-    finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path), offset=8))
+    two_ranks("tests/launch/many.py", many(config, runs, tmp_path))
     expected = reference("mixed-here", *data)
     for stage in (0, 1, 2, 3):
         assert losses_of(tmp_path / "runs" / f"mixed-{stage}") == pytest.approx(expected, rel=1e-4), stage
@@ -132,12 +139,12 @@ def test_resuming_at_other_world_sizes_and_stages(config, reference, tmp_path):
     over the end of the epoch; the curve is that of one process that never stopped, and every sample was used once."""
     more = ["name=changing", "training.steps=34"]
     two = [*more, "training.micro_batch=2"]
-    finish(torchrun("tests/launch/many.py", many(config, [[*two, "engine.zero_stage=2"]], tmp_path, {0: 5}), offset=5))
+    two_ranks("tests/launch/many.py", many(config, [[*two, "engine.zero_stage=2"]], tmp_path, {0: 5}))
     state = tmp_path / "runs" / "changing" / "summary.json"
     assert json.loads(state.read_text())["step"] == 5 and json.loads(state.read_text())["signal"] == "SIGTERM"
     stopped_at(config, 12, more)
     runs = [[*two, "engine.zero_stage=3"], [*two, "engine.zero_stage=1"]]
-    finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path, {0: 7, 1: 9}), offset=6))
+    two_ranks("tests/launch/many.py", many(config, runs, tmp_path, {0: 7, 1: 9}))
     assert json.loads(state.read_text())["step"] == 28
     train(load_config(config, more))
     assert losses_of(tmp_path / "runs" / "changing") == pytest.approx(reference("whole", "training.steps=34"), rel=1e-4)
@@ -150,7 +157,7 @@ def test_a_packed_mixture_goes_on_with_fewer_ranks(config, reference, shards, qw
     mixture = {"qa": {"shards": shards["qa-train"], "weight": 2}, "captions": {"shards": shards["caption-train"]}}
     packed = [f"model.name={qwen}", f"data.train={json.dumps(mixture)}", "data.packing=true", "data.pack_lookahead=8", "training.steps=12"]
     runs = [[*packed, "name=packed", "training.micro_batch=1"]]
-    finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path, {0: 10}), offset=9))
+    two_ranks("tests/launch/many.py", many(config, runs, tmp_path, {0: 10}))
     state = tmp_path / "runs" / "packed" / "summary.json"
     assert json.loads(state.read_text())["step"] == 5  # of two micro-batches each
     train(load_config(config, [*packed, "name=packed", "training.micro_batch=2"]))
@@ -240,7 +247,7 @@ def test_a_spoiled_step_and_a_slow_rank(config, tmp_path):
     runs = [[f"name=nan-{stage}", f"engine.zero_stage={stage}", "training.micro_batch=1"] for stage in (0, 1, 2, 3)]
     runs.append(["name=slow", "training.steps=25", "training.micro_batch=2"])
     faults = {**dict.fromkeys(range(4), "nan"), 4: "slow"}
-    output = finish(torchrun("tests/launch/many.py", many(config, runs, tmp_path, faults), offset=3))
+    output = two_ranks("tests/launch/many.py", many(config, runs, tmp_path, faults))
     for stage in range(4):
         run = tmp_path / "runs" / f"nan-{stage}"
         losses = losses_of(run)
@@ -278,8 +285,13 @@ def test_zero_3_shards_the_4_bit_base(config, tmp_path):
     thresholds = dict.fromkeys(
         ("stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0
     )
-    options = ["engine.zero_stage=3", "training.micro_batch=1", f"engine.deepspeed={json.dumps({'zero_optimization': thresholds})}"]
-    output = finish(torchrun("tests/launch/held.py", config, *options, offset=7))
+    options = [
+        "engine.zero_stage=3",
+        "training.global_batch=2",
+        "training.micro_batch=1",
+        f"engine.deepspeed={json.dumps({'zero_optimization': thresholds})}",
+    ]
+    output = two_ranks("tests/launch/held.py", config, *options)
     held = json.loads(re.search(r"HELD (.*)", output)[1])
     assert len(held["ranks"]) == 2
     for rank in held["ranks"]:

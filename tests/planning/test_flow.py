@@ -12,6 +12,7 @@ from vlm_dist.config_load import parse_config
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.view import _tiles, feature_maps, patch_size
+from vlm_dist.inputs.opened import inputs_apart
 from vlm_dist.models.load import load_model, read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.planning.flow import ORDER, data_flow
@@ -67,8 +68,8 @@ def test_maps_lie_as_the_patches_do(checkpoint, family):
 
 
 def test_heat_of_every_family(any_checkpoint):
-    config = config_of(any_checkpoint)
-    heat = Heat(config, any_checkpoint)
+    with inputs_apart(config_of(any_checkpoint)) as inputs:
+        heat = Heat(inputs)
     encoded = encode(heat.processor, Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 32), "blue"))
     maps = heat.maps(encoded)
     name = heat.model.config.model_type

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, child_environment, command, losses_of, run_command, write_config
+from tests.conftest import ROOT, child_environment, losses_of, run_command, start_command, write_config
+from tests.warm import Warm
 from vlm_dist import load_config, train
 
 pytestmark = pytest.mark.slow
@@ -219,7 +220,7 @@ def test_finished_run_is_not_trained_again(settings, tmp_path):
     assert (run_dir(settings) / "metrics.jsonl").stat().st_mtime_ns == stamp
 
 
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
+def wait_for_steps(folder: Path, steps: int, process: Warm) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").exists() and len(losses_of(folder)) >= steps:
@@ -234,9 +235,7 @@ def test_signals_to_the_command(settings, tmp_path, number):
     """SIGTERM and Ctrl-C save and end by 128 + signal; kill -9 loses what came after the last checkpoint; each continues exactly."""
     config = str(write_config(settings, tmp_path))
     long = ["training.steps=200", "checkpoint.save_every=2", "data.heldout=[]"]
-    process = subprocess.Popen(
-        command("train", config, *long), cwd=ROOT, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_command("train", config, *long)
     folder = run_dir(settings)
     wait_for_steps(folder, 5, process)
     process.send_signal(number)
