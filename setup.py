@@ -51,6 +51,9 @@ DEVELOPMENT = [
     "pre-commit>=4",
     "selenium>=4",
     "num2words>=0.5",
+    "nbclient>=0.11",
+    "nbformat>=5.11",
+    "ipykernel>=7",
 ]
 
 setup(
