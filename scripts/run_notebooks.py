@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mini_vlm": {
         "vision_model_name": "tiny-vit", "lm_model_name": "tiny-llama", "dataset_name": "tiny-flickr8k", "num_samples": 24,
-        "sample_images": ["tiny-flickr8k.png"] * 3, "test_indices": [0, 1, 2, 3], "num_epochs": 20, "lr": 3e-3,
+        "sample_images": ["new-0.png", "new-1.png", "new-2.png"], "test_indices": [0, 1, 2, 3], "num_epochs": 20, "lr": 3e-3,
     },
 }  # fmt: skip
 ENVIRONMENT = {
@@ -75,11 +75,11 @@ def prepare(work: Path) -> None:
     _write_captions(work)
 
 
-def pictures() -> Iterator[tuple[Any, str]]:
-    """24 pictures of one shape each, and what they show: "red circle", ..."""
+def pictures(margins: tuple[int, ...] = (10, 16, 22)) -> Iterator[tuple[Any, str]]:
+    """Eight pictures of one shape for each margin around it, and what they show: "red circle", ..."""
     from PIL import Image, ImageDraw
 
-    for margin in (10, 16, 22):
+    for margin in margins:
         for shape in ("circle", "square"):
             for colour in COLOURS:
                 picture = Image.new("RGB", (96, 96), "black")
@@ -97,7 +97,9 @@ def _write_parts(work: Path) -> None:
     from vlm_dist.testing.parts import CLIP, small_text, small_tokenizer
 
     torch.manual_seed(0)
-    hf.ViTModel(hf.ViTConfig(**{**CLIP, "image_size": 64, "patch_size": 8})).save_pretrained(work / "tiny-vit")
+    vision = hf.ViTModel(hf.ViTConfig(**{**CLIP, "image_size": 64, "patch_size": 8}))
+    torch.nn.init.uniform_(vision.layernorm.weight, 0, 2)  # with equal weights, all features would have one magnitude
+    vision.save_pretrained(work / "tiny-vit")
     hf.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(work / "tiny-vit")
     tokenizer, ids = small_tokenizer()
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**small_text(len(ids)), tie_word_embeddings=True))
@@ -114,7 +116,8 @@ def _write_captions(work: Path) -> None:
         {"image": picture, **{f"caption_{number}": form.format(words) for number, form in enumerate(FORMS)}}
         for picture, words in pictures()
     ]
-    rows[0]["image"].save(work / "tiny-flickr8k.png")
+    for number, (picture, _) in enumerate(pictures(margins=(13,))):
+        picture.save(work / f"new-{number}.png")
     (work / "tiny-flickr8k").mkdir(exist_ok=True)
     Dataset.from_list(rows).cast_column("image", Image()).to_parquet(work / "tiny-flickr8k" / "train.parquet")
 
