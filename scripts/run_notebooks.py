@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
+    "TRANSFORMERS_VERBOSITY": "warning", "HF_HUB_DISABLE_PROGRESS_BARS": "0",
 }  # fmt: skip
 COLOURS = ("red", "blue", "yellow", "white")
 FORMS = ("a {} .", "one {} .", "there is a {} .", "a big {} .", "a {} in the middle .")
