@@ -139,11 +139,8 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
 class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
     """Vision encoder, projector, causal language model.
 
-    Made from a configuration, as transformers does, or from parts that are already there:
-
-        vlm = MiniVLM(vision_encoder=vision_encoder, language_model=language_model, projector=projector, tokenizer=tokenizer)
-
-    The parts stay as they are, frozen ones frozen; the tokenizer gets the token `<image>` if it has none.
+    Made from a configuration, as transformers does, or from parts in hand, given by name. These stay as they are, frozen ones frozen; the
+    tokenizer gets the token `<image>` if it has none.
     """
 
     def __init__(
@@ -157,8 +154,8 @@ class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
             return
         if vision_encoder is None or language_model is None or projector is None or tokenizer is None:
             raise ModelError("MiniVLM: give a config, or all of vision_encoder, language_model, projector and tokenizer")
-        image_token_id = add_picture_token(tokenizer)
-        config = MiniVLMConfig(vision_config=vision_encoder.config, text_config=language_model.config, image_token_id=image_token_id)
+        picture = add_picture_token(tokenizer)
+        config = MiniVLMConfig(vision_config=vision_encoder.config, text_config=language_model.config, image_token_id=picture)
         super().__init__(config)
         with torch.device("meta"):
             self.model = MiniVLMModel(config)
@@ -251,13 +248,12 @@ def compose(vision: str, language: str, out: Path, *, seed: int = 0, revision: s
     images = _load(AutoImageProcessor, vision)
     images.do_convert_rgb = True  # ViT's fails on a grey picture
     tokenizer = _load(AutoTokenizer, language)
-    text_config = _load(AutoConfig, language)
+    language_dim = _width(_load(AutoConfig, language))
     torch.manual_seed(seed)
-    projector = VisionProjector(_width(vision_config), _width(text_config))
     model = MiniVLM(
+        projector=VisionProjector(_width(vision_config), language_dim),
         vision_encoder=_load(AutoModel, vision, config=vision_config, use_safetensors=True),
         language_model=_load(AutoModelForCausalLM, language, use_safetensors=True),
-        projector=projector,
         tokenizer=tokenizer,
     )
     count = count_image_tokens(model.vision_encoder, images)
