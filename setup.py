@@ -52,8 +52,12 @@ DEVELOPMENT = [
     "selenium>=4",
     "num2words>=0.5",
     "networkx>=3",
+    "grimp>=3",
     "mkdocs-material>=9.8",
     "mkdocstrings[python]>=1",
+    "nbclient>=0.11",
+    "nbformat>=5.11",
+    "ipykernel>=7",
 ]
 
 setup(

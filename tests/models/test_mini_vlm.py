@@ -157,6 +157,29 @@ def test_the_cache_changes_no_answer(vision, language, tmp_path):
             assert torch.equal(found, ids)
 
 
+def test_parts_in_hand_make_the_same_model(vision, language, tmp_path):
+    """`MiniVLM(vision_encoder=..., ...)` is what `compose` writes; frozen parts stay frozen, and it saves and loads like any other."""
+    compose(vision("vit"), language("llama"), tmp_path / "composed", seed=3)
+    composed, _ = load(tmp_path / "composed")
+    vision_encoder, language_model = hf.ViTModel.from_pretrained(vision("vit")), hf.AutoModelForCausalLM.from_pretrained(language("llama"))
+    vision_encoder.requires_grad_(False)
+    tokenizer = hf.AutoTokenizer.from_pretrained(language("llama"))
+    torch.manual_seed(3)
+    parts = {"vision_encoder": vision_encoder, "language_model": language_model, "projector": VisionProjector(64, 64)}
+    model = MiniVLM(**parts, tokenizer=tokenizer)
+    assert model.projector is parts["projector"] and model.config.image_token_id == composed.config.image_token_id
+    expected = composed.state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        name for name, _ in model.named_parameters() if name.startswith("model.vision_encoder")
+    }
+    model.save_pretrained(tmp_path / "saved")
+    again = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").state_dict()
+    assert expected.keys() == again.keys() and all(torch.equal(expected[name], tensor) for name, tensor in again.items())
+    with pytest.raises(ModelError, match="all of vision_encoder, language_model, projector and tokenizer"):
+        MiniVLM(vision_encoder=vision_encoder)
+
+
 @pytest.mark.parametrize(
     ("sees", "speaks", "tokens"), [("vit", "gpt2", 5), ("clip", "llama", 5), ("siglip", "qwen2", 4), ("dinov2", "gemma2", 5)]
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
+import threading
 
 import pytest
 import torch
@@ -65,6 +68,22 @@ def test_rows_of_a_real_data_set(collator, tmp_path):
     PICTURE.save(tmp_path / "p.png")
     made = datasets.Dataset.from_list([{"formatted": row(str(tmp_path / "p.png"))}] * 2)
     assert_same(collator([made[0], made[1]]), reference(collator, 2))
+
+
+def test_pictures_at_an_address(llava, tmp_path):
+    """From a server that knows no ranges; one that it does not have is named."""
+    from transformers import AutoProcessor
+
+    PICTURE.save(tmp_path / "p.png")
+    collator = vlm_dist.VisionDataCollator(None, AutoProcessor.from_pretrained(llava), max_seq_length=512)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert_same(collator([row(f"{address}/p.png")]), reference(collator))
+        with pytest.raises(DataError, match=f"row 1 of the batch: a picture cannot be fetched: .*{address}/none.png"):
+            collator([row(), row(f"{address}/none.png")])
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,10 @@ class Storage:
             return Path(path).open("rb")
         return self._retry(path, lambda: self._system(path).open(path, "rb", cache_type="readahead", block_size=4 * 2**20))
 
+    def read_whole(self, address: str) -> bytes:
+        """All bytes of a remote file, whether its server knows ranges or not."""
+        return self._retry(address, lambda: self._system(address).cat_file(address))
+
     def stamp(self, path: str, where: str) -> tuple[int, str]:
         """A file's bytes, and what changes when it is written anew.
 

@@ -137,12 +137,32 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
 
 
 class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
-    """Vision encoder, projector, causal language model."""
+    """Vision encoder, projector, causal language model.
 
-    def __init__(self, config: MiniVLMConfig):
+    Made from a configuration, as transformers does, or from parts in hand, given by name. These stay as they are, frozen ones frozen; the
+    tokenizer gets the token `<image>` if it has none.
+    """
+
+    def __init__(
+        self, config: MiniVLMConfig | None = None, *, vision_encoder: Any = None, language_model: Any = None,
+        projector: VisionProjector | None = None, tokenizer: Any = None,
+    ):  # fmt: skip
+        if config is not None:
+            super().__init__(config)
+            self.model = MiniVLMModel(config)
+            self.post_init()
+            return
+        if vision_encoder is None or language_model is None or projector is None or tokenizer is None:
+            raise ModelError("MiniVLM: give a config, or all of vision_encoder, language_model, projector and tokenizer")
+        picture = add_picture_token(tokenizer)
+        config = MiniVLMConfig(vision_config=vision_encoder.config, text_config=language_model.config, image_token_id=picture)
         super().__init__(config)
-        self.model = MiniVLMModel(config)
-        self.post_init()
+        with torch.device("meta"):
+            self.model = MiniVLMModel(config)
+            self.post_init()
+        self.model.vision_encoder, self.model.language_model, self.model.projector = vision_encoder, language_model, projector
+        self.generation_config = language_model.generation_config
+        self.generation_config.pad_token_id = tokenizer.pad_token_id
 
     @property
     def vision_encoder(self) -> Any:
@@ -228,22 +248,24 @@ def compose(vision: str, language: str, out: Path, *, seed: int = 0, revision: s
     images = _load(AutoImageProcessor, vision)
     images.do_convert_rgb = True  # ViT's fails on a grey picture
     tokenizer = _load(AutoTokenizer, language)
-    tokenizer.add_special_tokens({"additional_special_tokens": [PICTURE]})
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    text_config = _load(AutoConfig, language)
-    config = MiniVLMConfig(vision_config=vision_config, text_config=text_config, image_token_id=tokenizer.convert_tokens_to_ids(PICTURE))
+    language_dim = _width(_load(AutoConfig, language))
     torch.manual_seed(seed)
-    projector = VisionProjector(_width(vision_config), _width(text_config))
-    with torch.device("meta"):
-        model = MiniVLM(config)
-    model.model.projector = projector
-    model.model.vision_encoder = _load(AutoModel, vision, config=vision_config, use_safetensors=True)
-    model.model.language_model = _load(AutoModelForCausalLM, language, use_safetensors=True)
-    model.generation_config = model.language_model.generation_config
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model = MiniVLM(
+        projector=VisionProjector(_width(vision_config), language_dim),
+        vision_encoder=_load(AutoModel, vision, config=vision_config, use_safetensors=True),
+        language_model=_load(AutoModelForCausalLM, language, use_safetensors=True),
+        tokenizer=tokenizer,
+    )
     count = count_image_tokens(model.vision_encoder, images)
     model.save_pretrained(out)
     MiniVLMProcessor(images, tokenizer, count, chat_template=CHAT_TEMPLATE).save_pretrained(out)
+
+
+def add_picture_token(tokenizer: Any) -> int:
+    """Teach the tokenizer `<image>`, and padding if it has none; the id of the picture's token."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [PICTURE]})
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer.convert_tokens_to_ids(PICTURE)
 
 
 def count_image_tokens(vision_encoder: Any, image_processor: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import BadSample, Sample, check_messages, read_messages
+from vlm_dist.data.storage import Storage
 from vlm_dist.errors import DataError
 
 
@@ -19,8 +20,8 @@ class VisionDataCollator:
         collator = VisionDataCollator(model, processor)
         trainer = SFTTrainer(model=model, data_collator=collator, ...)
 
-    A picture in a message is `{"type": "image", "image": X}` with X a path, bytes, a PIL picture, or the {"bytes", "path"} of a
-    datasets Image column; or it comes, in order, from the row's `images` / `image` column.
+    A picture in a message is `{"type": "image", "image": X}` with X a path, an http(s) address, bytes, a PIL picture, or the
+    {"bytes", "path"} of a datasets Image column; or it comes, in order, from the row's `images` / `image` column.
 
     Args:
         model: not used; taken because the collators that users know take it.
@@ -86,6 +87,8 @@ def _open(source: Any) -> Any:
 
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = _fetch(source)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     try:
@@ -93,3 +96,10 @@ def _open(source: Any) -> Any:
         return picture.convert("RGB")
     except (OSError, TypeError, UnidentifiedImageError) as error:
         raise BadSample(f"a picture cannot be read: {error}") from None
+
+
+def _fetch(address: str) -> bytes:
+    try:
+        return Storage().read_whole(address)
+    except DataError as error:
+        raise BadSample(f"a picture cannot be fetched: {error}") from None
