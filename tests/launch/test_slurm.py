@@ -79,3 +79,16 @@ def wait_for(condition, folder) -> None:
             return
         time.sleep(0.1)
     raise AssertionError((folder / "job.log").read_text() if (folder / "job.log").exists() else "no log")
+
+
+def test_submitted_from_another_folder(slurm, config, tmp_path):
+    """`vlm-dist launch --slurm` tells the job where Python and the training script are; without GPUs, which this SLURM has none of."""
+    told = subprocess.run(
+        command("launch", config, "--slurm", "--gpus", "1", "--print"), capture_output=True, text=True, cwd=tmp_path, env=child_environment(), check=True
+    )  # fmt: skip
+    words = [word for word in shlex.split(told.stdout) if not word.startswith("--gpus-per-node")]
+    words[1:1] = ["--wait", f"--output={tmp_path}/job.log"]
+    there = child_environment(SLURM_CONF=slurm["SLURM_CONF"])
+    result = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, env=there, check=False, timeout=240)
+    log = (tmp_path / "job.log").read_text()
+    assert result.returncode == 0 and "all checks passed" in log, log
