@@ -4,8 +4,8 @@ python scripts/check_containers.py cpu                                       # a
 python scripts/check_containers.py cpu --build-arg TORCH_BACKEND=            # where only the package index can be reached
 python scripts/check_containers.py apptainer --root /var/tmp/image --keep
 
-The base image is replaced by a Debian bookworm with its own Python 3.11. Then `vlm-dist --help`, `doctor` and the quickstart's two trainings,
-two steps each, run inside as the image's user.
+The base image is replaced by a Debian bookworm with its own Python 3.11. Then `vlm-dist --help`, `doctor` and two steps of each of the
+quickstart's trainings run inside, as the image's user.
 """
 
 from __future__ import annotations
