@@ -32,7 +32,8 @@ PATH = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
 OF_THIS_MACHINE = re.compile(r"SSL_CERT_FILE|(https?|no)_proxy", re.I)
 AFTER = """
 vlm-dist --help
-vlm-dist doctor || [ $? = 6 ]
+vlm-dist doctor
+[ -z "${CUDA_HOME-}" ] || "$CUDA_HOME/bin/nvcc" --version
 bash -lc 'ray --version && vlm-dist --help' | head -n 1
 python /app/launch/ray_train.py --help | head -n 1
 cd "$(mktemp -d)"
@@ -58,8 +59,7 @@ class Image:
         started = time.monotonic()
         print(f"{self.user}:{self.folder}$ {command}", flush=True)
         given = {name: value for name, value in os.environ.items() if OF_THIS_MACHINE.fullmatch(name)}
-        home = "/root" if self.user == "root" else f"/home/{self.user}"
-        variables = {**given, "HOME": home, **self.arguments, **self.environment}
+        variables = {**given, "HOME": "/root", **self.arguments, **self.environment}
         inside = [
             "chroot",
             f"--userspec={self.user}",
@@ -151,7 +151,8 @@ def build_apptainer(image: Image) -> None:
     image.run(parts["post"])
     image.run(parts["environment"] + parts["test"])
     image.run(parts["environment"] + f"set -- /app/launch/train.py --help\n{parts['runscript']}")
-    image.environment["PATH"] = f"/app/.venv/bin:{PATH}"
+    for line in re.findall(r"export (.+)", parts["environment"]):
+        follow(image, "ENV", line)
 
 
 def main() -> int:

@@ -28,6 +28,14 @@ packages() {
     /tmp/uv/bin/uv pip install "$@" torch numpy setuptools wheel ninja packaging psutil py-cpuinfo hjson msgpack pydantic tqdm $toolkit
     DS_BUILD_OPS=0 /tmp/uv/bin/uv pip install "$@" --no-build-isolation --editable '.[s3,cider,datasets]'
     rm -rf /tmp/uv
+    [ -z "$toolkit" ] || link_libraries .venv/lib/python3.*/site-packages/nvidia/cu*/
+}
+
+link_libraries() { # as a linker looks for them: lib64/libcudart.so
+    ln -sfn lib "${1}lib64"
+    for name in cudart cublas cublasLt curand cusolver cusparse; do
+        for library in "${1}lib/lib$name".so.*; do ln -sf "$(basename "$library")" "${1}lib/lib$name.so"; done
+    done
 }
 
 "$@"

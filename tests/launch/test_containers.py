@@ -32,7 +32,7 @@ def copied() -> dict[str, str]:
 def test_stages(target):
     """Both run as a user, install by the one script, and end where /data is mounted."""
     steps = instructions(target)
-    user = steps.index(("USER", "train"))
+    user = steps.index(("USER", "1000:1000"))
     assert user < steps.index(("RUN", f"configs/cluster/install.sh packages {target}"))
     assert ("RUN", "/app/configs/cluster/install.sh system") in steps[:user]
     assert [value for name, value in steps if name == "WORKDIR"][-1] == "/data"

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():  # building in the repository would leave build/ there
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]  # by way of a source distribution
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
     result = subprocess.run(command, capture_output=True, text=True, env=child_environment(PYTHONPATH=""), check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return next(out.glob("*.whl"))
