@@ -1,6 +1,12 @@
 """Packaging. The exact versions that the test suite ran on are in constraints.txt; here stand the ranges that may work."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+STARTER = ("configs", "launch")
 
 REQUIREMENTS = [
     "torch>=2.9",
@@ -48,6 +54,8 @@ DEVELOPMENT = [
     "hypothesis>=6",
     "ruff>=0.14",
     "pyright>=1.1.400",
+    "build>=1.6",
+    "dockerfile-parse>=2.0.1",
     "pre-commit>=4",
     "selenium>=4",
     "num2words>=0.5",
@@ -60,6 +68,25 @@ DEVELOPMENT = [
     "ipykernel>=7",
 ]
 
+
+class BuildWithStarter(build_py):
+    """A wheel brings configs/ and launch/ along as vlm_dist/starter/; a checkout, installed with -e too, has them at its top."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for name in STARTER:
+            target = Path(self.build_lib, "vlm_dist", "starter", name)
+            shutil.rmtree(target, ignore_errors=True)  # what an earlier build left
+            shutil.copytree(name, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution holds: a wheel can be built from it too."""
+        starter = [str(path) for name in STARTER for path in Path(name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        return [*super().get_source_files(), *starter]
+
+
 setup(
     name="vlm_dist",
     version="0.1.0",
@@ -69,7 +96,8 @@ setup(
     packages=[*find_packages(include=["vlm_dist", "vlm_dist.*"]), "vlm_kernels"],
     # kernels/ itself is no package: an importable `kernels` would shadow Hugging Face's package of that name
     package_dir={"vlm_kernels": "kernels/vlm_kernels"},
-    package_data={"vlm_dist.reporting": ["*.html", "*.css"]},
+    package_data={"vlm_dist.cli": ["*.yaml.j2"], "vlm_dist.reporting": ["*.html", "*.css"]},
+    cmdclass={"build_py": BuildWithStarter},
     install_requires=REQUIREMENTS,
     extras_require={
         "dev": DEVELOPMENT,

@@ -14,7 +14,7 @@ from vlm_dist.cli.config import reference
 from vlm_dist.cli.main import main
 
 PAGES = ["README.md", "docs/quickstart.md", "docs/data.md", "docs/training.md", "docs/models.md", "docs/scaling.md", "docs/security.md",
-         "docs/memory.md", "docs/using.md"]  # fmt: skip
+         "docs/memory.md", "docs/using.md", "docs/containers.md"]  # fmt: skip
 COMMAND = re.compile(r"^(?:    |\$ |    \$ )(?:\.venv/bin/)?vlm-dist (.+?)(?:\s{2,}#.*)?$", re.M)
 # Shown for a machine with a GPU and a network; run at tiny scale in test_train.py, test_pack.py and test_mini_vlm.py.
 # The page of `chat` is opened in a browser in test_chat.py, a report is watched in test_report.py.

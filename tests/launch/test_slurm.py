@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.conftest import ROOT, child_environment, losses_of, run_command, write_config
+from tests.conftest import ROOT, child_environment, command, losses_of, run_command, write_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -79,3 +80,15 @@ def wait_for(condition, folder) -> None:
             return
         time.sleep(0.1)
     raise AssertionError((folder / "job.log").read_text() if (folder / "job.log").exists() else "no log")
+
+
+def test_submitted_from_another_folder(slurm, config, tmp_path):
+    """`vlm-dist launch --slurm` tells the job where Python and the training script are; without GPUs, which this SLURM has none of."""
+    printing = command("launch", config, "--slurm", "--gpus", "1", "--print")
+    told = subprocess.run(printing, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), check=True)
+    words = [word for word in shlex.split(told.stdout) if not word.startswith("--gpus-per-node")]
+    words[1:1] = ["--wait", f"--output={tmp_path}/job.log"]
+    there = child_environment(SLURM_CONF=slurm["SLURM_CONF"])
+    result = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, env=there, check=False, timeout=240)
+    log = (tmp_path / "job.log").read_text()
+    assert result.returncode == 0 and "all checks passed" in log, log

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.cli.parsers import add_config, new_parser
+from vlm_dist.cli.starter import starter_file
 from vlm_dist.config import Config
 from vlm_dist.config_load import load_config
 from vlm_dist.errors import ConfigError, MachineError
 
-ROOT = Path(__file__).resolve().parents[2]
 PORT = 29_500
 
 
@@ -47,10 +47,6 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.deepspeed_config import check_batches
 
-    if not (ROOT / "launch" / "train.py").exists():
-        raise MachineError(
-            f"launch: the scripts of launch/ are not beside the package ({ROOT}); use a checkout, installed with `pip install -e .`"
-        )
     config = load_config(arguments.config, arguments.overrides)
     arguments.gpus = arguments.gpus or _gpus_here()
     check_batches(config, arguments.gpus * arguments.nodes)
@@ -88,8 +84,17 @@ def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
 
 def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
     size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}"]
-    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}"]
+    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", *_where_not_here()]
     return ["sbatch", *options, _script("slurm/train.sbatch"), arguments.config, *arguments.overrides]
+
+
+def _where_not_here() -> list[str]:
+    """train.sbatch looks for launch/ and .venv in the folder that it is submitted from; from another one it is told where they are."""
+    training = starter_file("launch/train.py")
+    if training == Path.cwd() / "launch" / "train.py":
+        return []
+    python = os.environ.get("VLM_DIST_PYTHON", _python())
+    return [f"--export=ALL,VLM_DIST_PYTHON={python},VLM_DIST_TRAIN={training}"]
 
 
 def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
@@ -102,8 +107,7 @@ def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
 
 
 def _script(name: str) -> str:
-    path = ROOT / "launch" / name
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    return _short(starter_file(f"launch/{name}"))
 
 
 def _python() -> str:

@@ -7,16 +7,17 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, inspect, plan, report, train
+from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, init, inspect, plan, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
-COMMANDS = (data, config, doctor, inspect, plan, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
+COMMANDS = (init, data, config, doctor, inspect, plan, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
-prepare   data synth      make a synthetic data set
+prepare   init            write a first YAML for a model, a card and your data
+          data synth      make a synthetic data set
           data pack       write a data set that you have as tar shards
           data index      find every sample of shards that others made
 check     doctor          is this machine fit to train
