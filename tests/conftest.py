@@ -22,17 +22,28 @@ from vlm_dist.testing import tiny_families
 quiet_libraries()
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("caption", "qa", "reading")
-LONG_FIRST = ("test_documentation", "launch", "kernels/test_interpreter", "training", "models")
+DURATIONS = ROOT / "docs" / "benchmarks" / "tests.json"
+SLOW = ("slow", "ray", "slurm", "browser", "gpu")
+QUICK_FAMILIES = ("llava", "qwen2_5_vl")
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """The longest files first, so that parallel workers end together."""
+def pytest_addoption(parser) -> None:
+    parser.addoption("--quick", action="store_true", help=f"leave out what is marked {', '.join(SLOW)}; two families of sixteen")
 
-    def place(item) -> int:
-        path = item.path.relative_to(ROOT / "tests").as_posix()
-        return next((number for number, start in enumerate(LONG_FIRST) if path.startswith(start)), len(LONG_FIRST))
 
-    items.sort(key=place)
+def pytest_collection_modifyitems(config, items) -> None:
+    """The files that took longest first, so that parallel workers end together; with --quick only what is quick."""
+    seconds = {row["file"]: row["seconds"] for row in json.loads(DURATIONS.read_text())["files"]} if DURATIONS.exists() else {}
+    items.sort(key=lambda item: -seconds.get(item.path.relative_to(ROOT).as_posix(), 0.0))
+    if config.getoption("--quick"):
+        kept = [item for item in items if _is_quick(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def _is_quick(item) -> bool:
+    family = getattr(item, "callspec", None) and item.callspec.params.get("any_checkpoint")
+    return not any(item.get_closest_marker(name) for name in SLOW) and (family is None or family in QUICK_FAMILIES)
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,7 @@ def _starter(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, A
     )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(f"--name: found '{name}'; expected letters, digits, '.', '_' and '-', such as my-run")
-    train, heldout, packing = _data(arguments.data or DEFAULT_DATA, arguments.folder)
+    train, heldout, packing = _data(arguments.data, arguments.folder) if arguments.data else (DEFAULT_DATA, "", [])
     path = f"configs/{name}.yaml"
     hub = not looks_like_path(model.name)
     environment = Environment(loader=PackageLoader("vlm_dist.cli", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
