@@ -63,6 +63,7 @@ DEVELOPMENT = [
     "grimp>=3",
     "mkdocs-material>=9.8",
     "mkdocstrings[python]>=1",
+    "mkdocs-jupyter>=0.26",
     "nbclient>=0.11",
     "nbformat>=5.11",
     "ipykernel>=7",

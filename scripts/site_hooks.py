@@ -22,3 +22,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return path if link[1].strip("`") == path.strip("`") else f"{link[1]} ({path})"
 
     return OUTSIDE.sub(replace, markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """A notebook's page brings a script that would fetch Mermaid from the network, for diagrams that it has none of."""
+    return re.sub(r'<script type="module">(?:(?!</script>).)*?mermaid.*?</script>', "", output, flags=re.DOTALL)

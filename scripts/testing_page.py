@@ -105,7 +105,7 @@ def _mutation() -> list[str]:
         "## Would the tests notice?",
         "",
         f"In the code where a silent error costs most, {made:,} small faults were made one by one (`{raw['command']}`;",
-        f"[mutation.json](benchmarks/mutation.json)); the tests noticed {killed:,}, {killed / made:.1%}. The others were looked at one by one.",
+        f"[mutation.json](benchmarks/mutation.json)); the tests noticed {killed:,}, {killed / made:.1%}.",
         "",
         "| file | faults | noticed | not noticed | explained |",
         "|---|---:|---:|---:|---:|",

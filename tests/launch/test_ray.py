@@ -21,9 +21,21 @@ from tests.conftest import ROOT, child_environment, losses_of, run_command, writ
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
+# Ray's workers run at a niceness of 15, and so stand still beside a busy test; it looks for dead nodes every three seconds, five times.
+QUICKLY = {
+    "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # it listens on this machine alone
+}
+
+
 def start(*arguments: str, **changes: str) -> subprocess.Popen:
-    environment = child_environment(RAY_USAGE_STATS_ENABLED="0", RAY_ADDRESS="", **changes)
-    environment.pop("RAY_ADDRESS")
+    environment = child_environment(**QUICKLY, **changes)
+    environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "launch/ray_train.py", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
@@ -40,8 +52,37 @@ def config(settings, tmp_path) -> str:
     return str(write_config(settings, tmp_path))
 
 
-def test_a_mistake_is_told_once_with_its_exit_code(config, tmp_path):
-    code, _, err = finish(start("--config", config, f"data.train={tmp_path}/nothing-*.tar", "ray.workers=1", "ray.max_failures=1"))
+class Cluster:
+    """Two Ray nodes of one CPU each on this machine."""
+
+    def __init__(self, folder: str):
+        self.address = f"ray.address=127.0.0.1:{(port := free_port())}"
+        here = [f"--temp-dir={folder}", f"--port={port}", "--node-ip-address=127.0.0.1", f"--dashboard-port={free_port()}"]
+        self.nodes = [ray_node("--head", *here)]
+        self._await(port)
+        self.nodes.append(ray_node(f"--address=127.0.0.1:{port}"))
+        self._await(port)
+
+    def _await(self, port: int) -> None:
+        wait_for(lambda: ray_says(f"127.0.0.1:{port}").count("node_") == len(self.nodes), self.nodes[-1])
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One for the tests of this file; the last of them takes a node away. In a folder of its own, so that no other run takes it for the
+    machine's cluster; sockets want short paths."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    made = Cluster(folder)
+    yield made
+    for node in reversed(made.nodes):
+        node.terminate()
+        node.wait(60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_mistake_is_told_once_with_its_exit_code(cluster, config, tmp_path):
+    more = [cluster.address, f"data.train={tmp_path}/nothing-*.tar", "ray.workers=1", "ray.max_failures=1"]
+    code, _, err = finish(start("--config", config, *more))
     own = [line for line in err.splitlines() if "TrainController" not in line]  # Ray's own words on a busy machine
     assert code == 3 and err.count("no shard matches") == 1 and not any("Traceback" in line for line in own)
     assert own[-1].startswith("vlm-dist: data.train: no shard matches")
@@ -57,10 +98,10 @@ def test_more_workers_than_the_cluster_has(config):
     assert code == 6 and "the cluster has room for 0" in err.strip().splitlines()[-1]
 
 
-def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(config, tmp_path):
+def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(cluster, config, tmp_path):
     """SIGKILL to one of two workers in mid-run: Ray restarts the group from the newest checkpoint, and nothing is lost."""
     more = ["training.steps=60", "checkpoint.save_every=4"]
-    process = start("--config", config, "ray.workers=2", "name=killed", "--json", *more)
+    process = start("--config", config, cluster.address, "ray.workers=2", "name=killed", "--json", *more)
     run = tmp_path / "runs" / "killed"
     wait_for(lambda: any((run / "checkpoints").glob("step-*")), process)  # it is written beside the training
     os.kill(next(pid for pid in started_since(process.pid) if "RayTrainWorker" in command_of(pid)), signal.SIGKILL)
@@ -75,50 +116,27 @@ def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(config, t
     assert all(path.exists() for path in logs) and "continuing from" in logs[0].read_text()
 
 
-def test_a_node_is_lost_and_training_goes_on_with_fewer_workers(config, tmp_path):
-    """Two Ray nodes of one CPU each; the second node's raylet is killed in mid-run: one worker goes on from the newest checkpoint, with the
-    losses of one process."""
+def test_a_node_is_lost_and_training_goes_on_with_fewer_workers(cluster, config, tmp_path):
+    """The second node's raylet is killed in mid-run: one worker goes on from the newest checkpoint, with the losses of one process."""
     more = ["training.steps=40", "training.micro_batch=1", "checkpoint.save_every=4"]
-    address = f"127.0.0.1:{free_port()}"
-    folder = tempfile.mkdtemp(
-        prefix="ray-", dir="/tmp"
-    )  # so that no other run takes this for the machine's cluster; sockets want short paths
-    nodes = [
-        ray_node(
-            "--head",
-            f"--temp-dir={folder}",
-            f"--port={address.split(':')[1]}",
-            "--node-ip-address=127.0.0.1",
-            f"--dashboard-port={free_port()}",
-        )
-    ]
-    try:
-        wait_for(lambda: ray_says(address).count("node_") == 1, nodes[0])
-        nodes.append(ray_node(f"--address={address}"))
-        wait_for(lambda: ray_says(address).count("node_") == 2, nodes[1])
-        process = start("--config", config, "ray.workers=2", "ray.min_workers=1", f"ray.address={address}", "name=lost", *more,
-                        RAY_AUTH_MODE="disabled")  # fmt: skip
-        run = tmp_path / "runs" / "lost"
-        wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses_of(run)) >= 6, process)
-        assert json.loads((run / "environment.json").read_text())["ranks"] == 2
-        raylets = (pid for pid in started_since(nodes[1].pid) if "raylet/raylet" in command_of(pid) and parent_of(pid) == nodes[1].pid)
-        os.kill(next(raylets), signal.SIGKILL)
-        code, _, err = finish(process)
-        assert code == 0, err[-3000:]
-        assert json.loads((run / "environment.json").read_text())["ranks"] == 1
-        assert run_command("train", config, "name=plain", *more).returncode == 0
-        assert losses_of(run) == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
-    finally:
-        for node in reversed(nodes):
-            node.terminate()
-            node.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+    process = start("--config", config, "ray.workers=2", "ray.min_workers=1", cluster.address, "name=lost", *more)
+    run = tmp_path / "runs" / "lost"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses_of(run)) >= 6, process)
+    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+    second = cluster.nodes[1].pid
+    raylets = (pid for pid in started_since(second) if "raylet/raylet" in command_of(pid) and parent_of(pid) == second)
+    os.kill(next(raylets), signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 0, err[-3000:]
+    assert json.loads((run / "environment.json").read_text())["ranks"] == 1
+    assert run_command("train", config, "name=plain", *more).returncode == 0
+    assert losses_of(run) == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
 
 
 def ray_node(*options: str) -> subprocess.Popen:
-    """One Ray node with one CPU, without a token: it listens on this machine alone."""
+    """One Ray node with one CPU."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
-    environment = child_environment(RAY_AUTH_MODE="disabled")
+    environment = child_environment(**QUICKLY)
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
