@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
 export TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE # or every command compiles its libraries anew
 
 part() { printf '\n== %s (%d s so far)\n' "$1" $((SECONDS - started)); }
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import Warm
+from tests import warm
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.testing import tiny_families
 
 quiet_libraries()
+warm.prepare()
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("caption", "qa", "reading")
 DURATIONS = ROOT / "docs" / "benchmarks" / "tests.json"
@@ -141,9 +142,9 @@ def run_command(*arguments: str, timeout: float = 300, **environment: str) -> su
     return subprocess.CompletedProcess(arguments, process.returncode or 0, out, err)
 
 
-def start_command(*arguments: str, **environment: str) -> Warm:
+def start_command(*arguments: str, **environment: str) -> warm.Warm:
     """The same, not waited for."""
-    return Warm(list(arguments), child_environment(**environment))
+    return warm.Warm(list(arguments), child_environment(**environment))
 
 
 def child_environment(**changes: str) -> dict[str, str]:

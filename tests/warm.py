@@ -38,7 +38,9 @@ class Warm:
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")
         self._out, err = (os.path.join(self._folder.name, name) for name in ("out", "err"))
         self._err = None if merged else err
-        self._process = _server().Process(target=_run, args=([str(word) for word in words], environment, script, self._out, self._err))
+        words = [str(word) for word in words]
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_run, args=(words, environment, script, self._out, self._err))
         self._process.start()
         self.pid: int = self._process.pid or 0
 
@@ -72,10 +74,9 @@ def warm_ranks(number: int, script: str, *words: str, environment: dict[str, str
     return [Warm(list(words), environment | group | place, script=script, merged=True) for place in places]
 
 
-def _server() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
+def prepare() -> None:
+    """Before any process pool of the code under test starts the server."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
 
 
 def _run(words: list[str], environment: dict[str, str], script: str | None, out: str, err: str | None) -> None:

@@ -131,7 +131,7 @@ def _write_all(
                 bar.advance(shown)
             return
         whole = records if not isinstance(records, list) else None  # of a list each process gets only its part
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _receive, (whole,)) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _receive, (whole,)) as pool:
             futures = []
             for task in left:
                 part = None if whole is not None else [records[number] for number in task[2]]

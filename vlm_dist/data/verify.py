@@ -137,7 +137,7 @@ def _map(read: Any, shards: list[str], processes: int | None) -> Iterable[tuple[
     if number <= 1:
         yield from bar(map(read, shards))
         return
-    with ProcessPoolExecutor(number, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(number, multiprocessing.get_context("forkserver")) as pool:
         yield from bar(pool.map(read, shards))
 
 
