@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, several processes
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,11 @@ def write_config(settings: dict, folder: Path) -> Path:
 def losses_of(run: Path) -> list[float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
+
+
+def command(*arguments: str) -> list[str]:
+    """`vlm-dist ARGUMENTS` from nothing, for subprocess."""
+    return [sys.executable, "-m", "vlm_dist.cli.main", *arguments]
 
 
 def run_command(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:

@@ -75,7 +75,7 @@ def test_a_job_saves_before_its_limit_queues_again_and_ends(slurm, config, tmp_p
 
 
 def wait_for(condition, folder) -> None:
-    for _ in range(2400):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.1)

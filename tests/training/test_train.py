@@ -221,7 +221,7 @@ def test_finished_run_is_not_trained_again(settings, tmp_path):
 
 
 def wait_for_steps(folder: Path, steps: int, process: Warm) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").exists() and len(losses_of(folder)) >= steps:
             return
@@ -239,7 +239,7 @@ def test_signals_to_the_command(settings, tmp_path, number):
     folder = run_dir(settings)
     wait_for_steps(folder, 5, process)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=400)
     before = losses_of(folder)
     assert len(before) < 200
     if number == signal.SIGKILL:
