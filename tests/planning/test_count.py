@@ -71,6 +71,15 @@ def measure(model, batch: dict) -> tuple[int, int]:
         return kept, tally.count.peak - before
 
 
+def check_weights(counted, model) -> None:
+    """To the byte, 4-bit scales too."""
+    parameters = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    states = [tensor.quant_state for tensor in parameters if getattr(tensor, "quant_state", None) is not None]
+    assert sum(counted.weights.values()) == sum(t.numel() * t.element_size() for t in parameters) + sum(map(quant_state_bytes, states))
+    assert counted.weights["statistics"] == sum(map(quant_state_bytes, states))
+    assert sorted(counted.trainable) == sorted(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+
+
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_bytes_kept_and_at_the_fullest_moment(any_checkpoint, checkpointing):
     config = config_of(any_checkpoint, checkpointing=checkpointing)
@@ -80,6 +89,7 @@ def test_bytes_kept_and_at_the_fullest_moment(any_checkpoint, checkpointing):
     counted = count_micro_batch(config, *read_model_config(config.model, any_checkpoint), torch.float32, batch, on_gpu=False)
     assert counted.saved == pytest.approx(kept, rel=0.02)
     assert counted.peak == pytest.approx(peak, rel=0.02)
+    check_weights(counted, model)
     assert 0 < counted.saved_vision < counted.saved and 0 < counted.vision_flops < counted.forward_flops
 
 
@@ -117,9 +127,7 @@ def test_bytes_that_autograd_saves(checkpoint, family):
     assert counted.saved == pytest.approx(sum(seen.values()), rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"lora.projector": "full"}, {"lora.modules_to_save": "[lm_head]"}, {"model.load_in_4bit": "false"}]
-)
+@pytest.mark.parametrize("changes", [{"lora.projector": "full"}, {"lora.modules_to_save": "[lm_head]"}, {"model.load_in_4bit": "false"}])
 def test_weights_to_the_byte(any_checkpoint, changes):
     row = FAMILIES[read_model_config(config_of(any_checkpoint).model, any_checkpoint)[1].model_type]
     config = config_of(any_checkpoint, **changes)
@@ -128,11 +136,7 @@ def test_weights_to_the_byte(any_checkpoint, changes):
         pytest.skip(f"the head of {row.model_type} is called otherwise or shared with the embedding, and does not train alone")
     model, processor = real_model(config)
     counted = count_micro_batch(config, hf_config, row, torch.float32, batch_of(processor), on_gpu=False)
-    parameters = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
-    states = [tensor.quant_state for tensor in parameters if getattr(tensor, "quant_state", None) is not None]
-    assert sum(counted.weights.values()) == sum(t.numel() * t.element_size() for t in parameters) + sum(map(quant_state_bytes, states))
-    assert counted.weights["statistics"] == sum(map(quant_state_bytes, states))
-    assert sorted(counted.trainable) == sorted(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+    check_weights(counted, model)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
