@@ -132,7 +132,7 @@ def test_rows_that_are_packed_are_full(settings, tmp_path):
     config = load_config(write_config(settings, tmp_path), ["data.packing=true", "data.max_seq_length=200"])
     with open_planner(config, find_gpu("l4"), 1) as planner:
         assert planner.workload.tokens == 200 and len(planner.workload.pictures) > 1
-        batch = micro_batch(planner.encoder, planner.workload, 2)
+        batch = micro_batch(planner.inputs.encoder, planner.workload, 2)
     assert tuple(batch["input_ids"].shape) == (2, 200)
     few = load_config(write_config(settings, tmp_path), ["data.packing=true", "data.max_seq_length=200", "data.max_patches=1"])
     with open_planner(few, find_gpu("l4"), 1) as planner:
@@ -160,9 +160,9 @@ def test_a_published_model(tmp_path):
             "lora": {"vision": False}, "data": {"train": "x"}, "training": {"steps": 1}}  # fmt: skip
     config = load_config(write_config(text, tmp_path))
     with open_planner(config, find_gpu("h100"), 1, size=(896, 896)) as planner:
-        workload = assumed(planner.config, planner.encoder, (896, 896), 1)
+        workload = assumed(planner.config, planner.inputs.encoder, (896, 896), 1)
         hf_config, family = read_model_config(config.model, str(folder))
-        batch = micro_batch(planner.encoder, workload, 1)
+        batch = micro_batch(planner.inputs.encoder, workload, 1)
         counted = count_micro_batch(planner.config, hf_config, family, torch.bfloat16, batch)
     assert sum(counted.trainable) == 40_370_176
     linear = 8 * counted.weights["4-bit"] // 4
@@ -173,4 +173,4 @@ def test_a_published_model(tmp_path):
     assert tokens == 2048 and language == pytest.approx(2 * tokens * 6.525e9 + 4 * 1023 * 0.545e9 + 0.84e12, rel=0.05)
     assert counted.vision_flops == pytest.approx(5.65e12, rel=0.15)
     with pytest.raises(ConfigError, match=r"more than data.max_seq_length=2048"):
-        assumed(config, planner.encoder, (896, 896), 3)
+        assumed(config, planner.inputs.encoder, (896, 896), 3)
