@@ -30,6 +30,7 @@ COMMANDS = {
     "scaling_model": "python scripts/bench/scaling_model.py --json",
     "scaling_model_25gbps": "python scripts/bench/scaling_model.py --node-gbps 25 --gpus 16 64 --json",
     "quickstart": "scripts/quickstart.sh",
+    "tests": "python scripts/testing_page.py --junit tests.xml",
 }
 
 
@@ -103,6 +104,12 @@ def stream_scale(raw: Any) -> str:
     return f"an index of {index['samples'] / 1e6:.0f} M samples {speed}; packed rows are {packed['fill']:.1%} full"
 
 
+def tests(raw: Any) -> str:
+    outcomes = raw["outcomes"]
+    ran = f"{outcomes['tests']:,} tests, {outcomes['failures'] + outcomes['errors']} failed, {outcomes['skipped']} skipped"
+    return f"{ran}: {raw['wall_s'] / 60:.1f} minutes on {raw['cores']} cores"
+
+
 def vision_windows(raw: Any) -> str:
     shares = [share for row in raw["rows"] for share in row["share_of_time"].values()]
     return f"attention in windows takes {min(shares):.2f} to {max(shares):.2f} of the loop's time on a CPU"
@@ -118,7 +125,7 @@ READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "quickstart": quickstart,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
-    "stream_scale": stream_scale, "vision_windows": vision_windows, "vllm_load": vllm_load,
+    "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
 
 
