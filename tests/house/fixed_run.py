@@ -30,7 +30,13 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def fixed_run(folder: Path) -> dict[str, Any]:
+def fixed_run() -> dict[str, Any]:
+    """In a folder whose name is always as long: YAML breaks long lines."""
+    with tempfile.TemporaryDirectory(prefix="fixed-", dir="/tmp") as place:
+        return _run(Path(place))
+
+
+def _run(folder: Path) -> dict[str, Any]:
     """Train, continue, and ask every command that prints facts."""
     from vlm_dist.data.synthetic import synthesise
     from vlm_dist.testing import tiny_checkpoint
@@ -103,7 +109,5 @@ def _clean(value: Any, folder: str) -> Any:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        result = fixed_run(Path(place))
-    json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
+    json.dump(fixed_run(), sys.stdout, indent=1, ensure_ascii=False)
     print()

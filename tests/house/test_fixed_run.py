@@ -28,9 +28,9 @@ def differences(now: Any, then: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_fixed_run_is_what_it_was(tmp_path):
+def test_a_fixed_run_is_what_it_was():
     then = json.loads((ROOT / "tests" / "house" / "fixed_run.json").read_text(encoding="utf-8"))
-    assert differences(fixed_run(tmp_path), then) == []
+    assert differences(fixed_run(), then) == []
 
 
 def test_a_difference_is_found():
