@@ -103,6 +103,7 @@ def test_pages_name_files_that_exist():
         "docs/api.md",
         "docs/benchmarks/README.md",
         "docs/log.md",
+        "docs/recipes.md",
         "CONTRIBUTING.md",
     ]:
         text = (ROOT / page).read_text()

@@ -29,7 +29,8 @@ from triton.compiler import ASTSource
 
 from vlm_kernels.common import INTERPRETED, Compilation
 
-KERNELS = ("geglu", "layer_norm", "linear_cross_entropy", "nf4_dequantize", "nf4_lora_linear", "rms_norm", "rope", "swiglu")
+KERNELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in ("aot", "common", "reference")))
+"""One file is one kernel."""
 KIB = 1024
 SHARED_LIMIT = {  # bytes of shared memory that one block may use; CUDA C++ Programming Guide, and AMD's CDNA3 ISA guide for gfx942
     "cuda:80": 163 * KIB, "cuda:86": 99 * KIB, "cuda:89": 99 * KIB, "cuda:90": 227 * KIB, "cuda:100": 227 * KIB, "cuda:120": 99 * KIB,

@@ -170,7 +170,7 @@ def nf4_cases(device: str, small: bool) -> Iterator[Case]:
                 "bitsandbytes": lambda x, codes, state: bitsandbytes.matmul_4bit(x, codes, quant_state=state),
             }
             moved = int(0.516 * rows * columns) + 2 * tokens * (rows + columns)
-            yield Case("nf4_linear", f"{tokens} tokens, {rows} x {columns}", with_input, found, moved, backward=False)
+            yield Case("nf4_lora_linear", f"{tokens} tokens, {rows} x {columns}", with_input, found, moved, backward=False)
 
 
 def cross_entropy(device: str, tokens: int, small: bool, clock: Clock) -> Iterator[dict[str, Any]]:

@@ -69,7 +69,7 @@ def test_cider_of_its_authors():
 
 
 def test_names():
-    assert find_metric("tests.scoring.test_metrics:first_letter") is not None and find_metric("bleu") is None
+    assert find_metric(f"{__name__}:first_letter") is not None and find_metric("bleu") is None
     for name, words in (
         ("rouge", "no metric 'rouge'; there are exact_match"),
         ("nothing:x", "No module named"),
@@ -81,7 +81,7 @@ def test_names():
 
 def test_in_a_run(settings, tmp_path):
     settings["evaluation"] = {"every": 2, "samples": 4, "max_new_tokens": 4}
-    mine = "tests.scoring.test_metrics:first_letter"
+    mine = f"{__name__}:first_letter"
     names = ["token_f1", "cer", "chrf", mine]
     options = [f"evaluation.metrics={json.dumps(names)}", "checkpoint.best_metric=cer", "checkpoint.keep_best=1"]
     summary = train(load_config(write_config(settings, tmp_path), options))

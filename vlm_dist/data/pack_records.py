@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_dist.config import DataConfig
 from vlm_dist.data.pack_sources import open_source
-from vlm_dist.data.samples import BadSample, check_messages, decode_picture, picture_extension, read_messages
+from vlm_dist.data.samples import TURNS, BadSample, check_messages, decode_picture, messages_of, picture_extension
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import DataError
 
@@ -229,15 +229,10 @@ def _members(record: Any, pictures_as: Pictures) -> dict[str, bytes]:
     if not isinstance(record, dict):
         raise BadSample("the record is no object")
     pictures = [_read_picture(pictures_as, name) for name in _picture_names(record)]
-    if record.get("conversations") is not None:
-        messages = read_messages(record["conversations"], "from", "value")
-    elif record.get("messages") is not None:
-        messages = read_messages(record["messages"])
-    elif pictures and (_is_text(record.get("caption")) or _are_texts(record.get("captions"))):
-        messages = None
-    else:
+    messages = messages_of(record)
+    if messages is None and not (pictures and (_is_text(record.get("caption")) or _are_texts(record.get("captions")))):
         raise BadSample("no text: expected 'messages', 'conversations', or a picture with a caption")
-    kept = {key: value for key, value in record.items() if key not in (*PICTURE_KEYS, "conversations", "messages")}
+    kept = {key: value for key, value in record.items() if key not in (*PICTURE_KEYS, *TURNS)}
     if messages is not None:
         check_messages(messages, len(pictures))
         kept["messages"] = messages

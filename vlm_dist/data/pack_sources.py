@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.samples import BadSample, open_record, picture_members
+from vlm_dist.data.samples import TURNS, BadSample, open_record, picture_members
 from vlm_dist.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -69,7 +69,7 @@ class TarRecords(Sequence):
             record = open_record(raw)
         except BadSample as reason:
             return reason
-        if "txt" in raw and not {"messages", "conversations"} & record.keys():
+        if "txt" in raw and not TURNS.keys() & record.keys():
             record["caption"] = raw["txt"].decode("utf-8", "replace")
         return {**record, "images": [{"bytes": raw[name], "path": f"{raw['__key__']}.{name}"} for name in picture_members(raw)]}
 

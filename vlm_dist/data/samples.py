@@ -28,6 +28,7 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes")  # libjpeg's warning
 MOST_FILLER = 16  # bytes that some writers leave between segments; more were skipped because the scan is damaged
 Size = tuple[int, int]
+TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # key of a list of turns: a turn's own keys
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -82,6 +83,12 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
     return messages, [_picture_size(raw[member], member, max_image_pixels) for member in members]
 
 
+def messages_of(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What a record's turns say, as `read_messages`; None: it has none."""
+    key = next((key for key in TURNS if record.get(key) is not None), None)
+    return None if key is None else read_messages(record[key], *TURNS[key])
+
+
 def read_messages(turns: Any, role_key: str = "role", content_key: str = "content") -> list[dict[str, Any]]:
     """A list of turns -> messages with typed parts.
 
@@ -132,11 +139,7 @@ def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
 
 
 def decode_pixels(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
-    """The same pixels as [3, H, W] uint8, without the way through Pillow where there is a shorter one.
-
-    Raises:
-        BadSample: as `decode_picture`.
-    """
+    """The same pixels, and errors, as [3, H, W] uint8; without the way through Pillow where there is a shorter one."""
     import numpy as np
     import torch
 
@@ -221,11 +224,9 @@ def open_record(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _read_messages(raw: dict[str, Any], caption_prompt: str, draw: str | None) -> tuple[list[dict], dict[str, Any]]:
     record = open_record(raw)
-    meta = {key: value for key, value in record.items() if key not in ("messages", "conversations")}
-    if "messages" in record:
-        return read_messages(record["messages"]), meta
-    if "conversations" in record:
-        return read_messages(record["conversations"], "from", "value"), meta
+    meta = {key: value for key, value in record.items() if key not in TURNS}
+    if (messages := messages_of(record)) is not None:
+        return messages, meta
     caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw, record)
     return [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
