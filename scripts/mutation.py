@@ -112,9 +112,6 @@ def make_mutants(file: str) -> dict[str, str]:
 
 def check(part: Part, folder: Path, limit: int, only: set[str] | None) -> None:
     """Run mutmut on one part, in a process of its own; the result is folder/result.json."""
-    from mutmut.__main__ import _run
-    from mutmut.stats import status_by_exit_code
-
     folder.mkdir()
     for name in ("vlm_dist", "kernels", "tests"):
         (folder / name).symlink_to(ROOT / name)
@@ -122,6 +119,9 @@ def check(part: Part, folder: Path, limit: int, only: set[str] | None) -> None:
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     os.environ.update(MUTATION_FAMILIES=" ".join(part.families), MUTATION_CHECKPOINTS=str(folder.parent / "checkpoints"))
     os.chdir(folder)
+    from mutmut.__main__ import _run  # reads the settings
+    from mutmut.stats import status_by_exit_code
+
     diffs = make_mutants(part.file)
     fitting = [name for name, diff in diffs.items() if re.search(part.only, f"{readable(name)}\n{diff}")]
     chosen = sorted(random.Random(SEED).sample(fitting, min(limit, len(fitting))))
