@@ -45,7 +45,7 @@ class Part:
 
 
 PARTS = [
-    Part("vlm_dist/data/encode.py", ["tests/data/test_encode.py"]),
+    Part("vlm_dist/data/encode.py", ["tests/data/test_encode.py"], families=["llava", "qwen2_5_vl", "gemma3"]),
     Part("vlm_dist/data/collate.py", ["tests/data/test_collate.py"]),
     Part("vlm_dist/data/lanes.py", ["tests/data/test_lanes.py"]),
     Part("vlm_dist/models/loss.py", ["tests/models/test_loss.py", "tests/models/test_packing.py"]),

@@ -39,6 +39,8 @@ def test_padded(side):
     assert batch["labels"].tolist() == [padded([-100, *row], IGNORED) for row in ([102, 103, 104], [106], [108, 109])]
     assert batch["mm_token_type_ids"].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert collate([SHORT], PAD)["input_ids"].tolist() == [[5, 6]]
+    short = encoded(5, 6, mm_token_type_ids=torch.tensor([[1, 1]]))
+    assert collate([short, BLIND], PAD)["mm_token_type_ids"].tolist() == [[1, 1, 0], [0, 0, 0]]
     assert collate([LONG, SHORT], PAD)["input_ids"].tolist() == collate([LONG, SHORT], PAD, "right")["input_ids"].tolist()
 
 

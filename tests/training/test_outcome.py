@@ -27,9 +27,9 @@ def test_who_has_most_to_do_and_what_each_data_set_loses():
     row = Shares(labels=[10, 0, 4], slots=[100.0, 50.0], patches=[0.0, 0.0]).metrics(["a", "b", "c"], [5.0, 0.0, math.inf])
     assert row == {"imbalance": {"tokens": 0.3333, "patches": 0.0}, "loss_by_dataset": {"a": 0.5, "b": None, "c": None}}
     assert Shares([10], [100.0], [3.0]).metrics(["a"], [5.0]) == {"imbalance": {"tokens": 0.0, "patches": 0.0}}
-    for names, sums in ((["a", "b"], [1.0]), (["a"], [1.0, 1.0])):
+    for names, sums in ((["a", "b"], [1.0]), (["a", "b", "c"], [1.0, 1.0])):
         with pytest.raises(ValueError, match="zip"):
-            Shares([1, 1], [1.0], [1.0]).metrics([*names, "c"], sums)
+            Shares([1, 1], [1.0], [1.0]).metrics(names, sums)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
