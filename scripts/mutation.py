@@ -61,7 +61,7 @@ only_mutate = ["{file}"]
 do_not_mutate_patterns = ['\\braise \\w+\\(', 'Error\\($']
 also_copy = ["kernels"]
 process_isolation = "forkserver"
-pytest_add_cli_args = ["-p", "mutation_plugin", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not gpu"]
+pytest_add_cli_args = ["-p", "mutation_plugin", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not gpu and not slow"]
 pytest_add_cli_args_test_selection = {tests}
 timeout_multiplier = 4.0
 timeout_constant = 8.0
