@@ -4,9 +4,9 @@
     python scripts/mutation.py vlm_dist/data/lanes.py --limit 40    # one, 40 of its mutants
     python scripts/mutation.py --again                              # only those that survived last time
 
-The result is docs/benchmarks/mutation.json. Words of error messages are not mutated; where a file has more mutants than the limit, a
-sample with a fixed seed is taken. Whoever lets a mutant survive writes its reason into "why" there: it is kept as long as the mutant is
-the same. mutmut comes into a folder of its own and changes nothing in .venv.
+The result is docs/benchmarks/mutation.json. Words of error messages are not mutated; of the file with the slowest tests a sample with a
+fixed seed is taken. Whoever lets a mutant survive writes its reason into "why" there: it is kept as long as the mutant is the same. mutmut
+comes into a folder of its own and changes nothing in .venv.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Part:
     """Mutants that match: "FUNCTION NUMBER", then the lines taken away and put in. "": all."""
     families: list[str] = field(default_factory=lambda: ["llava", "qwen2_5_vl"])
     """Tests of every architecture run on these."""
+    limit: int | None = None
+    """So many of its mutants, a sample with a fixed seed; None: all."""
 
 
 PARTS = [
@@ -52,7 +54,7 @@ PARTS = [
     Part("vlm_dist/training/outcome.py", ["tests/training/test_outcome.py"], only="^(count_over_ranks|Shares.metrics) "),
     Part("vlm_dist/training/train.py", ["tests/training/test_outcome.py"], only=r"\n-.*num_labels"),
     Part("vlm_dist/checkpoints/snapshot.py", ["tests/checkpoints/test_snapshot.py"]),
-    Part("vlm_dist/models/merge.py", ["tests/models/test_merge.py"]),
+    Part("vlm_dist/models/merge.py", ["tests/models/test_merge.py"], families=["llava"], limit=40),
 ]  # fmt: skip
 SETTINGS = """
 [tool.mutmut]
@@ -110,7 +112,7 @@ def make_mutants(file: str) -> dict[str, str]:
     return found
 
 
-def check(part: Part, folder: Path, limit: int, only: set[str] | None) -> None:
+def check(part: Part, folder: Path, limit: int | None, only: set[str] | None) -> None:
     """Run mutmut on one part, in a process of its own; the result is folder/result.json."""
     folder.mkdir()
     for name in ("vlm_dist", "kernels", "tests"):
@@ -124,7 +126,7 @@ def check(part: Part, folder: Path, limit: int, only: set[str] | None) -> None:
 
     diffs = make_mutants(part.file)
     fitting = [name for name, diff in diffs.items() if re.search(part.only, f"{readable(name)}\n{diff}")]
-    chosen = sorted(random.Random(SEED).sample(fitting, min(limit, len(fitting))))
+    chosen = sorted(random.Random(SEED).sample(fitting, min(limit or len(fitting), len(fitting))))
     if only is not None:
         chosen = [name for name in fitting if diffs[name] in only]
     module = part.file.removesuffix(".py").replace("/", ".")
@@ -159,7 +161,7 @@ def recorded(part: Part, result: dict[str, Any], before: dict[str, Any] | None, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help=f"of {', '.join(part.file for part in PARTS)} (default: all)")
-    parser.add_argument("--limit", type=int, default=150, help="mutants a file at most")
+    parser.add_argument("--limit", type=int, help="mutants a file at most (default: all, 40 of the slowest file)")
     parser.add_argument("--again", action="store_true", help="only the mutants that survived last time")
     arguments = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONDONTWRITEBYTECODE="1")
@@ -172,7 +174,7 @@ def main() -> None:
             print(f"\n{part.file}", flush=True)
             only = {row["diff"] for row in before[part.file]["explained"]} if arguments.again and part.file in before else None
             folder = Path(place) / str(number)
-            process = multiprocessing.get_context("fork").Process(target=check, args=(part, folder, arguments.limit, only))
+            process = multiprocessing.get_context("fork").Process(target=check, args=(part, folder, arguments.limit or part.limit, only))
             process.start()
             process.join()
             if not (folder / "result.json").exists():

@@ -15,7 +15,8 @@ def pytest_collection_modifyitems(config, items) -> None:
     families = os.environ["MUTATION_FAMILIES"].split()
 
     def wanted(item) -> bool:
-        return getattr(item, "callspec", None) is None or item.callspec.params.get("any_checkpoint", families[0]) in families
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        return all(given.get(name, families[0]) in families for name in ("any_checkpoint", "family"))
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]
