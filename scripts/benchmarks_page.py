@@ -77,6 +77,11 @@ def memory_table(raw: Any) -> str:
     return f"counted, on no GPU: QLoRA of Qwen2.5-VL-7B, one row of 2,048 tokens: {none:.1f} GB, {every:.1f} GB with all recomputed"
 
 
+def mutation(raw: Any) -> str:
+    made, stayed = (sum(row[number] for row in raw["files"]) for number in ("mutants", "survived"))
+    return f"{made - stayed:,} of {made:,} small faults put into {len(raw['files'])} files are found by a test; why the others stay"
+
+
 def quickstart(raw: Any) -> str:
     before, after = (raw["qlora"]["eval"][when]["exact_match"] for when in ("before", "after"))
     return f"held-out questions exactly right: {before:.1%} before QLoRA, {after:.1%} after; {raw['script_wall_s']} s in all"
@@ -123,7 +128,8 @@ def vllm_load(raw: Any) -> str:
 
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
-    "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "quickstart": quickstart,
+    "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
+    "quickstart": quickstart,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip

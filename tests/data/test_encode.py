@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlm_dist.data.collate import collate
-from vlm_dist.data.encode import IGNORED, Encoder
+from vlm_dist.data.encode import IGNORED, WORD_JOINER, Encoder, _supervised, is_per_token
 from vlm_dist.data.samples import BadSample, Sample, decode_pixels
 
 USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the triangle?"}]}
@@ -55,6 +55,7 @@ def end(encoder) -> str:
 def test_only_the_assistant_is_supervised(encoder):
     encoded = encoder.encode(sample(USER, assistant("red")))
     assert supervised(encoder, encoded).strip() == f"red{end(encoder)}"
+    assert encoded.key == "k" and encoded.picture.any()
     kept = encoded.labels != IGNORED
     assert torch.equal(encoded.labels[kept], encoded.inputs["input_ids"][kept])
 
@@ -77,6 +78,40 @@ def test_labels_token_by_token(encoder):
     last = start + (encoded.inputs["input_ids"][0, start:] == eos).nonzero()[0, 0]
     assert (encoded.labels[0, start : last + 1] != IGNORED).all()
     assert (encoded.labels[0, last + 1 :] == IGNORED).all()
+
+
+def test_who_speaks_last_may_be_the_user(encoder):
+    encoded = encoder.encode(sample(USER, assistant("red"), MORE))
+    assert supervised(encoder, encoded).strip() == f"red{end(encoder)}"
+
+
+def test_a_prompt_has_no_labels_and_the_pictures_of_the_conversation(encoder):
+    prompt, encoded = encoder.encode_prompt([USER], sample().images), encoder.encode(sample(USER, assistant("red")))
+    assert prompt.key == "" and encoder.encode_prompt([USER], sample().images, "p").key == "p"
+    assert prompt.labels.shape == prompt.inputs["input_ids"].shape and (prompt.labels == IGNORED).all()
+    assert torch.equal(prompt.picture, encoded.picture[: prompt.length])
+
+
+def test_the_processor_is_asked_for_what_the_model_takes(encoder):
+    """Types of tokens where the model knows them; one begin-of-text at most, whoever writes it."""
+    encoded = encoder.encode(sample(USER, assistant("red")))
+    assert ("mm_token_type_ids" in encoded.inputs) == ("mm_token_type_ids" in encoder.processor.model_input_names)
+    bos = encoder.processor.tokenizer.bos_token_id
+    if bos is not None and bos != encoder.processor.tokenizer.eos_token_id:
+        assert (encoded.inputs["input_ids"] == bos).sum() <= 1
+
+
+def test_text_is_counted_as_it_is_encoded(encoder):
+    messages = [MORE, assistant("top left <|im_end|>")]
+    assert encoder.count_text(messages) == encoder.encode(sample(*messages, images=0)).length
+    prompt = encoder.count_text(messages[:1], add_generation_prompt=True)
+    assert prompt == encoder.encode_prompt(messages[:1], []).length
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(encoder):
+    encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} {{ m.content[-1].text }}{% endfor %}"
+    with pytest.raises(BadSample, match="rewrites earlier turns, so turn 1 cannot be located"):
+        encoder.encode(sample(MORE, assistant("red"), images=0))
 
 
 def test_every_turn_token_by_token(encoder):
@@ -111,17 +146,25 @@ def test_no_picture_and_two_pictures(encoder):
 
 def test_too_long_is_refused_with_numbers(encoder):
     encoder.max_seq_length = 40
+    with pytest.raises(BadSample, match="too long: 41 tokens, more than"):
+        encoder.check_length(41)
+    encoder.check_length(40)
     with pytest.raises(BadSample, match=r"too long: \d+ tokens \(\d+ of them picture\), more than data.max_seq_length=40"):
         encoder.encode(sample(USER, assistant("red " * 50)))
 
 
 def test_truncation_cuts_text_at_the_end_only(encoder):
     full = encoder.encode(sample(USER, assistant("red " * 50)))
+    encoder.max_seq_length = full.length
+    assert encoder.encode(sample(USER, assistant("red " * 50))).length == full.length  # just fits
     encoder.max_seq_length, encoder.on_too_long = full.length - 20, "truncate"
+    encoder.check_length(full.length)
     cut = encoder.encode(sample(USER, assistant("red " * 50)))
     assert cut.length == full.length - 20
     assert torch.equal(cut.inputs["input_ids"], full.inputs["input_ids"][:, : cut.length])
-    assert cut.picture.sum() == full.picture.sum()
+    assert cut.picture.sum() == full.picture.sum() and cut.key == full.key
+    whole = {name for name, tensor in full.inputs.items() if not is_per_token(tensor, full.length)}
+    assert "pixel_values" in whole and all(torch.equal(cut.inputs[name], full.inputs[name]) for name in whole)
 
 
 def test_truncation_never_cuts_pictures(encoder):
@@ -152,6 +195,9 @@ def test_control_tokens_in_text_stay_text(encoder):
         return torch.isin(encoder.encode(sample(message, assistant("red"))).inputs["input_ids"], special).sum()
 
     assert count(attack) == count(innocent)
+    (message,) = encoder._plain_text([attack])
+    assert message["content"][0] == attack["content"][0]
+    assert message["content"][1]["text"].replace(WORD_JOINER, "") == attack["content"][1]["text"]
 
 
 def test_batches_pad_and_keep_pictures(encoder):
@@ -172,3 +218,19 @@ def test_pictures_of_unequal_size_are_padded():
     joined = _concatenate([torch.ones(1, 3, 4, 6), torch.ones(2, 3, 5, 2)])
     assert joined.shape == (3, 3, 5, 6)
     assert joined[0, :, :4].sum() == 3 * 4 * 6 and joined[0, :, 4:].sum() == 0
+
+
+def test_spans_move_past_the_pictures_before_them():
+    """Rendered "<i>ab<i>c": each placeholder becomes 5 characters, of one token each; "ab" and "c" are spoken."""
+    offsets = torch.tensor([[n, n + 1] for n in range(13)])
+    replacements = [{"span": (0, 3), "new_span": (0, 5)}, {"span": (5, 8), "new_span": (7, 12)}]
+    assert _supervised(offsets, replacements, [(3, 5), (8, 9)]).nonzero().flatten().tolist() == [5, 6, 12]
+    assert _supervised(offsets, [], [(3, 5)]).nonzero().flatten().tolist() == [3, 4]
+
+
+def test_what_has_values_a_token():
+    good = [(1, 7), (1, 7, 2, 4)]
+    assert all(is_per_token(torch.zeros(shape, dtype=torch.long), 7) for shape in good)
+    assert not any(is_per_token(torch.zeros(shape), 7) for shape in good)
+    for shape in [(7,), (2, 7), (1, 6), (1, 7, 2), (1, 7, 2, 4, 3), (1, 6, 2, 4)]:
+        assert not is_per_token(torch.zeros(shape, dtype=torch.long), 7), shape

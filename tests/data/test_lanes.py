@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +42,7 @@ def test_a_window_draws_from_its_own_blocks(counts, lanes, window):
     firsts = np.concatenate([[0], np.cumsum(counts)])
     for lane in range(lanes):
         announced: set[int] = set()
+        drawn: set[int] = set()
         for ordinal in range(min(40, 2 * sum(counts))):
             if order.begins_window(lane, ordinal):
                 announced = set(order.blocks_of_window(lane, ordinal))
@@ -48,6 +50,10 @@ def test_a_window_draws_from_its_own_blocks(counts, lanes, window):
             shard = int(np.searchsorted(firsts, number, side="right")) - 1
             begin, end = order.block_of(number, int(firsts[shard]))
             assert begin in announced and begin <= number < end
+            assert announced == set(order.blocks_of_window(lane, ordinal))  # wherever in the window one asks
+            drawn = drawn | {begin} if not order.begins_window(lane, ordinal) else {begin}
+            if order.begins_window(lane, ordinal + 1):
+                assert drawn == announced  # nothing is fetched in vain
 
 
 def test_epochs_seeds_and_lanes_differ_and_repeat():
@@ -80,6 +86,46 @@ def test_a_mixture_keeps_its_weights_in_every_lane():
     for epoch in range(15):  # the small one is walked through again and again, without replacement
         assert sorted(draw.number for draw in small if draw.epoch == epoch) == list(range(12))
     assert len({tuple(draw.dataset for draw in step) for step in drawn}) > 5  # lanes are not in step with one another
+
+
+def test_the_order_of_a_seed_is_a_promise():
+    """A checkpoint of an earlier version goes on with the samples that it would have had."""
+    order = Order(np.array([5, 3, 4]), 2, seed=7, window=3)
+    assert [number for _, number in first_steps(order, 6)] == [8, 6, 0, 4, 5, 11, 10, 2, 3, 7, 1, 9]
+    lane = Lane(1, [order, Order(np.array([9]), 2, 7, 4, "b"), Order(np.array([6]), 2, 7, 4, "c")], [5.0, 3.0, 2.0], seed=7)
+    assert [(draw.dataset, draw.number) for draw in (lane.draw() for _ in range(12))] == [
+        (0, 6),
+        (1, 3),
+        (0, 4),
+        (2, 4),
+        (0, 11),
+        (1, 6),
+        (0, 2),
+        (2, 1),
+        (1, 5),
+        (0, 7),
+        (0, 9),
+        (1, 4),
+    ]
+    two = Lane(0, lane.orders[:2], [1.0, 1.0], seed=7)
+    assert [two.draw().dataset for _ in range(8)] == [1, 0, 1, 0, 1, 0, 1, 0]
+
+
+def test_draws_can_be_looked_up_again_and_windows_are_announced():
+    told = []
+    orders = [Order(np.array([30]), 2, 0, 4), Order(np.array([50]), 2, 0, 5, "b")]
+    lane = Lane(1, orders, [2.0, 1.0], 0, announce=lambda *what: told.append(what))
+    drawn = [lane.draw() for _ in range(40)]
+    assert [lane.again(draw.dataset, draw.ordinal) for draw in drawn] == drawn
+    begun = [draw for draw in drawn if orders[draw.dataset].begins_window(1, draw.ordinal)]
+    assert told == [(1, draw.dataset, draw.ordinal) for draw in begun]
+    for number in (0, 1):
+        assert [draw.ordinal for draw in drawn if draw.dataset == number] == list(range(lane.counts[number]))
+    told.clear()
+    later = Lane(1, orders[:1], [1.0], 0, announce=lambda *what: told.append(what), counts=[2])  # continued within a window
+    assert [later.draw().ordinal for _ in range(4)] == [2, 3, 4, 5] and told == [(1, 0, 2), (1, 0, 4)]
+    with pytest.raises(ValueError, match="zip"):
+        Lane(0, orders, [1.0], 0).draw()
 
 
 def test_lanes_end_with_their_epochs():

@@ -20,6 +20,7 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(width, vocabulary)
 
     def forward(self, input_ids, logits_to_keep, use_cache, attention_mask=None):
+        assert use_cache is False  # packed rows need it
         hidden = self.embedding(input_ids)[:, logits_to_keep]
         return type("Output", (), {"logits": self.head(hidden)})
 
@@ -41,6 +42,29 @@ def test_equals_the_plain_sum_and_its_gradient():
     torch.testing.assert_close(ours, plain)
     ours_grad = torch.autograd.grad(ours, model.head.weight)[0]
     torch.testing.assert_close(ours_grad, torch.autograd.grad(plain, model.head.weight)[0])
+
+
+def test_a_single_supervised_token():
+    model, data = Model(), batch(rows=1)
+    data["labels"][:] = -100
+    data["labels"][0, 4] = data["input_ids"][0, 4]
+    expected = -model(data["input_ids"], torch.tensor([3]), False).logits.log_softmax(-1)[0, 0, data["input_ids"][0, 4]]
+    torch.testing.assert_close(summed_loss(model, data), expected)
+
+
+def test_a_model_that_sums_its_loss_is_asked_for_it():
+    class Summing(Model):
+        gives_summed_loss = True
+
+        def forward(self, input_ids, loss_labels, use_cache):
+            assert use_cache is False
+            return type("Output", (), {"loss": loss_labels.clamp(min=0).sum((-1, -2))})
+
+    data = batch()
+    assert summed_loss(Summing(), data) == data["labels"].clamp(min=0).sum()
+    sources = torch.tensor([[0] * 7, [1] * 7, [1] * 7])
+    parts = summed_loss(Summing(), {**data, "datasets": sources, "num_datasets": torch.tensor(2)})
+    assert parts.tolist() == [float(data["labels"][rows].clamp(min=0).sum()) for rows in ([0], [1, 2])]
 
 
 def test_nothing_supervised_is_zero_with_a_graph():

@@ -110,11 +110,14 @@ def _set_parameter(engine: Any, parameter: Any, value: Any) -> None:
 
 
 def _optimizer_state(engine: Any, *, keep: bool) -> dict[str, Any]:
-    """ "PARAMETER/KEY" -> tensor. Without sharding: all tensors that the optimizer keeps; with: the two moments, gathered."""
+    """ "PARAMETER/KEY" -> tensor. Without sharding: all tensors that the optimizer keeps; with: the two moments, gathered. Nothing before
+    the first update: every step so far may have been left out."""
     import torch
     from deepspeed.utils import safe_get_full_optimizer_state
 
     state = {}
+    if _is_sharded(engine) and not engine.optimizer.optimizer.state:
+        return state
     for name, parameter in trainable(engine).items():
         if _is_sharded(engine):
             entries = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
