@@ -73,6 +73,7 @@ def page() -> str:
         "",
         f"{raw['outcomes']['tests']:,} tests in {raw['wall_s'] / 60:.1f} minutes on {raw['cores']} cores, of which "
         f"{raw['outcomes']['skipped']} were skipped with their reason; {total / 60:.1f} minutes of tests in all.",
+        *([raw["note"]] if "note" in raw else []),
         "",
         "| seconds | tests | file | what it holds |",
         "|---:|---:|---|---|",
@@ -110,7 +111,7 @@ def _mutation() -> list[str]:
         "| file | faults | noticed | not noticed | explained |",
         "|---|---:|---:|---:|---:|",
         *(
-            f"| `{row['file']}` | {row['mutants']} | {row['killed'] + row['timeout']} | {row['survived']} | {len(row['explained'])} |"
+            f"| `{row['file']}` | {row['mutants']} | {row['killed'] + row['timeout']} | {row['survived']} | {sum(bool(one['why']) for one in row['explained'])} |"
             for row in rows
         ),
     ]

@@ -59,12 +59,9 @@ class Cluster:
         self.address = f"ray.address=127.0.0.1:{(port := free_port())}"
         here = [f"--temp-dir={folder}", f"--port={port}", "--node-ip-address=127.0.0.1", f"--dashboard-port={free_port()}"]
         self.nodes = [ray_node("--head", *here)]
-        self._await(port)
+        wait_for(lambda: answers(port), self.nodes[0])
         self.nodes.append(ray_node(f"--address=127.0.0.1:{port}"))
-        self._await(port)
-
-    def _await(self, port: int) -> None:
-        wait_for(lambda: ray_says(f"127.0.0.1:{port}").count("node_") == len(self.nodes), self.nodes[-1])
+        wait_for(lambda: ray_says(f"127.0.0.1:{port}").count("node_") == 2, self.nodes[1])
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +141,11 @@ def ray_says(address: str) -> str:
     command = [str(Path(sys.executable).with_name("ray")), "status", "--address", address]
     environment = child_environment(RAY_AUTH_MODE="disabled")
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60).stdout
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
