@@ -173,7 +173,9 @@ def main() -> None:
         warm()
         for number, part in enumerate(part for part in PARTS if not arguments.files or part.file in arguments.files):
             print(f"\n{part.file}", flush=True)
-            only = {row["diff"] for row in before[part.file]["explained"] if not row["why"]} if arguments.again and part.file in before else None
+            only = None
+            if arguments.again and part.file in before:
+                only = {row["diff"] for row in before[part.file]["explained"] if not row["why"]}
             folder = Path(place) / str(number)
             process = multiprocessing.get_context("fork").Process(target=check, args=(part, folder, arguments.limit or part.limit, only))
             process.start()
