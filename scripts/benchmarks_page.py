@@ -79,7 +79,9 @@ def memory_table(raw: Any) -> str:
 
 def mutation(raw: Any) -> str:
     made, stayed = (sum(row[number] for row in raw["files"]) for number in ("mutants", "survived"))
-    return f"{made - stayed:,} of {made:,} small faults put into {len(raw['files'])} files are found by a test; why the others stay"
+    without = sum(not mutant["why"] for row in raw["files"] for mutant in row["explained"])
+    rest = f"{stayed - without} stay for a reason that is given" + (f", {without} are still to be looked at" if without else "")
+    return f"{made - stayed:,} of {made:,} small faults put into {len(raw['files'])} files are found by a test; {rest}"
 
 
 def quickstart(raw: Any) -> str:

@@ -2,7 +2,7 @@
 
     python scripts/mutation.py                                      # all parts: about an hour on one core
     python scripts/mutation.py vlm_dist/data/lanes.py --limit 40    # one, 40 of its mutants
-    python scripts/mutation.py --again                              # only those that survived last time
+    python scripts/mutation.py --again                              # only those that survived and have no reason yet
 
 The result is docs/benchmarks/mutation.json. Words of error messages are not mutated; of the file with the slowest tests a sample with a
 fixed seed is taken. Whoever lets a mutant survive writes its reason into "why" there: it is kept as long as the mutant is the same. mutmut
@@ -154,6 +154,7 @@ def recorded(part: Part, result: dict[str, Any], before: dict[str, Any] | None, 
     mutants, timeout = result["mutants"], result["timeout"]
     if again and before is not None:
         mutants, timeout = before["mutants"], before["timeout"] + timeout
+        survivors += [row for row in before["explained"] if row["why"] and row not in survivors]
     killed = mutants - len(survivors) - timeout
     return {**row, "mutants": mutants, "killed": killed, "survived": len(survivors), "timeout": timeout, "explained": survivors}
 
@@ -162,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help=f"of {', '.join(part.file for part in PARTS)} (default: all)")
     parser.add_argument("--limit", type=int, help="mutants a file at most (default: all, 40 of the slowest file)")
-    parser.add_argument("--again", action="store_true", help="only the mutants that survived last time")
+    parser.add_argument("--again", action="store_true", help="only the mutants that survived last time and have no reason yet")
     arguments = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONDONTWRITEBYTECODE="1")
     before = {row["file"]: row for row in json.loads(OUT.read_text())["files"]} if OUT.exists() else {}
@@ -172,7 +173,9 @@ def main() -> None:
         warm()
         for number, part in enumerate(part for part in PARTS if not arguments.files or part.file in arguments.files):
             print(f"\n{part.file}", flush=True)
-            only = {row["diff"] for row in before[part.file]["explained"]} if arguments.again and part.file in before else None
+            only = None
+            if arguments.again and part.file in before:
+                only = {row["diff"] for row in before[part.file]["explained"] if not row["why"]}
             folder = Path(place) / str(number)
             process = multiprocessing.get_context("fork").Process(target=check, args=(part, folder, arguments.limit or part.limit, only))
             process.start()
