@@ -114,7 +114,7 @@ def stream_scale(raw: Any) -> str:
 def tests(raw: Any) -> str:
     outcomes = raw["outcomes"]
     ran = f"{outcomes['tests']:,} tests, {outcomes['failures'] + outcomes['errors']} failed, {outcomes['skipped']} skipped"
-    return f"{ran}: {raw['wall_s'] / 60:.1f} minutes on {raw['cores']} cores"
+    return f"{ran}: {raw['wall_s'] / 60:.1f} minutes on {raw['cores']} cores" if raw["wall_s"] else ran
 
 
 def vision_windows(raw: Any) -> str:

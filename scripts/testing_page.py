@@ -71,8 +71,8 @@ def page() -> str:
         HEAD,
         "## What each minute buys",
         "",
-        f"{raw['outcomes']['tests']:,} tests in {raw['wall_s'] / 60:.1f} minutes on {raw['cores']} cores, of which "
-        f"{raw['outcomes']['skipped']} were skipped with their reason; {total / 60:.1f} minutes of tests in all.",
+        f"{raw['outcomes']['tests']:,} tests{_took(raw)}, of which {raw['outcomes']['skipped']} were skipped with their reason; "
+        f"{total / 60:.0f} minutes of tests in all.",
         *([raw["note"]] if "note" in raw else []),
         "",
         "| seconds | tests | file | what it holds |",
@@ -116,6 +116,10 @@ def _mutation() -> list[str]:
             for row in rows
         ),
     ]
+
+
+def _took(raw: dict[str, Any]) -> str:
+    return f" in {raw['wall_s'] / 60:.1f} minutes on {raw['cores']} cores" if raw["wall_s"] else ""
 
 
 def _explained(row: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from vlm_dist.testing import tiny_families
 quiet_libraries()
 warm.prepare()
 ROOT = Path(__file__).resolve().parent.parent
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TASKS = ("caption", "qa", "reading")
 DURATIONS = ROOT / "docs" / "benchmarks" / "tests.json"
 SLOW = ("slow", "ray", "slurm", "browser", "gpu")
@@ -155,6 +156,5 @@ def start_command(*arguments: str, **environment: str) -> warm.Warm:
 
 def child_environment(**changes: str) -> dict[str, str]:
     """This environment without what says that this process is a rank of something."""
-    drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **changes}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, child_environment
+from tests.conftest import OF_A_RANK, ROOT, child_environment
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 LARGEST_FILE = 100 * 1024
@@ -66,6 +66,8 @@ def executed(tmp_path_factory) -> tuple[Path, Path]:
     """(folder of the executed notebooks, folder that they ran in)"""
     out, work = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
+        for name in OF_A_RANK:  # a training in this process leaves them
+            patch.delenv(name, raising=False)
         for name, value in (child_environment() | SCRIPT["ENVIRONMENT"]).items():
             patch.setenv(name, value)
         SCRIPT["prepare"](work)
