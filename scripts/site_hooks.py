@@ -24,6 +24,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return OUTSIDE.sub(replace, markdown)
 
 
-def on_post_page(output: str, **_: Any) -> str:
-    """A notebook's page brings a script that would fetch Mermaid from the network, for diagrams that it has none of."""
-    return re.sub(r'<script type="module">(?:(?!</script>).)*?mermaid.*?</script>', "", output, flags=re.DOTALL)
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """A notebook's page brings a script that would fetch Mermaid from the network, for diagrams that it has none of; and its links to
+    pages are those of the repository."""
+    if not page.file.src_path.endswith(".ipynb"):
+        return output
+    output = re.sub(r'<script type="module">(?:(?!</script>).)*?mermaid.*?</script>', "", output, flags=re.DOTALL)
+    return re.sub(r'href="((?:\.\./)?[\w/-]+)\.(?:md|ipynb)(["#])', r'href="\1.html\2', output)
