@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests.
 #   scripts/test.sh                     everything but the GPU tests; what CI runs
-#   scripts/test.sh --quick             under two minutes: what to run before a commit
+#   scripts/test.sh --quick             the quick ones: what to run before a commit
 #   scripts/test.sh --changed [BASE]    what the changed files can break, by imports; against HEAD, or a branch
 #   scripts/test.sh tests/data -x       further arguments go to pytest
 #   scripts/test.sh -m gpu              the GPU tests, on a machine that has one

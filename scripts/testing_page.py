@@ -25,7 +25,7 @@ HEAD = """# Testing
 Made by `python scripts/testing_page.py` from the durations of one run ([tests.json](benchmarks/tests.json)).
 
     scripts/test.sh                  # everything but the GPU tests: what CI runs
-    scripts/test.sh --quick          # under two minutes: before a commit
+    scripts/test.sh --quick          # the quick ones: before a commit
     scripts/test.sh --changed        # what the files that are not committed can break, by imports, nearest first
     scripts/test.sh --changed main   # the same against a branch
     scripts/test.sh tests/data -x    # further arguments go to pytest

@@ -27,6 +27,7 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TASKS = ("caption", "qa", "reading")
 DURATIONS = ROOT / "docs" / "benchmarks" / "tests.json"
 SLOW = ("slow", "ray", "slurm", "browser", "gpu")
+QUICK_S = 0.5  # a test of a file, on average
 QUICK_FAMILIES = ("llava", "qwen2_5_vl")
 
 
@@ -36,12 +37,17 @@ def pytest_addoption(parser) -> None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     """The files that took longest first, so that parallel workers end together; with --quick only what is quick."""
-    seconds = {row["file"]: row["seconds"] for row in json.loads(DURATIONS.read_text())["files"]} if DURATIONS.exists() else {}
-    items.sort(key=lambda item: -seconds.get(item.path.relative_to(ROOT).as_posix(), 0.0))
+    rows = {row["file"]: row for row in json.loads(DURATIONS.read_text())["files"]} if DURATIONS.exists() else {}
+    items.sort(key=lambda item: -rows.get(_file_of(item), {"seconds": 0.0})["seconds"])
     if config.getoption("--quick"):
-        kept = [item for item in items if _is_quick(item)]
+        lasting = {file for file, row in rows.items() if row["seconds"] > QUICK_S * row["tests"]}
+        kept = [item for item in items if _is_quick(item) and _file_of(item) not in lasting]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+
+
+def _file_of(item) -> str:
+    return item.path.relative_to(ROOT).as_posix()
 
 
 def _is_quick(item) -> bool:
