@@ -12,7 +12,7 @@ from vlm_dist import load_config, train
 from vlm_dist.deepspeed_config import deepspeed_config
 from vlm_dist.errors import ConfigError, MachineError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # DeepSpeed compiles its operators here
 FORMS = {"plain": [], "optimizer-1": ["engine.zero_stage=1", "engine.offload=optimizer"],
          "optimizer-2": ["engine.zero_stage=2", "engine.offload=optimizer"],
          "all-3": ["engine.offload=all"]}  # fmt: skip
