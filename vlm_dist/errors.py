@@ -29,6 +29,10 @@ class CheckpointError(UserError):
     exit_code = 5
 
 
+class BadSample(Exception):
+    """This one sample cannot be used; the message says why. It is skipped, counted and named in quarantine.jsonl."""
+
+
 class MachineError(UserError):
     """This machine cannot do what the configuration asks."""
 

@@ -37,8 +37,9 @@ from vlm_dist import distributed
 from vlm_dist.config import DataConfig
 from vlm_dist.data.dataset import Dataset, open_dataset
 from vlm_dist.data.encode import Encoded
+from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.samples import Sample, decode_pixels
+from vlm_dist.data.samples import Sample
 from vlm_dist.data.shards import read_in_order, write_shards
 from vlm_dist.data.storage import Storage
 from vlm_dist.data.stream import Stream, open_stream

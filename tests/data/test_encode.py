@@ -10,7 +10,9 @@ from PIL import Image
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import IGNORED, WORD_JOINER, Encoder, _supervised, is_per_token
-from vlm_dist.data.samples import BadSample, Sample, decode_pixels
+from vlm_dist.data.pictures import decode_pixels
+from vlm_dist.data.samples import Sample
+from vlm_dist.errors import BadSample
 
 USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the triangle?"}]}
 MORE = {"role": "user", "content": [{"type": "text", "text": "Where is the cross?"}]}

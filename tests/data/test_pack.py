@@ -12,9 +12,9 @@ from PIL import Image
 from tests.conftest import run_command
 from vlm_dist.cli.main import main
 from vlm_dist.data.pack import pack_flickr8k
-from vlm_dist.data.samples import BadSample, parse_sample
+from vlm_dist.data.samples import parse_sample
 from vlm_dist.data.shards import read_in_order
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 
 NAMES = [f"{number}_ab.1.jpg" for number in range(6)]
 

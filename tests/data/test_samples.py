@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_dist.data.samples import BadSample, decode_picture, outline, parse_sample
+from vlm_dist.data.pictures import decode_picture
+from vlm_dist.data.samples import outline, parse_sample
+from vlm_dist.errors import BadSample
 
 
 def picture(mode="RGB", size=(8, 6), form="PNG", **options) -> bytes:
@@ -85,8 +87,9 @@ def test_text_only():
         ({"json": as_json({"messages": [{"role": "judge", "content": "x"}]})}, "'judge'"),
         ({"json": as_json({"messages": [{"role": "user", "content": [{"type": "video"}]}]})}, "'video'"),
         ({"json": as_json({"messages": TURNS[:1]})}, "no assistant turn"),
-        ({"jpg": b"not a picture", "txt": b"a cat"}, "cannot be decoded"),
-        ({"jpg": picture(form="GIF"), "txt": b"a cat"}, "cannot be decoded"),
+        ({"jpg": b"not a picture", "txt": b"a cat"}, "jpg: no picture that is known here; expected a JPEG, PNG or WebP file"),
+        ({"jpg": picture(form="GIF"), "txt": b"a cat"}, "jpg: a GIF; expected a JPEG, PNG or WebP file"),
+        ({"jpg": b"", "txt": b"a cat"}, "jpg: empty"),
         ({"png": picture(size=(200, 200)), "txt": b"a cat"}, "200 x 200 pixels"),
         ({"txt": b"\xff\xfe", "jpg": b""}, "txt: "),
     ],
@@ -127,6 +130,22 @@ def test_rotation_in_exif_is_applied():
     exif[0x0112] = 6
     upright.save(buffer, "JPEG", exif=exif)
     assert decode_picture(buffer.getvalue(), "jpg", 10_000).size == (6, 8)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_grey_of_16_bits_keeps_its_levels(form):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, form)
+    decoded = np.asarray(decode_picture(buffer.getvalue(), "x", 10_000, formats=None))
+    assert (decoded == (ramp >> 8)[..., None]).all()
+
+
+def test_numbers_without_a_white_are_refused():
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(buffer, "TIFF")
+    with pytest.raises(BadSample, match="a picture of floating-point numbers; make it one of 8 or 16 bits"):
+        decode_picture(buffer.getvalue(), "x", 10_000, formats=None)
 
 
 def photo(mode: str = "RGB", quality: int = 90) -> bytes:

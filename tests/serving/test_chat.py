@@ -112,7 +112,7 @@ def test_the_handler_of_the_page(trained, picture, tmp_path):
     assert len(more) == len(ours) + 2 and same is session and len(session.messages) == 4
     (tmp_path / "no.png").write_text("no picture")
     *_, (told, _, _, other) = handler({"text": "What?", "files": [str(tmp_path / "no.png")]}, [], [], None, **settings)
-    assert "cannot be decoded" in told[-1]["content"] and other is not session and not other.messages
+    assert "no picture that is known here" in told[-1]["content"] and other is not session and not other.messages
     *_, (nothing, *_) = handler({"text": " ", "files": [str(picture)]}, [], [], other, **settings)
     assert nothing == [] and not other.messages
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from vlm_dist.config import Config
 from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout
-from vlm_dist.data.samples import BadSample, parse_sample
+from vlm_dist.data.samples import parse_sample
 from vlm_dist.deepspeed_config import check_batches, deepspeed_config, zero_stage
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 from vlm_dist.models.source import check_source
 from vlm_dist.scoring.evaluate import check_metrics
 

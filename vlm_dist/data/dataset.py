@@ -13,11 +13,10 @@ from vlm_dist.config import DataConfig
 from vlm_dist.data.cache import RangeCache, cache_folder
 from vlm_dist.data.index import Index, Place, open_index
 from vlm_dist.data.lanes import Order
-from vlm_dist.data.samples import BadSample
 from vlm_dist.data.shards import find_paths
 from vlm_dist.data.storage import Storage, is_remote
 from vlm_dist.data.tar import BLOCK, LONG_NAME_TYPES, member_key
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 
 
 @dataclass

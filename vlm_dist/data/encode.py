@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlm_dist.data.samples import BadSample, Sample
+from vlm_dist.data.samples import Sample
+from vlm_dist.errors import BadSample
 
 IGNORED = -100  # the label of tokens that are not supervised, as in torch.nn.functional.cross_entropy
 RAISE_OR_CUT = "raise it, or set data.on_too_long: truncate"

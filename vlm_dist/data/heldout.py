@@ -5,7 +5,8 @@ from __future__ import annotations
 from vlm_dist.config import DataConfig
 from vlm_dist.data.dataset import open_heldout
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.data.samples import BadSample, Sample, parse_sample
+from vlm_dist.data.samples import Sample, parse_sample
+from vlm_dist.errors import BadSample
 
 
 def read_heldout(config: DataConfig, limit: int | None, quarantine: Quarantine) -> list[Sample]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vlm_dist.data.encode import Encoder
-from vlm_dist.data.samples import Size
+from vlm_dist.data.pictures import Size
 from vlm_dist.upstream.transformers import picture_token_rule
 
 PROBES = ((64, 48), (640, 360))  # (width, height) on which a processor's own rule is compared with what the processor does

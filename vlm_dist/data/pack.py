@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.samples import picture_extension
+from vlm_dist.data.pictures import picture_extension
 from vlm_dist.data.shards import write_shards
 from vlm_dist.errors import DataError
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from vlm_dist.config import DataConfig
 from vlm_dist.data.pack_sources import open_source
-from vlm_dist.data.samples import TURNS, BadSample, check_messages, decode_picture, messages_of, picture_extension
+from vlm_dist.data.pictures import decode_picture, picture_extension
+from vlm_dist.data.samples import TURNS, check_messages, messages_of
 from vlm_dist.data.shards import write_shard
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 
 PICTURE_KEYS = ("image", "images")
 LEFT_OUT = "left_out.jsonl"

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.samples import TURNS, BadSample, open_record, picture_members
-from vlm_dist.errors import DataError
+from vlm_dist.data.samples import TURNS, open_record, picture_members
+from vlm_dist.errors import BadSample, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv")

@@ -14,7 +14,8 @@ from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.lanes import Draw, Order
 from vlm_dist.data.lengths import Ruler
 from vlm_dist.data.rows import Slot
-from vlm_dist.data.samples import BadSample, Sample, outline, parse_sample
+from vlm_dist.data.samples import Sample, outline, parse_sample
+from vlm_dist.errors import BadSample
 
 
 class Preparer:

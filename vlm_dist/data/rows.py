@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from vlm_dist.data.lanes import Draw, Lane
 from vlm_dist.data.lengths import Length
 from vlm_dist.data.packing import choose, of_similar_length
-from vlm_dist.data.samples import BadSample
+from vlm_dist.errors import BadSample
 
 
 @dataclass

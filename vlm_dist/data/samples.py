@@ -7,33 +7,18 @@ Members are read from memory and never unpickled; any other member is ignored.
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from PIL.Image import Image
+from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_size
+from vlm_dist.errors import BadSample
 
 PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
-ORIENTATION = 0x0112  # the EXIF tag
-TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes")  # libjpeg's warning
-MOST_FILLER = 16  # bytes that some writers leave between segments; more were skipped because the scan is damaged
-Size = tuple[int, int]
 TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # key of a list of turns: a turn's own keys
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-class BadSample(Exception):
-    """This one sample cannot be used; the message says why. It is skipped, counted and named in quarantine.jsonl."""
 
 
 @dataclass
@@ -80,7 +65,7 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
     messages, _ = _read_messages(raw, caption_prompt, draw)
     members = picture_members(raw)
     check_messages(messages, len(members))
-    return messages, [_picture_size(raw[member], member, max_image_pixels) for member in members]
+    return messages, [picture_size(raw[member], member, max_image_pixels) for member in members]
 
 
 def messages_of(record: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -112,97 +97,6 @@ def check_messages(messages: list[dict[str, Any]], num_pictures: int) -> None:
         raise BadSample(f"the text speaks of {asked} pictures, the sample has {num_pictures}")
     if not any(message["role"] == "assistant" for message in messages):
         raise BadSample("no assistant turn to learn from")
-
-
-def decode_picture(data: bytes, name: str, max_pixels: int) -> Image:
-    """Bytes -> RGB picture, upright. The size is checked in the header, before anything is decoded.
-
-    Raises:
-        BadSample: not a JPEG, PNG or WebP file, too large, or damaged.
-    """
-    from PIL import Image, ImageOps
-
-    with _as_bad_sample(name):
-        picture = _open_picture(data, name, max_pixels)
-        orientation = picture.getexif().get(ORIENTATION, 1)
-        if _is_plain_jpeg(picture):
-            picture = Image.fromarray(_decode_jpeg(data))
-        if orientation != 1:
-            picture.getexif()[ORIENTATION] = orientation
-            picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            ground = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(ground, picture)
-        picture.load()
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def decode_pixels(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
-    """The same pixels, and errors, as [3, H, W] uint8; without the way through Pillow where there is a shorter one."""
-    import numpy as np
-    import torch
-
-    with _as_bad_sample(name):
-        picture = _open_picture(data, name, max_pixels)
-        is_upright = picture.getexif().get(ORIENTATION, 1) == 1
-        if _is_plain_jpeg(picture) and is_upright:
-            return torch.from_numpy(_decode_jpeg(data)).permute(2, 0, 1)
-    return torch.from_numpy(np.array(decode_picture(data, name, max_pixels))).permute(2, 0, 1)
-
-
-def _is_plain_jpeg(picture: Image) -> bool:
-    return picture.format == "JPEG" and picture.mode in ("L", "RGB")
-
-
-def _decode_jpeg(data: bytes) -> np.ndarray:
-    """[H, W, 3] uint8: the same pixels as Pillow's, in less time; and where the file is damaged inside, this says so (Pillow gives grey
-    from there on)."""
-    import simplejpeg
-
-    try:
-        return simplejpeg.decode_jpeg(data, strict=True)
-    except ValueError as warning:
-        filler = EXTRANEOUS.search(str(warning))
-        if filler is None or int(filler[1]) > MOST_FILLER:
-            raise
-        return simplejpeg.decode_jpeg(data, strict=False)
-
-
-def _picture_size(data: bytes, name: str, max_pixels: int) -> Size:
-    with _as_bad_sample(name):
-        picture = _open_picture(data, name, max_pixels)
-        width, height = picture.size
-        return (height, width) if picture.getexif().get(ORIENTATION) in TURNED else (width, height)
-
-
-def _open_picture(data: bytes, name: str, max_pixels: int) -> Image:
-    """Reads the header only."""
-    from PIL import Image
-
-    picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-    if picture.width * picture.height > max_pixels:
-        raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than data.max_image_pixels={max_pixels:,}")
-    return picture
-
-
-@contextmanager
-def _as_bad_sample(name: str) -> Iterator[None]:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        yield
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise BadSample(f"{name}: cannot be decoded ({str(error).splitlines()[0][:120]})") from None
-
-
-def picture_extension(data: bytes) -> str | None:
-    """jpg, png or webp by the file's first bytes; None: none of them."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    return "webp" if data[8:12] == b"WEBP" else None
 
 
 def open_record(raw: dict[str, Any]) -> dict[str, Any]:

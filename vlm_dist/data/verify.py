@@ -14,9 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.data.dataset import open_dataset
-from vlm_dist.data.samples import BadSample, Sample, parse_sample
+from vlm_dist.data.samples import Sample, parse_sample
 from vlm_dist.data.storage import Storage
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 
 if TYPE_CHECKING:
     from vlm_dist.config import DataConfig

@@ -5,10 +5,10 @@ from __future__ import annotations
 from vlm_dist.config import Config
 from vlm_dist.data.dataset import open_storage
 from vlm_dist.data.index import open_index
-from vlm_dist.data.samples import BadSample, parse_sample
+from vlm_dist.data.samples import parse_sample
 from vlm_dist.data.shards import find_paths, read_in_order
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 from vlm_dist.run_dir import RunDir
 
 

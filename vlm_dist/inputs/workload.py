@@ -10,9 +10,10 @@ from vlm_dist.config import Config
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoded, Encoder, is_per_token
 from vlm_dist.data.lengths import Length, Ruler
-from vlm_dist.data.samples import BadSample, Size, outline
+from vlm_dist.data.pictures import Size
+from vlm_dist.data.samples import outline
 from vlm_dist.data.stream import Stream
-from vlm_dist.errors import ConfigError, DataError
+from vlm_dist.errors import BadSample, ConfigError, DataError
 
 MEASURED = 200  # samples that are looked at
 BLANK: tuple[Size, ...] = ((56, 56),)  # what the stream adds where a micro-batch has no picture

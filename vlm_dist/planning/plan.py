@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
-from vlm_dist.data.samples import Size
+from vlm_dist.data.pictures import Size
 from vlm_dist.deepspeed_config import check_batches, zero_stage
 from vlm_dist.errors import ConfigError, DataError, MachineError
 from vlm_dist.inputs.opened import Inputs, inputs_apart

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_dist.data.encode import Encoder
-from vlm_dist.data.samples import BadSample, decode_picture
-from vlm_dist.errors import DataError
+from vlm_dist.data.pictures import decode_picture
+from vlm_dist.errors import BadSample, DataError
 from vlm_dist.models.generate import generate
 from vlm_dist.models.trained import load_trained
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
-from vlm_dist.data.samples import BadSample, Sample, check_messages, read_messages
+from vlm_dist.data.samples import Sample, check_messages, read_messages
 from vlm_dist.data.storage import Storage
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 
 
 class VisionDataCollator:
