@@ -7,6 +7,7 @@ scales colours of 16 bits; its own conversion would clip).
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
+
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -29,6 +32,8 @@ SIGNATURES = {
     b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<?xml": "XML",
     b"<!DOC": "a web page", b"<html": "a web page", b"PK\x03\x04": "a zip file", b"\x1f\x8b": "gzip",
 }  # fmt: skip
+PICTURE_STARTS = (b"GIF8", b"BM", b"II*\0", b"MM\0*")
+HEIC = "a HEIC or AVIF picture"
 Size = tuple[int, int]
 
 
@@ -43,7 +48,7 @@ def decode_picture(data: bytes, name: str, max_pixels: int, formats: tuple[str, 
     """
     from PIL import Image
 
-    with _as_bad_sample(name, data):
+    with _as_bad_sample(name, data, formats):
         picture = _open_picture(data, name, max_pixels, formats)
         orientation = picture.getexif().get(ORIENTATION, 1)
         if _is_plain_jpeg(picture):
@@ -111,12 +116,42 @@ def picture_extension(data: bytes) -> str | None:
     return "webp" if data[8:12] == b"WEBP" else None
 
 
+def is_picture(data: bytes) -> bool:
+    """Whether the first bytes are those of a picture that can be read, converted or at least named."""
+    return picture_extension(data) is not None or data.startswith(PICTURE_STARTS) or what_it_is(data) == HEIC
+
+
+def frames_of(data: bytes) -> int:
+    """Frames or pages; 1 where that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return getattr(picture, "n_frames", 1)
+    except Exception:  # whatever is wrong, decoding says it
+        return 1
+
+
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read here; HEIF too where pillow_heif is installed. Not those that run a program."""
+    from PIL import Image
+
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        logger.debug("pillow_heif is not installed: HEIC pictures cannot be read")
+    Image.init()
+    return tuple(name for name in Image.ID if name not in ("EPS", "WMF"))
+
+
 def what_it_is(data: bytes) -> str:
     """A file in words, by its first bytes: "a GIF"."""
     if not data:
         return "empty"
     if data[4:8] == b"ftyp":
-        return "a HEIC or AVIF picture" if data[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"msf1") else "a video"
+        return HEIC if data[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"avif", b"msf1") else "a video"
     return next((words for start, words in SIGNATURES.items() if data.startswith(start)), "no picture that is known here")
 
 
@@ -165,7 +200,7 @@ def _open_picture(data: bytes, name: str, max_pixels: int, formats: tuple[str, .
 
 
 @contextmanager
-def _as_bad_sample(name: str, data: bytes) -> Iterator[None]:
+def _as_bad_sample(name: str, data: bytes, formats: tuple[str, ...] | None = PICTURE_FORMATS) -> Iterator[None]:
     """Whatever a decoder raises on odd bytes is a fault of the sample."""
     from PIL import UnidentifiedImageError
 
@@ -174,7 +209,11 @@ def _as_bad_sample(name: str, data: bytes) -> Iterator[None]:
     except BadSample:
         raise
     except UnidentifiedImageError:
-        raise BadSample(f"{name}: {what_it_is(data)}; expected a JPEG, PNG or WebP file (`vlm-dist data pack` converts others)") from None
+        found = what_it_is(data)
+        advice = "expected a JPEG, PNG or WebP file (`vlm-dist data pack` converts others)"
+        if formats != PICTURE_FORMATS:
+            advice = "`pip install pillow-heif` makes it readable" if found == HEIC else "expected a picture that Pillow can read"
+        raise BadSample(f"{name}: {found}; {advice}") from None
     except MemoryError:
         raise BadSample(f"{name}: cannot be decoded (not enough memory)") from None
     except Exception as error:  # Pillow's plugins raise whatever they like: OSError, SyntaxError, struct.error, OverflowError, ...
