@@ -30,7 +30,7 @@ ANSWERS = (
 )  # fmt: skip
 CAPTIONS = (
     "captions", "caption", "sentences", "texts", "text", "raw", "caption_str", "reference_strs", "alt_text", "description", "TEXT",
-    "sentence", "txt",
+    "sentence", "txt", "comment", "class_name", "class", "label", "category",
 )  # fmt: skip
 EXPRESSIONS = (
     "expression", "expressions", "referring_expression", "ref_exp", "phrase", "phrases", "sentences", "captions", "caption", "sentence",

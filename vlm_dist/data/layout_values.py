@@ -16,7 +16,7 @@ PICTURE_KEYS = (
     "image_base64", "img", "imgs", "img_path", "picture", "pictures", "pixel_values", "jpg", "jpeg", "png", "webp",
 )  # fmt: skip
 FILE_KEYS = ("file_name", "filename", "image_name", "filepath", "file", "path", "url", "URL")  # a picture where no turn is there to say so
-PICTURE_NAME = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm|jfif)(?:\?.*)?$", re.IGNORECASE)
+NAMES_PICTURE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm|jfif)(?:\?.*)?$", re.IGNORECASE)
 NUMBERED = re.compile(r"(?:image|img|picture)_?(\d{1,3})")
 SOURCE_KEYS = ("bytes", "base64", "data", "path", "url", "image", "image_url", "img", "picture", "file_name", "src", "source")
 TEXT_KEYS = ("answer", "raw", "sent", "sentence", "caption", "text", "value", "label", "answer_text", "content")
@@ -116,7 +116,7 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
     if files and not own:
         for key in FILE_KEYS:
             value = record.get(key)
-            if isinstance(value, str) and value and (files == "any" or PICTURE_NAME.search(value)):
+            if isinstance(value, str) and value and (files == "any" or NAMES_PICTURE.search(value)):
                 return [value], []
     return [], own
 

@@ -212,7 +212,9 @@ def _as_bad_sample(name: str, data: bytes, formats: tuple[str, ...] | None = PIC
         found = what_it_is(data)
         advice = "expected a JPEG, PNG or WebP file (`vlm-dist data pack` converts others)"
         if formats != PICTURE_FORMATS:
-            advice = "`pip install pillow-heif` makes it readable" if found == HEIC else "expected a picture that Pillow can read"
+            is_damaged = data.startswith(PICTURE_STARTS) or picture_extension(data) is not None
+            advice = "damaged or cut short" if is_damaged else "expected a picture that Pillow can read"
+            advice = "`pip install pillow-heif` makes it readable" if found == HEIC else advice
         raise BadSample(f"{name}: {found}; {advice}") from None
     except MemoryError:
         raise BadSample(f"{name}: cannot be decoded (not enough memory)") from None
