@@ -184,6 +184,16 @@ def looks_like_turns(value: Any) -> bool:
     )
 
 
+def is_one_talk(value: Any) -> bool:
+    """Whether a list in a file is one conversation, not a list of records: its objects have a speaker, and no picture of their own."""
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        return False
+    return all(
+        any(isinstance(turn.get(key), str) for key in ("role", "from")) and any(key in turn for key in (*CONTENT_KEYS, "tool_calls"))
+        for turn in value
+    ) and not any(key in turn for turn in value for key in ("image", "images"))
+
+
 def unpacked(value: Any) -> Any:
     """A cell of a table that holds a list as text -> the list."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.layout_turns import looks_like_turns
+from vlm_dist.data.layout_turns import is_one_talk
 from vlm_dist.data.layout_values import NAMES_PICTURE, PICTURE_KEYS, corners_of, pictures_of
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.errors import BadSample, DataError
@@ -35,7 +35,7 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
         DataError: it holds no list.
     """
     if isinstance(value, list):
-        yield from [value] if looks_like_turns(value) and "image" not in value[0] else _flat(value)
+        yield from [value] if is_one_talk(value) else _flat(value)
         return
     if not isinstance(value, dict) or not value:
         raise DataError(f"data pack: '{path}' holds no list; expected [{{...}}, ...], or one object a line in a .jsonl file")
@@ -61,7 +61,7 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
 def _flat(values: list[Any]) -> Iterator[Any]:
     """Lists of records, as Qwen's packed ones, become records one by one; a list of turns is one."""
     for value in values:
-        if isinstance(value, list) and value and not looks_like_turns(value) and all(isinstance(item, dict) for item in value):
+        if isinstance(value, list) and value and not is_one_talk(value) and all(isinstance(item, dict) for item in value):
             yield from value
         else:
             yield value
@@ -85,7 +85,7 @@ def _by_id(value: dict[str, Any]) -> Iterator[Any]:
         named = {"image": key} if NAMES_PICTURE.search(key) else {"id": key}
         if isinstance(item, str):
             yield {**named, "caption": item}
-        elif isinstance(item, list) and looks_like_turns(item) and "image" not in item[0]:
+        elif isinstance(item, list) and is_one_talk(item):
             yield {**named, "messages": item}
         elif isinstance(item, list) and all(isinstance(text, str) for text in item):
             yield {**named, "captions": item}

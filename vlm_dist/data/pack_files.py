@@ -85,7 +85,9 @@ def read_json(path: Path) -> Iterator[Any]:
         text = file.read()
     if found := NOT_UTF8.search(text):
         raise DataError(f"data pack: '{path}' cannot be read: byte {_place(text, found)} is no UTF-8; save it as UTF-8")
-    yield from records_in(json.loads(text), path)
+    value = json.loads(text)
+    is_line = not isinstance(value, dict | list) and path.suffix.lower() in (".jsonl", ".ndjson")
+    yield from [value] if is_line else records_in(value, path)
 
 
 def _is_whole(line: str) -> bool:

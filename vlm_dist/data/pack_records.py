@@ -91,7 +91,7 @@ def pack_records(
     about = {
         "source": str(path.resolve() if path.exists() else source), "records": len(records), "samples_per_shard": samples_per_shard,
         "heldout": heldout, "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
-        "columns": str(columns), "fetcher": str(fetcher),
+        "columns": str(columns or Columns()), "fetcher": str(fetcher),
     }  # fmt: skip
     unfinished = _begin(out, about)
     tasks = [
