@@ -158,7 +158,7 @@ def test_fetching(server):
     Handler.failures = [503, 500]
     assert read_source(f"{server}/busy.png", fetcher=fetcher) == PNG
     Handler.failures = [503] * 3
-    with pytest.raises(BadSample, match="busy.png.*the server answers 503"):
+    with pytest.raises(BadSample, match=r"busy.png.*the server answers 503"):
         read_source(f"{server}/busy.png", fetcher=fetcher)
     with pytest.raises(BadSample, match="answers 404"):
         read_source(f"{server}/none.png", fetcher=fetcher)

@@ -37,8 +37,8 @@ class Pictures:
     """Of http(s) addresses; None: they are not fetched."""
 
 
-def read_picture(pictures: Pictures, source: Any, notes: Counter[str]) -> tuple[str, bytes]:
-    """(extension by what the bytes are, bytes) of a picture's source.
+def read_picture(pictures: Pictures, source: Any, notes: Counter[str]) -> tuple[str, bytes, float]:
+    """(extension by what the bytes are, bytes, side as a share of what it was) of a picture's source.
 
     Args:
         notes: what was converted is counted here.
@@ -62,14 +62,28 @@ def read_picture(pictures: Pictures, source: Any, notes: Counter[str]) -> tuple[
     if data and kind != "jpg" and frames_of(data) > 1:
         notes["frames"] += 1
     if kind and not is_smaller and pictures.format is None:
-        return kind, data
+        return kind, data, 1.0
+    before = max(picture.size)
     if is_smaller:
         picture.thumbnail((limit, limit), Image.Resampling.LANCZOS)
     if what:
         notes[f"from {what}"] += 1
     kind, buffer = pictures.format or kind or "png", io.BytesIO()
     picture.save(buffer, FORMATS[kind], **({} if kind == "png" else {"quality": pictures.quality}))
-    return kind, buffer.getvalue()
+    return kind, buffer.getvalue(), max(picture.size) / before
+
+
+def scaled(objects: Any, share: float, notes: Counter[str]) -> Any:
+    """Objects of a picture that became smaller: `[{"bbox": [x1, y1, x2, y2], ...}]` in its new pixels; any other form stays, and is
+    counted."""
+    if share == 1.0 or not objects:
+        return objects
+    boxes = [item.get("bbox") if isinstance(item, dict) else None for item in objects] if isinstance(objects, list) else [None]
+    if not all(isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box) for box in boxes):
+        notes["unscaled"] += 1
+        return objects
+    notes["scaled"] += 1
+    return [{**item, "bbox": [round(side * share, 2) for side in item["bbox"]]} for item in objects]
 
 
 def in_words(notes: Counter[str], kind: str | None) -> list[str]:
@@ -81,6 +95,10 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
         lines.append(f"{sum(formats.values()):,} pictures converted to {kind or 'png'}: {each}")
     if notes["frames"]:
         lines.append(f"{notes['frames']:,} pictures have several frames or pages; the first is learnt from")
+    if notes["scaled"]:
+        lines.append(f"the boxes of {notes['scaled']:,} pictures made smaller are scaled with them")
+    if notes["unscaled"]:
+        lines.append(f"the objects of {notes['unscaled']:,} pictures made smaller are as they were: no list of bbox with four numbers")
     for name, count in sorted(notes.items()):
         if name.startswith("key "):
             lines.append(f"'{name.removeprefix('key ')}' is left out of {count:,} records: it is no text, number or list of them")

@@ -19,7 +19,7 @@ from typing import Any
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import Columns, canonical
 from vlm_dist.data.pack_look import first_look
-from vlm_dist.data.pack_pictures import Pictures, read_picture
+from vlm_dist.data.pack_pictures import Pictures, read_picture, scaled
 from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.samples import check_messages, read_messages
 from vlm_dist.data.shards import write_shard
@@ -255,10 +255,12 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
         _check(made["messages"], len(pictures))
     elif len(pictures) != 1:
         raise BadSample(f"no text with turns, and {len(pictures)} pictures; expected one picture with its captions or objects")
+    if "objects" in made and len(pictures) == 1:
+        made["objects"] = scaled(made["objects"], pictures[0][2], notes)
     if "messages" not in made and len(made.get("captions", ())) == 1:
         made["caption"] = made.pop("captions")[0]
     several = len(pictures) > 1
-    files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data) in enumerate(pictures)}
+    files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
     return {**files, "json": _as_json(made, notes)}
 
 
