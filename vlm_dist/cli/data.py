@@ -117,7 +117,10 @@ def run_pack(arguments: argparse.Namespace) -> int:
     _index([shard for packed in made.values() for shard in packed.shards])
     for split, packed in made.items():
         print(f"{split:12} {packed.samples:,} samples in {len(packed.shards)} shards  {packed.shards[0] if packed.shards else ''}")
-    for line in in_words(sum((getattr(packed, "notes", Counter()) for packed in made.values()), Counter()), arguments.reencode):
+    notes = Counter[str]()
+    for packed in made.values():
+        notes += getattr(packed, "notes", Counter())
+    for line in in_words(notes, arguments.reencode):
         print(line)
     if left_out := sum(getattr(packed, "left_out", 0) for packed in made.values()):
         print(f"{left_out:,} records left out, each with its reason in {arguments.out / LEFT_OUT}")

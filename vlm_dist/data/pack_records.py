@@ -72,16 +72,16 @@ def pack_records(
         processes: None: one per CPU.
         columns: which keys hold question, answer and picture; None: the layout is recognised.
         fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
-        tell: takes the lines of the first look.
+        tell: takes the first look, in words.
         look_only: after the first look nothing is packed.
 
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
     records = open_source(str(source), split)
-    for line in first_look(str(source), records, columns):
-        if tell is not None:
-            tell(line)
+    look = first_look(str(source), records, columns)
+    if tell is not None:
+        tell("\n".join(look))
     if look_only:
         return {}
     path = Path(source)

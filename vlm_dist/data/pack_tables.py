@@ -24,7 +24,8 @@ class ParquetRecords(Sequence):
             from pyarrow import parquet
         except ImportError:
             raise DataError(f"data pack: reading Parquet {NEEDS_DATASETS}") from None
-        self.paths, self._held = paths, (-1, [])
+        self.paths = paths
+        self._held: tuple[int, Any] = (-1, None)
         files = [parquet.ParquetFile(path) for path in paths]
         groups = [(path, group, file.metadata.row_group(group).num_rows) for path, file in zip(paths, files, strict=True)
                   for group in range(file.metadata.num_row_groups)]  # fmt: skip

@@ -6,8 +6,8 @@ scales colours of 16 bits; its own conversion would clip).
 
 from __future__ import annotations
 
+import importlib.util
 import io
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL.Image import Image
-
-logger = logging.getLogger(__name__)
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -136,12 +134,8 @@ def readable_formats() -> tuple[str, ...]:
     """Pillow's names of the formats that can be read here; HEIF too where pillow_heif is installed. Not those that run a program."""
     from PIL import Image
 
-    try:
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    except ImportError:
-        logger.debug("pillow_heif is not installed: HEIC pictures cannot be read")
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
     Image.init()
     return tuple(name for name in Image.ID if name not in ("EPS", "WMF"))
 
