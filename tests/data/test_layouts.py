@@ -110,6 +110,8 @@ def test_pictures_in_order():
     assert images([own], images=["a", "b"]) == ["own", "a", "b"]  # too many, which packing says
     assert images("<image><image>", image=["a", "b"]) == ["a", "b"] and images(Q, image="a") == ["a"] and images(Q, images="") == []
     assert images("<img>a.jpg</img>x") == ["a.jpg"] and images("<image 2>, <image 1>", image_1="a", image_2="b") == ["b", "a"]
+    assert images("<image 1>, <image 2>") == [] and said({"question": "<image 2>, <image 1>", "answer": A})[0][1] == "<image 2>, <image 1>"
+    assert said({"question": "<image 1>, <|image_2|>", "answer": A})[0][1] == "<image>, <image>"
     assert images(Q, images='["a", "b"]') == ["a", "b"] and images(Q, image="[1].jpg") == ["[1].jpg"]
     assert images(Q, file_name="no.jpg", url="https://page") == []
     assert canonical({"caption": "a", "file_name": "b.jpg"})["images"] == ["b.jpg"]

@@ -68,7 +68,6 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         ("a.json", json.dumps({key: {str(n): row[key] for n, row in enumerate(ROWS)} for key in ("image", "caption")})),
         ("a.csv", "image,caption\n" + "".join(f"0.jpg,caption {n}\n" for n in range(3))),
         ("a.csv", "image;caption\n" + "".join(f"0.jpg;caption {n}\n" for n in range(3))),
-        ("results.csv", "image_name| comment_number| comment\n" + "".join(f"0.jpg| {n}| caption {n}\n" for n in range(3))),
         ("a.tsv", "image\tcaption\n" + "".join(f"0.jpg\tcaption {n}\n" for n in range(3))),
         ("captions.txt", "image,caption\n" + "".join(f"0.jpg,caption {n}\n" for n in range(3))),
     ],
@@ -78,6 +77,19 @@ def test_content_decides(folder, name, text, encoding):
     (folder / name).write_text(text, encoding=encoding, newline="")
     assert pack(folder / name, folder / "out") == 0
     assert [row["caption"] for row in jsons(folder / "out")] == [f"caption {n}" for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.csv", "image_name| comment_number| comment\n0.jpg| 0| one\n0.jpg| 1| two\n"),
+        ("x.token", "0.jpg#0\tone\n0.jpg#1\ttwo\n"),
+        ("table.json", json.dumps({"image": ["0.jpg", "0.jpg"], "caption": [["one", "two"], ["one", "two"]]})),
+    ],
+)
+def test_captions_of_one_picture(folder, name, text):
+    (folder / name).write_text(text)
+    assert pack(folder / name, folder / "out") == 0 and jsons(folder / "out")[0] == {"captions": ["one", "two"]}
 
 
 def test_a_first_look_is_shown(folder, capsys):

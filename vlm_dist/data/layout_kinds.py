@@ -68,7 +68,7 @@ def _talk(record: dict[str, Any], turns: Any, used: list[str], column: str | Non
         if not isinstance(record[key], str):
             raise BadSample(f"'{key}' is {shown(record[key])}; expected the text of the system prompt")
         _with_system(made.turns, record[key])
-    rest = without(record, used, held, system_keys)
+    rest = without(record, used, held, [key for key in SYSTEM if not is_present(record.get(key))], system_keys)
     return {**rest, "messages": made.turns, "images": made.images}
 
 

@@ -26,8 +26,10 @@ CALLS = ("function_call", "tool_call", "tool_calls")  # speakers whose words are
 ASKED, SAID = ("user", "human", "question", "query", "prompt", "q"), ("assistant", "gpt", "answer", "response", "completion", "a")
 IMAGE_PARTS = ("image", "image_url", "input_image", "img", "picture")
 TEXT_PARTS = ("text", "input_text", "output_text")
-QWEN_PICTURE = re.compile(r"<img>([^<>\n]{1,4096})</img>")
 NUMBERED_MARKER = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
+_QWEN_OR_LLAVA = r"<img>(?P<path>[^<>\n]{1,4096})</img>|<image>"
+_MARKERS_WITHOUT_NUMBERS = re.compile(_QWEN_OR_LLAVA)
+_MARKERS = re.compile(_QWEN_OR_LLAVA + r"|<\|?image[ _]?(?P<number>\d{1,3})\|?>")
 MARKER = "<image>"
 
 
@@ -47,8 +49,10 @@ class Turns:
         """Pictures in order of appearance."""
         self._own: list[Any] = []  # of each place for a picture: its own source, or None
         self._numbers: list[int | None] = []  # of each place: the number of the picture that its marker names
-        self.turns = [self._turn(turn) for turn in spread(turns)]
-        self._settle(list(column or []))
+        column, turns = list(column or []), list(spread(turns))
+        self._marker = _MARKERS if _numbers_can_be_read(turns, len(column)) else _MARKERS_WITHOUT_NUMBERS
+        self.turns = [self._turn(turn) for turn in turns]
+        self._settle(column)
 
     def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
         role_key = _key(turn, ROLE_KEYS)
@@ -91,16 +95,17 @@ class Turns:
 
     def _text(self, text: str, role: str) -> str:
         """Text with `<image>` where a picture stands, as LLaVA writes it; Qwen's `<img>PATH</img>` and `<image 1>` become that."""
-        if role not in ("user", "system") or ("<i" not in text and "<|i" not in text):
+        if role != "user" or ("<i" not in text and "<|i" not in text):
             for _ in range(text.count(MARKER)):
                 self._place()
             return text
 
         def place(match: re.Match[str]) -> str:
-            self._place(match[1], int(match[2]) if match[2] else None)
+            number = match.groupdict().get("number")
+            self._place(match["path"], int(number) if number else None)
             return MARKER
 
-        return re.sub(f"{QWEN_PICTURE.pattern}|{NUMBERED_MARKER.pattern}|{MARKER}", place, text)
+        return self._marker.sub(place, text)
 
     def _place(self, source: Any = None, number: int | None = None) -> None:
         self._own.append(source)
@@ -182,6 +187,13 @@ def looks_like_turns(value: Any) -> bool:
         any(isinstance(turn.get(key), str) for key in ROLE_KEYS)
         and any(key in turn for key in (*CONTENT_KEYS, "tool_calls", "function_call"))
     )
+
+
+def _numbers_can_be_read(turns: list[dict[str, Any]], count: int) -> bool:
+    """Whether `<image 2>` and its like name pictures of the record; where it has none of its own, whether they stand in order."""
+    texts = [turn[key] for turn in turns for key in CONTENT_KEYS if isinstance(turn.get(key), str)]
+    numbers = [int(number) for text in texts for number in NUMBERED_MARKER.findall(text)]
+    return all(0 < number <= count for number in numbers) if count else numbers == list(range(1, len(numbers) + 1))
 
 
 def is_one_talk(value: Any) -> bool:

@@ -50,6 +50,9 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
         BadSample: no layout that is known, or what it holds is unusable; says the keys found and the layouts known.
     """
     record = as_object(record)
+    pair = next((pair for pair in PREFERENCE if all(is_present(record.get(key)) for key in pair)), None)
+    if pair is not None:
+        raise BadSample(f"a pair of answers ('{pair[0]}', '{pair[1]}') to choose from; make the better one the last turn, alone")
     if columns is not None and (columns.question or columns.answer or columns.image):
         return _finished(_by_columns(record, columns), record)
     layout = layout_of(record)
@@ -95,9 +98,6 @@ def _by_columns(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 def _finished(made: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """What changes the meaning is kept in one form, or refused."""
-    pair = next((pair for pair in PREFERENCE if all(is_present(record.get(key)) for key in pair)), None)
-    if pair is not None:
-        raise BadSample(f"a pair of answers ('{pair[0]}', '{pair[1]}') to choose from; make the better one the last turn, alone")
     unwanted = [key for key in ("kto_tag", "label") if record.get(key) is False and (key == "kto_tag" or "label" in made)]
     if unwanted:
         raise BadSample(f"'{unwanted[0]}' is false: an answer that is not wanted; leave such records out")

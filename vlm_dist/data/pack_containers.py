@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.layout_turns import is_one_talk
-from vlm_dist.data.layout_values import NAMES_PICTURE, PICTURE_KEYS, corners_of, pictures_of
+from vlm_dist.data.layout_values import FILE_KEYS, NAMES_PICTURE, PICTURE_KEYS, corners_of, pictures_of
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.errors import BadSample, DataError
 
@@ -48,6 +48,8 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
     )
     if wrapped is not None and (layout is None or layout.name not in WITH_TURNS):
         yield from (item["row"] if isinstance(item, dict) and isinstance(item.get("row"), dict) else item for item in _flat(value[wrapped]))
+    elif layout is not None and layout.name not in WITH_TURNS and _is_table(value):
+        yield from (dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True))
     elif layout is not None:
         yield value
     elif isinstance(value.get("images"), list) and all(isinstance(item, dict) for item in value["images"]):
@@ -56,6 +58,12 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
         yield from _by_id(value)
     else:
         raise DataError(f"data pack: '{path}' holds no list; its keys are {', '.join(map(str, list(value)[:20]))}; expected [{{...}}, ...]")
+
+
+def _is_table(value: dict[str, Any]) -> bool:
+    """Columns of equal length, one of them of pictures: {"image": [...], "question": [...]}."""
+    lengths = {len(column) if isinstance(column, list) else 0 for column in value.values()}
+    return len(lengths) == 1 and max(lengths) > 1 and any(key in value for key in (*PICTURE_KEYS, *FILE_KEYS))
 
 
 def _flat(values: list[Any]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+TOKENS = re.compile(r"\ufeff?[^\t]+\.\w+#\d+\t")
 LONGEST_REFERENCE = 64  # characters; in VLMEvalKit's tables a picture of fewer is the index of another row
 
 
@@ -119,23 +120,48 @@ def _read_lines(path: Path) -> Iterator[Any]:
 def read_table(path: Path) -> Iterator[Any]:
     """Rows of CSV or TSV, by the names in its first line; of cells as large as pictures in base64."""
     csv.field_size_limit(2**31 - 1)
-    seen: dict[str, str] = {}
     with open_text(path, newline="") as file:
         header = file.readline()
         file.seek(0)
+        if TOKENS.match(header):
+            yield from _read_tokens(file)
+            return
         delimiter = max("\t,;|", key=header.count) if path.suffix.lower() != ".tsv" else "\t"
         rows = csv.DictReader(_without_mark(file), delimiter=delimiter, skipinitialspace=True)
         names = [name.strip() for name in rows.fieldnames or []]
         rows.fieldnames = names
-        while True:
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                yield BadSample(f"'{path.name}' line {rows.line_num}: {error}")
-                continue
-            if row is None:
-                return
-            yield _row(row, f"'{path.name}' line {rows.line_num}", names, seen)
+        is_flickr = {"image_name", "comment"} <= set(names)
+        yield from _grouped(_rows(rows, path, names)) if is_flickr else _rows(rows, path, names)
+
+
+def _rows(rows: csv.DictReader, path: Path, names: list[str]) -> Iterator[Any]:
+    seen: dict[str, str] = {}
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield BadSample(f"'{path.name}' line {rows.line_num}: {error}")
+            continue
+        if row is None:
+            return
+        yield _row(row, f"'{path.name}' line {rows.line_num}", names, seen)
+
+
+def _read_tokens(file: IO[str]) -> Iterator[Any]:
+    """Flickr8k's and Flickr30k's own: `NAME.jpg#0<TAB>caption`."""
+    lines = (line.lstrip("\ufeff").rstrip("\r\n").partition("\t") for line in file if line.strip())
+    yield from _grouped({"image_name": name.partition("#")[0], "comment": caption} for name, _, caption in lines)
+
+
+def _grouped(rows: Iterable[Any]) -> Iterator[Any]:
+    """The captions of a picture, a row each -> one record."""
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        if isinstance(row, dict) and row.get("image_name") and row.get("comment"):
+            captions.setdefault(row["image_name"], []).append(row["comment"].strip())
+        elif isinstance(row, BadSample):
+            yield row
+    yield from ({"image": name, "captions": texts} for name, texts in captions.items())
 
 
 def _without_mark(file: IO[str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ scales colours of 16 bits; its own conversion would clip).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import re
@@ -130,6 +131,7 @@ def frames_of(data: bytes) -> int:
         return 1
 
 
+@functools.cache
 def readable_formats() -> tuple[str, ...]:
     """Pillow's names of the formats that can be read here; HEIF too where pillow_heif is installed. Not those that run a program."""
     from PIL import Image
