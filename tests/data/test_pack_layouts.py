@@ -215,6 +215,10 @@ def test_folders(folder, capsys):
     assert pack(folder / "beside", folder / "texts") == 0
     assert jsons(folder / "texts") == [{"caption": "A box."}, {"caption": "B"}, {"captions": ["x", "y"]}, {"caption": "x"}]
     assert "picture 'e.gif' has no text beside it; expected 'e.txt'" in (folder / "texts" / "left_out.jsonl").read_text()
+    (folder / "splits" / "train").mkdir(parents=True)
+    (folder / "splits" / "train" / "0.jpg").write_bytes(picture())
+    (folder / "splits" / "train" / "metadata.csv").write_text("file_name,text\n0.jpg,below\n")
+    assert pack(folder / "splits", folder / "below") == 0 and jsons(folder / "below") == [{"caption": "below"}]
     (folder / "meta").mkdir()
     (folder / "meta" / "0.jpg").write_bytes(picture())
     (folder / "meta" / "metadata.jsonl").write_text(json.dumps({"file_name": "0.jpg", "question": Q, "answer": A}))

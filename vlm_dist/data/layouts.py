@@ -98,6 +98,9 @@ def _by_columns(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 def _finished(made: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """What changes the meaning is kept in one form, or refused."""
+    other = next((key for key in ("video", "videos", "audio", "audios") if is_present(record.get(key))), None)
+    if other is not None:
+        raise BadSample(f"'{other}' is {shown(record[other], 40)}; only pictures and text are read")
     unwanted = [key for key in ("kto_tag", "label") if record.get(key) is False and (key == "kto_tag" or "label" in made)]
     if unwanted:
         raise BadSample(f"'{unwanted[0]}' is false: an answer that is not wanted; leave such records out")

@@ -192,7 +192,11 @@ def read_folder(folder: Path, split: str | None) -> Iterator[Any]:
     """
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None:
-        yield from _read_metadata(metadata)
+        yield from _read_metadata(metadata, folder)
+        return
+    tables = {path.parent.name: path for name in METADATA for path in sorted(folder.glob(f"*/{name}"))}
+    if tables:
+        yield from _read_metadata(tables[_choose(folder, sorted(tables), split)], folder)
         return
     pictures = sorted(path for path in folder.rglob("*") if NAMES_PICTURE.search(path.name) and path.is_file())
     beside = {path for path in folder.rglob("*") if path.suffix.lower() in CAPTION_FILES}
@@ -240,15 +244,20 @@ def _by_class(folder: Path, pictures: list[Path], split: str | None) -> Iterator
     """Pictures in folders whose names say what they show; below train/ and its like only one of those."""
     tops = sorted({path.relative_to(folder).parts[0] for path in pictures})
     if all(top.lower() in SPLITS for top in tops):
-        chosen = split or ("train" if "train" in tops else tops[0])
-        if chosen not in tops:
-            raise DataError(f"data pack: '{folder}' has no split '{chosen}'; it has {', '.join(tops)}")
+        chosen = _choose(folder, tops, split)
         pictures = [path for path in pictures if path.relative_to(folder).parts[0] == chosen and len(path.relative_to(folder).parts) > 2]
     for path in pictures:
         yield {"image": str(path.relative_to(folder)), "label": path.parent.name}
 
 
-def _read_metadata(path: Path) -> Iterator[Any]:
+def _choose(folder: Path, names: list[str], split: str | None) -> str:
+    chosen = split or ("train" if "train" in names else names[0])
+    if chosen not in names:
+        raise DataError(f"data pack: '{folder}' has no split '{chosen}'; it has {', '.join(names)}")
+    return chosen
+
+
+def _read_metadata(path: Path, folder: Path) -> Iterator[Any]:
     """The table that Hugging Face's imagefolder reads."""
     for row in read_records(path):
         if isinstance(row, BadSample):
@@ -259,4 +268,5 @@ def _read_metadata(path: Path) -> Iterator[Any]:
         else:
             names = row.get("file_name") or row["file_names"]
             rest = {key: value for key, value in row.items() if key not in ("file_name", "file_names")}
-            yield {**rest, "images": names if isinstance(names, list) else [names]}
+            inside = path.parent.relative_to(folder)
+            yield {**rest, "images": [str(inside / str(name)) for name in (names if isinstance(names, list) else [names])]}
