@@ -67,8 +67,8 @@ def pack_records(
     Args:
         source: see `open_source`.
         images: where relative paths of pictures begin; None: beside the source.
-        heldout: about so many records are kept apart, drawn by `seed`; records of the same pictures stay together.
-        limit: keep so many training records, drawn by `seed`.
+        heldout: about so many records are kept apart, by `seed`; those of the same pictures together.
+        limit: keep so many training records, by `seed`.
         processes: None: one per CPU.
         columns: which keys hold question, answer and picture; None: the layout is recognised.
         fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
@@ -84,8 +84,7 @@ def pack_records(
         tell("\n".join(look))
     if look_only:
         return {}
-    path = Path(source)
-    base = images or (path if path.is_dir() else path.parent)
+    path, base = Path(source), images or _beside(Path(source))
     pictures = Pictures(base, max_side, reencode, quality, fetcher)
     parts = _split(records, heldout, limit, seed, columns)
     about = {
@@ -101,6 +100,10 @@ def pack_records(
     ]
     _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
     return _finish(tasks, out, unfinished, len(records))
+
+
+def _beside(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
 
 
 def _begin(out: Path, about: dict[str, Any]) -> Path:
