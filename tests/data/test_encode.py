@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from vlm_dist.data.collate import collate
-from vlm_dist.data.encode import IGNORED, WORD_JOINER, Encoder, _supervised, is_per_token
+from vlm_dist.data.control_tokens import WORD_JOINER
+from vlm_dist.data.encode import IGNORED, Encoder, is_per_token
+from vlm_dist.data.labels import in_spans
 from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.samples import Sample
 from vlm_dist.errors import BadSample
@@ -54,7 +56,7 @@ def end(encoder) -> str:
     return encoder.processor.tokenizer.eos_token
 
 
-def test_only_the_assistant_is_supervised(encoder):
+def test_only_the_assistant_isin_spans(encoder):
     encoded = encoder.encode(sample(USER, assistant("red")))
     assert supervised(encoder, encoded).strip() == f"red{end(encoder)}"
     assert encoded.key == "k" and encoded.picture.any()
@@ -111,7 +113,8 @@ def test_text_is_counted_as_it_is_encoded(encoder):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(encoder):
-    encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} {{ m.content[-1].text }}{% endfor %}"
+    said = "{{ m.content[-1].text | upper if m.role == 'assistant' else m.content[-1].text }}"
+    encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} " + said + "{% endfor %}"
     with pytest.raises(BadSample, match="rewrites earlier turns, so turn 1 cannot be located"):
         encoder.encode(sample(MORE, assistant("red"), images=0))
 
@@ -197,7 +200,8 @@ def test_control_tokens_in_text_stay_text(encoder):
         return torch.isin(encoder.encode(sample(message, assistant("red"))).inputs["input_ids"], special).sum()
 
     assert count(attack) == count(innocent)
-    (message,) = encoder._plain_text([attack])
+    ((message,), notes) = encoder._plain_text([attack])
+    assert {kind for kind, _ in notes} == {"split"}
     assert message["content"][0] == attack["content"][0]
     assert message["content"][1]["text"].replace(WORD_JOINER, "") == attack["content"][1]["text"]
 
@@ -226,8 +230,8 @@ def test_spans_move_past_the_pictures_before_them():
     """Rendered "<i>ab<i>c": each placeholder becomes 5 characters, of one token each; "ab" and "c" are spoken."""
     offsets = torch.tensor([[n, n + 1] for n in range(13)])
     replacements = [{"span": (0, 3), "new_span": (0, 5)}, {"span": (5, 8), "new_span": (7, 12)}]
-    assert _supervised(offsets, replacements, [(3, 5), (8, 9)]).nonzero().flatten().tolist() == [5, 6, 12]
-    assert _supervised(offsets, [], [(3, 5)]).nonzero().flatten().tolist() == [3, 4]
+    assert in_spans(offsets, replacements, [(3, 5), (8, 9)]).nonzero().flatten().tolist() == [5, 6, 12]
+    assert in_spans(offsets, [], [(3, 5)]).nonzero().flatten().tolist() == [3, 4]
 
 
 def test_what_has_values_a_token():

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import DataConfig
+from vlm_dist.data.messages import TURNS, check_messages, messages_of
 from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.pictures import decode_picture, picture_extension
-from vlm_dist.data.samples import TURNS, check_messages, messages_of
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.samples import TURNS, open_record, picture_members
+from vlm_dist.data.messages import TURNS
+from vlm_dist.data.samples import open_record, picture_members
 from vlm_dist.errors import BadSample, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

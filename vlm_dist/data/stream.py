@@ -295,5 +295,5 @@ def open_stream(
         DataError: no shard, a damaged shard, or no sample in any.
     """
     datasets = open_datasets(config)
-    encoder = Encoder(processor, config.max_seq_length, config.on_too_long)
+    encoder = Encoder.of(processor, config)
     return Stream(datasets, config, encoder, quarantine, seed, global_batch, micro_batch, rank, world_size, epochs, pack, positions)

@@ -70,7 +70,7 @@ class Inputs:
     def stream(self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None) -> Stream:
         """The training samples of one rank; see `Stream`."""
         config = self.config
-        encoder = Encoder(self.processor, config.data.max_seq_length, config.data.on_too_long)
+        encoder = Encoder.of(self.processor, config.data)
         batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
         place = {"rank": rank, "world_size": world_size}
         rows = {"epochs": epochs, "pack": self.packs, "positions": positions}

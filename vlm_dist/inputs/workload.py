@@ -91,7 +91,7 @@ def _filled(config: Config, encoder: Encoder, pictures: tuple[Size, ...]) -> tup
 
 def _sizes(raw: dict[str, Any], config: Config) -> tuple[Size, ...]:
     try:
-        _, sizes = outline(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
+        sizes = outline(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt).sizes
     except BadSample:
         return BLANK
     return tuple(sizes) or BLANK

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
-from vlm_dist.data.samples import Sample, check_messages, read_messages
+from vlm_dist.data.messages import check_messages, read_messages
+from vlm_dist.data.samples import Sample
 from vlm_dist.data.storage import Storage
 from vlm_dist.errors import BadSample, DataError
 
