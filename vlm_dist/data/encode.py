@@ -178,8 +178,8 @@ class Encoder:
             raise BadSample(f"chat template: {_words(error)}") from None
 
     def _plain_text(self, messages: list[dict]) -> tuple[list[dict], set[Note]]:
-        """Control tokens that a person typed (`<|im_start|>`, `<image>`) must stay text. The parts of an assistant's text become one, because
-        some templates write the first only."""
+        """Control tokens that a person typed (`<|im_start|>`, `<image>`) must stay text. The parts of an assistant's text become one,
+        because some templates write the first only."""
         notes: set[Note] = set()
         made = []
         for message in messages:
@@ -247,6 +247,14 @@ class Encoder:
         cut = {name: tensor[:, :limit] if is_per_token(tensor, length) else tensor for name, tensor in encoded.inputs.items()}
         notes = encoded.notes | {("cut", "too long")}
         return Encoded(encoded.key, cut, encoded.labels[:, :limit], encoded.picture[:limit], notes)
+
+
+def count_labels(sample: Encoded) -> float:
+    """Supervised tokens after the shift by one, each as much as its weight: a whole number where all weights are 0 or 1."""
+    supervised = sample.labels[:, 1:] != IGNORED
+    if "weights" not in sample.inputs:
+        return int(supervised.sum())
+    return float((1 + sample.inputs["weights"][:, 1:][supervised].double() / WEIGHT_UNIT).sum())
 
 
 def is_per_token(tensor: Any, length: int) -> bool:
