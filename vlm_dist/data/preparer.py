@@ -81,7 +81,8 @@ class Preparer:
         except BadSample as reason:
             slot.problem = reason
             return slot, None
-        self._encoder.tally.add(encoded.notes)
+        if slot.draw.epoch == 0:
+            self._encoder.tally.add(encoded.notes)
         if len(self.datasets) > 1:
             ids = encoded.inputs["input_ids"]
             encoded.inputs["datasets"] = ids.new_full(ids.shape, slot.draw.dataset)

@@ -29,6 +29,9 @@ class Tally:
         self.counts: Counter[Note] = Counter()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Tally, ()
+
     def __deepcopy__(self, memo: dict) -> Tally:
         return self
 

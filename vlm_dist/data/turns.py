@@ -106,6 +106,11 @@ def has_reasoning(message: dict[str, Any]) -> bool:
     return bool(thought and thought[2].strip())
 
 
+def without_reasoning(text: str) -> str:
+    """What an answer says behind its thought."""
+    return text.rsplit("</think>", 1)[-1].strip()
+
+
 def prompt_before_answer(messages: Messages, render: Render) -> str:
     """The text up to where the assistant's words begin in training: with the empty thought that a thinking template writes there."""
     answer = {"role": "assistant", "content": [{"type": "text", "text": _mark(0)}]}
