@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_dist.data.control_tokens import ControlTokens
 from vlm_dist.data.labels import expanded, weights_of
+from vlm_dist.data.messages import says_something
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
-from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, says_something
+from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
 from vlm_dist.errors import BadSample
 
 if TYPE_CHECKING:

@@ -55,6 +55,14 @@ def check_messages(messages: list[dict[str, Any]], num_pictures: int, found: str
         raise BadSample(f"the text speaks of {asked} pictures, the sample has {num_pictures}{found}")
     if not any(message["role"] == "assistant" for message in messages):
         raise BadSample("no assistant turn to learn from")
+    if not any(message["role"] == "assistant" and says_something(message) for message in messages):
+        raise BadSample("the assistant says nothing: every answer is empty")
+
+
+def says_something(message: dict[str, Any]) -> bool:
+    """Whether there is anything of an assistant's turn to learn."""
+    spoken = any(part.get("text", "").strip() for part in message["content"])
+    return spoken or bool(message.get("tool_calls")) or bool(message.get("reasoning_content", "").strip())
 
 
 def unread_keys(turns: Any) -> set[str]:

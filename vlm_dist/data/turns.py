@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vlm_dist.data.messages import says_something
 from vlm_dist.data.tally import Note
 from vlm_dist.errors import BadSample
 
@@ -90,12 +91,6 @@ def assistant_turns(messages: Messages, text: str, render: Render, habits: Habit
             start -= len(habits.lead)
         turns.append(Turn(number, start, _with_end(text, end, number + 1 == len(messages), habits, tokens)))
     return turns
-
-
-def says_something(message: dict[str, Any]) -> bool:
-    """Whether there is anything of an assistant's turn to learn."""
-    spoken = any(part.get("text", "").strip() for part in message["content"])
-    return spoken or bool(message.get("tool_calls")) or bool(str(message.get("reasoning_content") or "").strip())
 
 
 def has_reasoning(message: dict[str, Any]) -> bool:
