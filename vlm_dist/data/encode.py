@@ -16,7 +16,7 @@ from vlm_dist.data.labels import expanded, weights_of
 from vlm_dist.data.messages import says_something
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
-from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
+from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, with_reasoning_apart
 from vlm_dist.errors import BadSample
 
 if TYPE_CHECKING:
@@ -145,8 +145,8 @@ class Encoder:
             BadSample: the chat template or the processor refuses it.
         """
         plain, notes = self._plain_text(messages)
-        if self.habits.opens_thought and not reasoning:
-            text = prompt_before_answer(plain, partial(self._render, tools=tools))
+        if self.habits.takes_reasoning if reasoning else self.habits.opens_thought:
+            text = prompt_before_answer(plain, partial(self._render, tools=tools), reasoning)
         else:
             text = self._render(plain, tools=tools, add_generation_prompt=True)
         inputs, picture, _, _ = self._process(text, images)
@@ -183,7 +183,8 @@ class Encoder:
         because some templates write the first only."""
         notes: set[Note] = set()
         made = []
-        for message in messages:
+        for given in messages:
+            message = with_reasoning_apart(given) if self.habits.takes_reasoning else given
             content = [self._tokens.as_text(part, notes) for part in message["content"]]
             made.append({**message, "content": content if message["role"] == "user" else _joined(content)})
             if isinstance(thought := message.get("reasoning_content"), str):

@@ -21,7 +21,7 @@ Render = Callable[..., str]
 """render(messages, add_generation_prompt=False) -> text; raises BadSample."""
 
 MARK = re.compile("\ue000([0-9]+)\ue001")
-THOUGHT = re.compile(r"\s*(<think>)?(.*?)</think>", re.DOTALL)
+THOUGHT = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
 STRIPS: tuple[Callable[[str], str], ...] = (
     lambda text: text, str.strip, str.lstrip, str.rstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"),
     lambda text: text.rstrip("\n"),
@@ -45,6 +45,8 @@ class Habits:
     """Between the generation prompt and the words. Spaces are the model's to write; anything else is an empty thought, the template's."""
     tail: str = ""
     """Behind the words of the last turn, without trailing spaces: the end-of-turn."""
+    takes_reasoning: bool = False
+    """Whether it writes a turn's `reasoning_content`."""
 
     @property
     def opens_thought(self) -> bool:
@@ -64,7 +66,32 @@ def habits_of(render: Render) -> Habits:
     if found is None:
         return Habits()
     lead = full[len(before) : found.start()] if full[: found.start()].startswith(before) else ""
-    return Habits(lead, full[found.end() :].rstrip())
+    return Habits(lead, full[found.end() :].rstrip(), _writes_reasoning(question, render))
+
+
+def _writes_reasoning(question: Messages, render: Render) -> bool:
+    try:
+        return _mark(0) in render([*question, _thinking_answer()])
+    except BadSample:
+        return False
+
+
+def _thinking_answer() -> dict[str, Any]:
+    return {"role": "assistant", "reasoning_content": _mark(0), "content": [{"type": "text", "text": _mark(1)}]}
+
+
+def with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn that thinks between tags, with its thought in `reasoning_content`."""
+    place = next((number for number, part in enumerate(message["content"]) if "text" in part), None)
+    if message["role"] != "assistant" or place is None or message.get("reasoning_content"):
+        return message
+    words = message["content"][place]["text"]
+    thought = THOUGHT.match(words)
+    if thought is None or not thought[2].strip():
+        return message
+    content = [*message["content"]]
+    content[place] = {**content[place], "text": words[thought.end() :]}
+    return {**message, "content": content, "reasoning_content": thought[2]}
 
 
 def assistant_turns(messages: Messages, text: str, render: Render, habits: Habits, tokens: frozenset[str]) -> list[Turn]:
@@ -79,12 +106,13 @@ def assistant_turns(messages: Messages, text: str, render: Render, habits: Habit
         BadSample: the template leaves out what an assistant says, or rewrites it beyond recognition.
     """
     speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
-    holes = None if any(messages[number].get("tool_calls") for number in speaking) else _find_holes(messages, text, render)
+    calls = any(messages[number].get("tool_calls") for number in speaking)
+    holes = None if calls else _find_holes(messages, text, render) or _find_holes(messages, text, render, thoughts_apart=True)
     turns = []
     for number in speaking:
         places = holes.get(number) if holes is not None else None
         if places is None:
-            turns.append(_by_prefix(messages, number, text, render))
+            turns.append(_by_prefix(messages, number, text, render, habits))
             continue
         start, end = min(start for start, _ in places), max(end for _, end in places)
         if habits.lead and not habits.opens_thought and text[:start].endswith(habits.lead):
@@ -106,9 +134,10 @@ def without_reasoning(text: str) -> str:
     return text.rsplit("</think>", 1)[-1].strip()
 
 
-def prompt_before_answer(messages: Messages, render: Render) -> str:
-    """The text up to where the assistant's words begin in training: with the empty thought that a thinking template writes there."""
-    answer = {"role": "assistant", "content": [{"type": "text", "text": _mark(0)}]}
+def prompt_before_answer(messages: Messages, render: Render, reasoning: bool) -> str:
+    """The text up to where the assistant's words begin in training: its thought, or behind the empty one that a thinking template writes
+    before an answer without."""
+    answer = _thinking_answer() if reasoning else {"role": "assistant", "content": [{"type": "text", "text": _mark(0)}]}
     full = render([*messages, answer])
     found = MARK.search(full)
     if found is None:
@@ -129,11 +158,11 @@ def left_out(messages: Messages, text: str, tools: list[Any] | None) -> set[Note
             if message["role"] in ("user", "tool"):
                 raise BadSample(f"the chat template leaves out what the {message['role']} says in turn {number}")
             if message["role"] == "system":
-                notes.add(("template", "the system turn"))
+                notes.add(("template", "system turns"))
         if any(name not in text for name in _names(message.get("tool_calls"))):
             raise BadSample(f"the chat template leaves out the tool calls of turn {number}; use a model whose template takes tools")
         if str(message.get("reasoning_content") or "").strip() not in text:
-            notes.add(("template", "the reasoning of an earlier turn"))
+            notes.add(("template", "reasoning"))
     if any(name not in text for name in _names(tools)):
         raise BadSample("the chat template leaves out the tools; use a model whose template takes them")
     return notes
@@ -149,9 +178,9 @@ def _mark(number: int) -> str:
     return f"\ue000{number}\ue001"
 
 
-def _find_holes(messages: Messages, text: str, render: Render) -> dict[int, list[tuple[int, int]]] | None:
+def _find_holes(messages: Messages, text: str, render: Render, *, thoughts_apart: bool = False) -> dict[int, list[tuple[int, int]]] | None:
     """turn -> (start, end) of each thing said in it; None: the real text does not lie between the template's pieces."""
-    marked, said = _with_marks(messages)
+    marked, said = _with_marks(messages, thoughts_apart)
     try:
         pieces = MARK.split(render(marked))
     except BadSample:
@@ -177,7 +206,7 @@ def _find_holes(messages: Messages, text: str, render: Render) -> dict[int, list
     return places if position == len(text) else None
 
 
-def _with_marks(messages: Messages) -> tuple[Messages, list[tuple[int, str, bool]]]:
+def _with_marks(messages: Messages, thoughts_apart: bool) -> tuple[Messages, list[tuple[int, str, bool]]]:
     """Messages with marks for what assistants say; of each mark the turn, the words, and whether it must be in the text (a template may
     leave the thoughts of earlier turns out)."""
     said: list[tuple[int, str, bool]] = []
@@ -200,8 +229,8 @@ def _with_marks(messages: Messages) -> tuple[Messages, list[tuple[int, str, bool
                 parts.append(part)
                 continue
             words, thought = part["text"], THOUGHT.match(part["text"])
-            if thought and thought[2].strip():
-                before = f"{thought[1] or ''}\n{mark(number, thought[2], needed=False)}\n</think>\n\n"
+            if thoughts_apart and thought and thought[2].strip():
+                before = thought[1] + mark(number, thought[2], needed=False) + thought[3]
                 parts.append({**part, "text": before + mark(number, words[thought.end() :])})
             else:
                 parts.append({**part, "text": mark(number, words)})
@@ -221,7 +250,7 @@ def _with_end(text: str, end: int, is_last: bool, habits: Habits, tokens: frozen
     return end if closing is None else end + spaces + len(closing)
 
 
-def _by_prefix(messages: Messages, number: int, text: str, render: Render) -> Turn:
+def _by_prefix(messages: Messages, number: int, text: str, render: Render, habits: Habits) -> Turn:
     """A turn as what it adds to the conversation before it: with tool calls, or where the template rewrites an answer's words."""
     try:
         before = render(messages[:number], add_generation_prompt=True) if number else ""
@@ -230,4 +259,5 @@ def _by_prefix(messages: Messages, number: int, text: str, render: Render) -> Tu
         before, after = "", "\ue002"
     if not (after.startswith(before) and text.startswith(after.rstrip())):
         raise BadSample(f"the chat template rewrites earlier turns, so turn {number} cannot be located; use single-turn samples")
-    return Turn(number, len(before), len(after.rstrip()))
+    is_empty_thought = habits.opens_thought and after.startswith(habits.lead, len(before))
+    return Turn(number, len(before) + is_empty_thought * len(habits.lead), len(after.rstrip()))
