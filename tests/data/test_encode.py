@@ -56,7 +56,7 @@ def end(encoder) -> str:
     return encoder.processor.tokenizer.eos_token
 
 
-def test_only_the_assistant_isin_spans(encoder):
+def test_only_the_assistant_is_supervised(encoder):
     encoded = encoder.encode(sample(USER, assistant("red")))
     assert supervised(encoder, encoded).strip() == f"red{end(encoder)}"
     assert encoded.key == "k" and encoded.picture.any()
@@ -311,3 +311,18 @@ def test_whatever_is_raised_is_a_bad_sample(encoder, fault, monkeypatch):
     else:
         with pytest.raises(BadSample, match="processor: "):
             encoder.encode(sample(USER, assistant("red"), images=0))
+
+
+def test_runs_of_picture_tokens_are_tokenised_as_one_by_one(encoder):
+    """The same tensors, offsets and places as the processor gives by itself, for pictures of several sizes in several turns."""
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in ((40, 30), (300, 200), (64, 64))]
+    several = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " and  "}, {"type": "image"}]}
+    for messages, images in (([USER, assistant("red"), several], pictures), ([MORE], []), ([USER], pictures[1:2])):
+        text = encoder._render(messages)
+        quick = encoder._process(text, images)
+        encoder._quick = encoder.processor
+        plain = encoder._process(text, images)
+        encoder._quick = Encoder(encoder.processor, 512)._quick
+        assert quick[0].keys() == plain[0].keys() and quick[3] == plain[3]
+        assert all(torch.equal(quick[0][name], plain[0][name]) and quick[0][name].dtype == plain[0][name].dtype for name in plain[0])
+        assert torch.equal(quick[1], plain[1]) and torch.equal(quick[2], plain[2])

@@ -6,6 +6,7 @@ that stands for a piece of a picture never has one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm_dist.data.control_tokens import ControlTokens
 from vlm_dist.data.labels import expanded, weights_of
 from vlm_dist.data.messages import says_something
+from vlm_dist.data.run_tokenizer import RunTokenizer
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
 from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, with_reasoning_apart
@@ -83,6 +85,8 @@ class Encoder:
         markup = processor.tokenizer.convert_tokens_to_ids(sorted(self._tokens.pictures))
         self._markup_ids = torch.tensor([*markup, *self._picture_ids.tolist()], dtype=torch.long)
         self._habits: tuple[str, Habits] | None = None
+        self._quick = copy.copy(processor)
+        self._quick.tokenizer = RunTokenizer(processor.tokenizer, processor.tokenizer.convert_ids_to_tokens(self._picture_ids.tolist()))
 
     @classmethod
     def of(cls, processor: Any, config: DataConfig) -> Encoder:
@@ -196,7 +200,7 @@ class Encoder:
         import torch
 
         try:
-            batch = self.processor(
+            batch = self._quick(
                 text=[text],
                 images=[images] if images else None,
                 return_tensors="pt",
