@@ -69,7 +69,5 @@ class RunTokenizer:
         which = np.repeat(np.arange(len(ids)), times)
         within = np.arange(len(which)) - np.repeat(np.cumsum(times) - times, times)
         moved = (offsets + before[:, None])[which] + (within * widths[which])[:, None]
-        others = {
-            name: [np.array(value[0])[which].tolist()] for name, value in encoded.items() if name not in ("input_ids", "offset_mapping")
-        }
-        return {"input_ids": [ids[which].tolist()], "offset_mapping": torch.from_numpy(moved)[None], **others}
+        made = {name: [np.array(value[0])[which].tolist()] for name, value in encoded.items() if name != "offset_mapping"}
+        return Tokens(made, offset_mapping=torch.from_numpy(moved)[None])
