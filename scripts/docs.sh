@@ -9,6 +9,7 @@ python=.venv/bin/python
 
 $python -m vlm_dist.cli.main config --markdown > docs/configuration.md
 $python scripts/cli_page.py
+$python scripts/layouts_page.py
 $python scripts/testing_page.py
 $python scripts/benchmarks_page.py
 $python scripts/draw_architecture.py

@@ -121,7 +121,7 @@ def test_what_training_would_refuse_is_left_out_by_name(images, tmp_path, capsys
     assert pack(tmp_path / "s.json", tmp_path / "out", images) == 0
     assert "5 records left out" in capsys.readouterr().out and len(read(tmp_path / "out")) == 7
     reasons = {row["record"]: row["reason"] for row in map(json.loads, (tmp_path / "out" / "left_out.jsonl").read_text().splitlines())}
-    assert set(reasons) == {5, 8, 9, 10, 11} and "is no JPEG" in reasons[5] and "no text" in reasons[9]
+    assert set(reasons) == {5, 8, 9, 10, 11} and "5.jpg: a GIF; damaged" in reasons[5] and "no text" in reasons[9]
     assert "speaks of 1 pictures, the sample has 2" in reasons[10] and "'77.jpg' cannot be read below" in reasons[11]
 
 

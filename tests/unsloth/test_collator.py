@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import http.server
 import io
 import threading
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +16,10 @@ from PIL import Image
 import vlm_dist
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
+from vlm_dist.data.pictures import decode_picture
 from vlm_dist.data.samples import Sample
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
+from vlm_dist.unsloth.collator import as_sample
 
 PICTURE = Image.new("RGB", (40, 30), "red")
 
@@ -60,6 +64,53 @@ def test_every_form_of_a_row(collator, tmp_path):
         {**no_image, "images": [PICTURE]}, plain,
     ]  # fmt: skip
     assert_same(collator(rows), reference(collator, len(rows)))
+
+
+def test_other_layouts_and_other_pictures(collator, tmp_path):
+    """A question and its answer, turns of other trainers, OpenAI's data address, arrays and tensors."""
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, "PNG")
+    address = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    asked = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "What colour?"}]
+    rows = [
+        {"image": np.asarray(PICTURE), "query": "What colour?", "label": ["red"]},
+        {"images": [torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)], "question": "What colour?", "answers": [{"answer": "red"}]},
+        {"image": PICTURE, "conversations": [{"from": "Human", "value": "<image>What colour?"}, {"from": "GPT", "value": "red"}]},
+        {"messages": [{"role": "user", "content": asked}, {"role": "model", "content": "red"}]},
+        {
+            "prompt": [{"role": "user", "content": "What colour?"}],
+            "completion": [{"role": "assistant", "content": "red"}],
+            "image": address,
+        },
+        {"image": {"bytes": buffer.getvalue(), "path": None}, "texts": [{"user": "What colour?", "assistant": "red"}]},
+    ]
+    assert_same(collator(rows), reference(collator, len(rows)))
+
+
+def odd_pictures(folder):
+    turned = Image.new("RGB", (60, 40), "white")
+    turned.paste("red", (0, 0, 20, 20))
+    turned.getexif()[0x0112] = 6
+    turned.save(folder / "exif.jpg", exif=turned.getexif())
+    logo = Image.new("RGBA", (40, 30))
+    logo.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    logo.save(folder / "logo.png")
+    palette = Image.new("P", (40, 30))
+    palette.putpalette([0, 0, 0] * 256)
+    palette.save(folder / "palette.png", transparency=0)
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(folder / "wide.png")
+    return sorted(folder.glob("*.*"))
+
+
+def test_pictures_are_those_that_training_sees(tmp_path):
+    for path in odd_pictures(tmp_path):
+        expected = np.asarray(decode_picture(path.read_bytes(), path.name, 10_000))
+        for source in (str(path), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}, Image.open(path)):
+            (seen,) = as_sample(row(source)).images
+            assert np.array_equal(np.asarray(seen), expected), (path.name, type(source))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "exif.jpg").read_bytes()[:-80])
+    with pytest.raises(BadSample, match="cannot be decoded"):
+        as_sample(row(str(tmp_path / "cut.jpg")))
 
 
 def test_rows_of_a_real_data_set(collator, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def add_parser(commands: Any) -> None:
     pack.add_argument(
         "source",
         metavar="SOURCE",
-        help="records: LLaVA's JSON; JSON lines or Parquet with messages; a folder of pictures with NAME.txt, metadata.jsonl or "
-        "metadata.csv; tars that others made ('cc3m/*.tar'); a Hugging Face data set (saved to a folder, or a hub id). flickr8k: a hub "
-        "id, a folder of parquet files, or a folder with captions.txt",
+        help="records: JSON, JSON lines, CSV, TSV or Parquet, or a glob of them, in any layout of docs/data.md; COCO's JSON; a folder of "
+        "pictures with NAME.txt, metadata.jsonl or metadata.csv, or in folders named by class; tars that others made ('cc3m/*.tar'); a "
+        "Hugging Face data set (saved to a folder, or a hub id). flickr8k: a hub id, or a folder of parquet files or with captions.txt",
     )
     pack.add_argument("out", metavar="FOLDER", type=Path, help="where the shards go")
     pack.add_argument(
@@ -51,6 +52,12 @@ def add_parser(commands: Any) -> None:
     )
     pack.add_argument("--images", type=Path, metavar="FOLDER", help="records: where paths of pictures begin (default: beside SOURCE)")
     pack.add_argument("--split", metavar="NAME", help="records: of a Hugging Face data set (default train)")
+    pack.add_argument("--question", metavar="COLUMN", help="records: the key of the question (default: recognised)")
+    pack.add_argument("--answer", metavar="COLUMN", help="records: the key of the answer, or without --question of the caption")
+    pack.add_argument("--image", metavar="COLUMN", help="records: the key of the picture or pictures")
+    pack.add_argument("--fetch", action="store_true", help="records: fetch pictures at http(s) addresses (default: named, not fetched)")
+    pack.add_argument("--fetch-private", action="store_true", help="as --fetch, also from this machine and private networks")
+    pack.add_argument("--dry-run", action="store_true", help="records: show the layout recognised and one sample; write nothing")
     pack.add_argument("--max-side", type=int, metavar="PIXELS", help="records: make larger pictures smaller (default: as they are)")
     pack.add_argument("--reencode", choices=("jpg", "png", "webp"), help="records: encode all pictures anew (default: as they are)")
     pack.add_argument("--quality", type=int, default=90, help="records: of what is encoded anew (default 90)")
@@ -90,6 +97,7 @@ def run_synth(arguments: argparse.Namespace) -> int:
 
 def run_pack(arguments: argparse.Namespace) -> int:
     from vlm_dist.data.pack import pack_flickr8k
+    from vlm_dist.data.pack_pictures import in_words
     from vlm_dist.data.pack_records import LEFT_OUT, pack_records
 
     given = (name for name in ("limit", "heldout", "max_side", "processes") if getattr(arguments, name) is not None)
@@ -98,17 +106,39 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if arguments.heldout is not None:
         options["heldout"] = arguments.heldout
     if arguments.format == "flickr8k":
+        _refuse(arguments, "dry_run", "question", "answer", "image", "fetch", "fetch_private")
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
         names = ("images", "split", "max_side", "reencode", "quality", "processes")
-        options |= {name: getattr(arguments, name) for name in names}
+        options |= {name: getattr(arguments, name) for name in names} | _reading(arguments)
         made = dict(pack_records(arguments.source, arguments.out, **options))
+    if arguments.dry_run:
+        return 0
     _index([shard for packed in made.values() for shard in packed.shards])
     for split, packed in made.items():
         print(f"{split:12} {packed.samples:,} samples in {len(packed.shards)} shards  {packed.shards[0] if packed.shards else ''}")
+    notes = Counter[str]()
+    for packed in made.values():
+        notes += getattr(packed, "notes", Counter())
+    for line in in_words(notes, arguments.reencode):
+        print(line)
     if left_out := sum(getattr(packed, "left_out", 0) for packed in made.values()):
         print(f"{left_out:,} records left out, each with its reason in {arguments.out / LEFT_OUT}")
     return 0
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How records are read."""
+    from vlm_dist.data.fetch import Fetcher
+    from vlm_dist.data.layouts import Columns
+
+    fetches = arguments.fetch or arguments.fetch_private
+    return {
+        "columns": Columns(arguments.question, arguments.answer, arguments.image),
+        "fetcher": Fetcher(allow_private=arguments.fetch_private) if fetches else None,
+        "tell": print,
+        "look_only": arguments.dry_run,
+    }
 
 
 def _index(shards: list[Path]) -> None:
@@ -117,6 +147,11 @@ def _index(shards: list[Path]) -> None:
     from vlm_dist.data.storage import Storage
 
     index_folders([str(shard) for shard in shards], Storage())
+
+
+def _refuse(arguments: argparse.Namespace, *names: str) -> None:
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
+        raise DataError(f"{given[0]}: found with --format {arguments.format}; expected --format records, which reads it")
 
 
 def _check_positive(arguments: argparse.Namespace, *names: str) -> None:

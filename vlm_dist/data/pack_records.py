@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.config import DataConfig
-from vlm_dist.data.messages import TURNS, check_messages, messages_of
+from vlm_dist.data.fetch import Fetcher
+from vlm_dist.data.layouts import Columns, canonical
+from vlm_dist.data.messages import check_messages, read_messages
+from vlm_dist.data.pack_look import first_look
+from vlm_dist.data.pack_pictures import Pictures, read_picture, scaled
 from vlm_dist.data.pack_sources import open_source
-from vlm_dist.data.pictures import decode_picture, picture_extension
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
 
-PICTURE_KEYS = ("image", "images")
 LEFT_OUT = "left_out.jsonl"
 UNFINISHED = ".unfinished"  # folder in OUT while shards are being written
-MAX_PIXELS = DataConfig.model_fields["max_image_pixels"].default
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,8 @@ class PackedRecords:
     shards: list[Path]
     samples: int
     left_out: int
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """How pictures go into the shards; as they are, byte for byte, unless something is asked for."""
-
-    base: Path
-    """Where relative paths begin."""
-    max_side: int | None = None
-    """Larger pictures are made smaller until the longer side has so many pixels (Lanczos)."""
-    format: str | None = None
-    """jpg, png or webp: all are encoded anew."""
-    quality: int = 90
-    """Of what is encoded anew as jpg or webp."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was converted or dropped, see `pack_pictures.in_words`."""
 
 
 def pack_records(
@@ -67,9 +54,13 @@ def pack_records(
     reencode: str | None = None,
     quality: int = 90,
     processes: int | None = None,
+    columns: Columns | None = None,
+    fetcher: Fetcher | None = None,
+    tell: Callable[[str], None] | None = None,
+    look_only: bool = False,
 ) -> dict[str, PackedRecords]:
-    """Records with "messages", "conversations", "captions" or a caption -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`.
-    Pictures go in byte for byte, unless `max_side` or `reencode` is given. A record that training would refuse is left out, and named in
+    """Records in any layout of `layouts.LAYOUTS` -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`. Pictures go in byte for byte,
+    unless `max_side` or `reencode` is given or they are no JPEG, PNG or WebP. A record that training would refuse is left out, and named in
     OUT/left_out.jsonl. Shards are written by several processes, each renamed into place when whole; the same call continues after a
     crash.
 
@@ -79,18 +70,28 @@ def pack_records(
         heldout: about so many records are kept apart, drawn by `seed`; records of the same pictures stay together.
         limit: keep so many training records, drawn by `seed`.
         processes: None: one per CPU.
+        columns: which keys hold question, answer and picture; None: the layout is recognised.
+        fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
+        tell: takes the first look, in words.
+        look_only: after the first look nothing is packed.
 
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
     records = open_source(str(source), split)
+    look = first_look(str(source), records, columns)
+    if tell is not None:
+        tell("\n".join(look))
+    if look_only:
+        return {}
     path = Path(source)
     base = images or (path if path.is_dir() else path.parent)
-    pictures = Pictures(base, max_side, reencode, quality)
-    parts = _split(records, heldout, limit, seed)
+    pictures = Pictures(base, max_side, reencode, quality, fetcher)
+    parts = _split(records, heldout, limit, seed, columns)
     about = {
         "source": str(path.resolve() if path.exists() else source), "records": len(records), "samples_per_shard": samples_per_shard,
         "heldout": heldout, "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
+        "columns": str(columns or Columns()), "fetcher": str(fetcher),
     }  # fmt: skip
     unfinished = _begin(out, about)
     tasks = [
@@ -98,7 +99,7 @@ def pack_records(
         for part, numbers in parts.items()
         for number, start in enumerate(range(0, len(numbers), samples_per_shard))
     ]
-    _write_all(tasks, records, pictures, out, unfinished, processes)
+    _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
     return _finish(tasks, out, unfinished, len(records))
 
 
@@ -116,19 +117,27 @@ def _begin(out: Path, about: dict[str, Any]) -> Path:
     return unfinished
 
 
-def _write_all(
-    tasks: list[tuple[str, int, list[int]]], records: Sequence[Any], pictures: Pictures, out: Path, unfinished: Path, processes: int | None
-) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """What all shards have in common."""
+
+    pictures: Pictures
+    columns: Columns | None
+    out: Path
+    unfinished: Path
+
+
+def _write_all(tasks: list[tuple[str, int, list[int]]], records: Sequence[Any], job: _Job, processes: int | None) -> None:
     """Every shard that is not there yet, with a progress bar on a terminal."""
     from rich.progress import Progress
 
-    left = [task for task in tasks if not (unfinished / f"{_name(task)}.jsonl").exists()]
+    left = [task for task in tasks if not (job.unfinished / f"{_name(task)}.jsonl").exists()]
     workers = min(processes or os.cpu_count() or 1, len(left))
     with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
         shown = bar.add_task("shards", total=len(tasks), completed=len(tasks) - len(left))
         if workers <= 1:
             for task in left:
-                _write_one(task, [records[number] for number in task[2]], pictures, out, unfinished)
+                _write_one(task, [records[number] for number in task[2]], job)
                 bar.advance(shown)
             return
         whole = records if not isinstance(records, list) else None  # of a list each process gets only its part
@@ -136,7 +145,7 @@ def _write_all(
             futures = []
             for task in left:
                 part = None if whole is not None else [records[number] for number in task[2]]
-                futures.append(pool.submit(_write_one, task, part, pictures, out, unfinished))
+                futures.append(pool.submit(_write_one, task, part, job))
             for future in as_completed(futures):
                 future.result()
                 bar.advance(shown)
@@ -154,21 +163,23 @@ def _name(task: tuple[str, int, list[int]]) -> str:
     return f"{task[0]}-{task[1]:06d}"
 
 
-def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, pictures: Pictures, out: Path, unfinished: Path) -> None:
-    """One shard, and beside it what was left out of it. A shard all of whose records were left out is not written."""
+def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job: _Job) -> None:
+    """One shard, and beside it what was left out of it and what was converted. A shard without a record is not written."""
     part, _, numbers = task
     rows = records if records is not None else (_RECORDS[0][number] for number in numbers)
-    samples, problems = [], []
+    samples, problems, notes = [], [], Counter[str]()
     for number, record in zip(numbers, rows, strict=True):
+        here = Counter[str]()
         try:
-            samples.append({"__key__": f"{part}-{number:08d}", **_members(record, pictures)})
+            samples.append({"__key__": f"{part}-{number:08d}", **_members(record, job.pictures, job.columns, here)})
+            notes += here
         except BadSample as reason:
             problems.append({"record": number, "reason": str(reason)})
     if samples:
-        write_shard(out / f"{_name(task)}.tar", samples)
-    note = unfinished / f"{_name(task)}.jsonl"
+        write_shard(job.out / f"{_name(task)}.tar", samples)
+    note = job.unfinished / f"{_name(task)}.jsonl"
     partial = note.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems), encoding="utf-8")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in [dict(notes), *problems]), encoding="utf-8")
     partial.rename(note)
 
 
@@ -177,29 +188,32 @@ def _finish(tasks: list[tuple[str, int, list[int]]], out: Path, unfinished: Path
     problems: list[dict[str, Any]] = []
     made: dict[str, PackedRecords] = {}
     for task in tasks:
-        found = [json.loads(line) for line in (unfinished / f"{_name(task)}.jsonl").read_text(encoding="utf-8").splitlines()]
+        notes, *found = [json.loads(line) for line in (unfinished / f"{_name(task)}.jsonl").read_text(encoding="utf-8").splitlines()]
         shard = out / f"{_name(task)}.tar"
         before = made.get(task[0], PackedRecords([], 0, 0))
         kept = len(task[2]) - len(found)
-        made[task[0]] = PackedRecords([*before.shards, *([shard] if kept else [])], before.samples + kept, before.left_out + len(found))
+        shards = [*before.shards, *([shard] if kept else [])]
+        made[task[0]] = PackedRecords(shards, before.samples + kept, before.left_out + len(found), before.notes + Counter(notes))
         problems += found
     if problems:
         lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-        (out / LEFT_OUT).write_text(lines, encoding="utf-8")
+        (out / LEFT_OUT).write_text(lines, encoding="utf-8", errors="backslashreplace")
     shutil.rmtree(unfinished)
     if not any(packed.samples for packed in made.values()):
-        raise DataError(f"data pack: none of the {total:,} records can be used; the first: {problems[0]['reason']}")
+        reasons = list(dict.fromkeys(problem["reason"] for problem in problems))
+        others = f"; another: {reasons[1]}" if reasons[1:] else ""
+        raise DataError(f"data pack: none of the {total:,} records can be used; the first: {reasons[0]}{others}")
     return made
 
 
-def _split(records: Sequence[Any], heldout: int, limit: int | None, seed: int) -> dict[str, list[int]]:
+def _split(records: Sequence[Any], heldout: int, limit: int | None, seed: int, columns: Columns | None) -> dict[str, list[int]]:
     """Numbers of the records of each part."""
     if heldout >= len(records):
         raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
     rng = random.Random(seed)
     groups: dict[str, list[int]] = {}
     for number in range(len(records) if heldout else 0):
-        names = _picture_names(records[number]) if isinstance(records[number], dict) else []
+        names = _picture_names(records[number], columns)
         groups.setdefault("\n".join(map(_identity, names)) or f"\n{number}", []).append(number)
     apart: set[int] = set()
     for group in rng.sample(list(groups.values()), len(groups)):
@@ -212,14 +226,22 @@ def _split(records: Sequence[Any], heldout: int, limit: int | None, seed: int) -
     return {"train": train} | ({"heldout": sorted(apart)} if apart else {})
 
 
+def _picture_names(record: Any, columns: Columns | None) -> list[Any]:
+    try:
+        return [] if isinstance(record, BadSample) else canonical(record, columns)["images"]
+    except BadSample:  # which packing will name
+        return []
+
+
 def _identity(picture: Any) -> str:
     """What two records of one picture have in common."""
-    if isinstance(picture, dict) and picture.get("bytes"):
-        return hashlib.sha256(picture["bytes"]).hexdigest()
-    return str(picture)
+    data = picture.get("bytes") if isinstance(picture, dict) else picture
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(str(picture).encode("utf-8", "surrogatepass")).hexdigest() if len(str(picture)) > 500 else str(picture)
 
 
-def _members(record: Any, pictures_as: Pictures) -> dict[str, bytes]:
+def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes: Counter[str]) -> dict[str, bytes]:
     """The files of a sample.
 
     Raises:
@@ -227,63 +249,44 @@ def _members(record: Any, pictures_as: Pictures) -> dict[str, bytes]:
     """
     if isinstance(record, BadSample):
         raise record
-    if not isinstance(record, dict):
-        raise BadSample("the record is no object")
-    pictures = [_read_picture(pictures_as, name) for name in _picture_names(record)]
-    messages = messages_of(record)
-    if messages is None and not (pictures and (_is_text(record.get("caption")) or _are_texts(record.get("captions")))):
-        raise BadSample("no text: expected 'messages', 'conversations', or a picture with a caption")
-    kept = {key: value for key, value in record.items() if key not in (*PICTURE_KEYS, *TURNS)}
-    if messages is not None:
-        check_messages(messages, len(pictures))
-        kept["messages"] = messages
+    made = canonical(record, columns)
+    pictures = [read_picture(pictures_as, source, notes) for source in made.pop("images")]
+    if "messages" in made:
+        _check(made["messages"], len(pictures))
+    elif len(pictures) != 1:
+        raise BadSample(f"no text with turns, and {len(pictures)} pictures; expected one picture with its captions or objects")
+    if "objects" in made and len(pictures) == 1:
+        made["objects"] = scaled(made["objects"], pictures[0][2], notes)
+    if "messages" not in made and len(made.get("captions", ())) == 1:
+        made["caption"] = made.pop("captions")[0]
     several = len(pictures) > 1
-    files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data) in enumerate(pictures)}
-    return {**files, "json": json.dumps(kept, ensure_ascii=False, default=str).encode()}
+    files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
+    return {**files, "json": _as_json(made, notes)}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _check(messages: list[dict[str, Any]], num_pictures: int) -> None:
+    """As training will; what a tool says counts as asked, and a turn may only call."""
+    turns = [
+        {"role": "user" if turn["role"] == "tool" else turn["role"], "content": turn["content"] if turn["content"] is not None else ""}
+        for turn in messages
+    ]
+    check_messages(read_messages(turns), num_pictures)
 
 
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, list) and bool(values) and all(map(_is_text, values))
-
-
-def _picture_names(record: dict[str, Any]) -> list[Any]:
-    """What "image" or "images" names, or else the messages' own parts, in order."""
-    for key in PICTURE_KEYS:
-        if record.get(key):
-            return record[key] if isinstance(record[key], list) else [record[key]]
-    messages = record.get("messages")
-    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
-    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
-    return [part["image"] for part in parts if isinstance(part, dict) and part.get("type") == "image" and part.get("image")]
-
-
-def _read_picture(pictures: Pictures, name: Any) -> tuple[str, bytes]:
-    """(extension by the first bytes, bytes) of a file, or of a Parquet cell {"bytes", "path"}."""
-    from PIL import Image
-
-    base = pictures.base
-    name = {key: value for key, value in name.items() if value is not None} if isinstance(name, dict) else name
-    try:
-        if isinstance(name, dict):
-            data = name["bytes"] if name.get("bytes") else (base / name["path"]).read_bytes()
+def _as_json(made: dict[str, Any], notes: Counter[str]) -> bytes:
+    kept = {}
+    for key, value in made.items():
+        if isinstance(value, bytes | bytearray) or hasattr(value, "__array__") or (isinstance(value, dict) and _is_file(value)):
+            notes[f"key {key}"] += 1
         else:
-            data = (base / name).read_bytes()
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise BadSample(f"picture {str(name)[:200]!r} cannot be read below '{base}' ({type(error).__name__})") from None
-    shown = str(name.get("path") or "in the record") if isinstance(name, dict) else str(name)
-    kind = picture_extension(data)
-    if kind is None:
-        raise BadSample(f"picture {shown[:200]!r} is no JPEG, PNG or WebP file")
-    picture = decode_picture(data, shown[:200], MAX_PIXELS)
-    limit = pictures.max_side or max(picture.size)
-    if max(picture.size) <= limit and pictures.format is None:
-        return kind, data
-    if max(picture.size) > limit:
-        picture.thumbnail((limit, limit), Image.Resampling.LANCZOS)
-    kind, buffer = pictures.format or kind, io.BytesIO()
-    picture.save(buffer, FORMATS[kind], **({} if kind == "png" else {"quality": pictures.quality}))
-    return kind, buffer.getvalue()
+            kept[key] = value
+    try:
+        return json.dumps(kept, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError:
+        raise BadSample("its text has half of a surrogate pair, which is no character; mend or remove it") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"it cannot be written as JSON ({error})") from None
+
+
+def _is_file(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("bytes"), bytes)

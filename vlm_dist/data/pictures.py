@@ -6,6 +6,8 @@ scales colours of 16 bits; its own conversion would clip).
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import re
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ SIGNATURES = {
     b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<?xml": "XML",
     b"<!DOC": "a web page", b"<html": "a web page", b"PK\x03\x04": "a zip file", b"\x1f\x8b": "gzip",
 }  # fmt: skip
+PICTURE_STARTS = (b"GIF8", b"BM", b"II*\0", b"MM\0*")
+HEIC = "a HEIC or AVIF picture"
 Size = tuple[int, int]
 
 
@@ -43,7 +47,7 @@ def decode_picture(data: bytes, name: str, max_pixels: int, formats: tuple[str, 
     """
     from PIL import Image
 
-    with _as_bad_sample(name, data):
+    with _as_bad_sample(name, data, formats):
         picture = _open_picture(data, name, max_pixels, formats)
         orientation = picture.getexif().get(ORIENTATION, 1)
         if _is_plain_jpeg(picture):
@@ -111,12 +115,39 @@ def picture_extension(data: bytes) -> str | None:
     return "webp" if data[8:12] == b"WEBP" else None
 
 
+def is_picture(data: bytes) -> bool:
+    """Whether the first bytes are those of a picture that can be read, converted or at least named."""
+    return picture_extension(data) is not None or data.startswith(PICTURE_STARTS) or what_it_is(data) == HEIC
+
+
+def frames_of(data: bytes) -> int:
+    """Frames or pages; 1 where that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return getattr(picture, "n_frames", 1)
+    except Exception:  # whatever is wrong, decoding says it
+        return 1
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read here; HEIF too where pillow_heif is installed. Not those that run a program."""
+    from PIL import Image
+
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(name for name in Image.ID if name not in ("EPS", "WMF"))
+
+
 def what_it_is(data: bytes) -> str:
     """A file in words, by its first bytes: "a GIF"."""
     if not data:
         return "empty"
     if data[4:8] == b"ftyp":
-        return "a HEIC or AVIF picture" if data[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"msf1") else "a video"
+        return HEIC if data[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"avif", b"msf1") else "a video"
     return next((words for start, words in SIGNATURES.items() if data.startswith(start)), "no picture that is known here")
 
 
@@ -165,7 +196,7 @@ def _open_picture(data: bytes, name: str, max_pixels: int, formats: tuple[str, .
 
 
 @contextmanager
-def _as_bad_sample(name: str, data: bytes) -> Iterator[None]:
+def _as_bad_sample(name: str, data: bytes, formats: tuple[str, ...] | None = PICTURE_FORMATS) -> Iterator[None]:
     """Whatever a decoder raises on odd bytes is a fault of the sample."""
     from PIL import UnidentifiedImageError
 
@@ -174,7 +205,13 @@ def _as_bad_sample(name: str, data: bytes) -> Iterator[None]:
     except BadSample:
         raise
     except UnidentifiedImageError:
-        raise BadSample(f"{name}: {what_it_is(data)}; expected a JPEG, PNG or WebP file (`vlm-dist data pack` converts others)") from None
+        found = what_it_is(data)
+        advice = "expected a JPEG, PNG or WebP file (`vlm-dist data pack` converts others)"
+        if formats != PICTURE_FORMATS:
+            is_damaged = data.startswith(PICTURE_STARTS) or picture_extension(data) is not None
+            advice = "damaged or cut short" if is_damaged else "expected a picture that Pillow can read"
+            advice = "`pip install pillow-heif` makes it readable" if found == HEIC else advice
+        raise BadSample(f"{name}: {found}; {advice}") from None
     except MemoryError:
         raise BadSample(f"{name}: cannot be decoded (not enough memory)") from None
     except Exception as error:  # Pillow's plugins raise whatever they like: OSError, SyntaxError, struct.error, OverflowError, ...

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vlm_dist.config import DataConfig
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
+from vlm_dist.data.fetch import Fetcher
+from vlm_dist.data.layouts import canonical, layout_of
 from vlm_dist.data.messages import check_messages, read_messages
+from vlm_dist.data.picture_sources import name_of, read_source
+from vlm_dist.data.pictures import PICTURE_FORMATS, as_rgb, decode_picture, picture_extension, readable_formats
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.storage import Storage
 from vlm_dist.errors import BadSample, DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = DataConfig.model_fields["max_image_pixels"].default
+CAPTION_PROMPT = DataConfig.model_fields["caption_prompt"].default
 
 
 class VisionDataCollator:
@@ -21,8 +29,10 @@ class VisionDataCollator:
         collator = VisionDataCollator(model, processor)
         trainer = SFTTrainer(model=model, data_collator=collator, ...)
 
-    A picture in a message is `{"type": "image", "image": X}` with X a path, an http(s) address, bytes, a PIL picture, or the
-    {"bytes", "path"} of a datasets Image column; or it comes, in order, from the row's `images` / `image` column.
+    Rows in the other layouts that `vlm-dist data pack` reads (question and answer, captions, ...) are taken too. A picture in a message is
+    `{"type": "image", "image": X}` with X a path, an address (http(s), file:, data:), base64, bytes, a PIL picture, an array or tensor, or
+    the {"bytes", "path"} of a datasets Image column; or it comes, in order, from the row's `images` / `image` column. Pictures are decoded
+    as in training: upright, on white ground.
 
     Args:
         model: not used; taken because the collators that users know take it.
@@ -60,47 +70,47 @@ class VisionDataCollator:
 
 
 def as_sample(row: dict[str, Any]) -> Sample:
-    """A data set's row in the common form.
+    """A data set's row, in any layout that `vlm-dist data pack` reads, in the common form.
 
     Raises:
-        BadSample: no messages in it, or its pictures do not agree with them.
+        BadSample: no text in it, or its pictures do not agree with it.
     """
-    turns = _find_messages(row)
-    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
-    sources = [part["image"] for part in parts if part.get("type") == "image" and part.get("image") is not None]
-    if not sources:
-        column = row.get("images") or row.get("image") or []
-        sources = list(column) if isinstance(column, list | tuple) else [column]
+    made = _canonical(row)
+    sources = made.pop("images")
+    turns = made.pop("messages", None)
+    if turns is None:
+        if len(sources) != 1 or not made.get("captions"):
+            raise BadSample(f"no 'messages' in it; its columns are {', '.join(map(str, row))}")
+        turns = [{"role": "user", "content": f"<image>{CAPTION_PROMPT}"}, {"role": "assistant", "content": made["captions"][0]}]
     messages = read_messages(turns)
     check_messages(messages, len(sources))
-    return Sample("", "", messages, [_open(source) for source in sources])
+    return Sample("", "", messages, [_open(source) for source in sources], made)
 
 
-def _find_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    for value in (row, *row.values()):
-        if isinstance(value, dict) and isinstance(value.get("messages"), list):
-            return value["messages"]
-    raise BadSample(f"no 'messages' in it; its columns are {', '.join(row)}")
-
-
-def _open(source: Any) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(source, dict):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        source = _fetch(source)
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
+def _canonical(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's layout, or that of a column that holds messages."""
+    own = isinstance(row.get("messages"), list)
+    inside = next((value for value in row.values() if isinstance(value, dict) and isinstance(value.get("messages"), list)), None)
+    if inside is not None and not own:
+        return canonical({**{key: row[key] for key in ("images", "image") if key in row}, **inside})
     try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source if isinstance(source, io.BytesIO) else Path(source))
-        return picture.convert("RGB")
-    except (OSError, TypeError, UnidentifiedImageError) as error:
+        return canonical(row)
+    except BadSample as reason:
+        if layout_of(row) is not None:
+            raise
+        raise BadSample(f"no 'messages' in it; its columns are {', '.join(map(str, row))}; {reason}") from None
+
+
+def _open(source: Any) -> Image:
+    """A picture as training sees it: of bytes by the same decoder."""
+    try:
+        found = read_source(source, fetcher=Fetcher(allow_private=True))
+    except BadSample as reason:
+        raise BadSample(str(reason) if str(reason).startswith("a picture") else f"a picture cannot be read: {reason}") from None
+    if isinstance(found, bytes):
+        is_usual = picture_extension(found) is not None
+        return decode_picture(found, name_of(source), MAX_PIXELS, PICTURE_FORMATS if is_usual else readable_formats())
+    try:
+        return as_rgb(found)
+    except (OSError, ValueError, SyntaxError) as error:
         raise BadSample(f"a picture cannot be read: {error}") from None
-
-
-def _fetch(address: str) -> bytes:
-    try:
-        return Storage().read_whole(address)
-    except DataError as error:
-        raise BadSample(f"a picture cannot be fetched: {error}") from None

@@ -1,0 +1,207 @@
+"""Values as records have them -> texts, pictures, options of a question. No file is opened."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import warnings
+from typing import Any
+
+from vlm_dist.errors import BadSample
+
+PICTURE_KEYS = (
+    "images", "image", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "image_bytes",
+    "image_base64", "img", "imgs", "img_path", "picture", "pictures", "pixel_values", "jpg", "jpeg", "png", "webp",
+)  # fmt: skip
+FILE_KEYS = ("file_name", "filename", "image_name", "filepath", "file", "path", "url", "URL")  # a picture where no turn is there to say so
+NAMES_PICTURE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm|jfif)(?:\?.*)?$", re.IGNORECASE)
+NUMBERED = re.compile(r"(?:image|img|picture)_?(\d{1,3})")
+SOURCE_KEYS = ("bytes", "base64", "data", "path", "url", "image", "image_url", "img", "picture", "file_name", "src", "source")
+TEXT_KEYS = ("answer", "raw", "sent", "sentence", "caption", "text", "value", "label", "answer_text", "content")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def texts_of(value: Any, depth: int = 0) -> list[str]:
+    """The texts in a value: one text, a number, a list of them, objects such as VQA's {"answer": ...} or SQuAD's {"text": [...]}."""
+    if isinstance(value, str):
+        listed = _listed_texts(value)
+        return [text for text in listed if text.strip()] if listed is not None else [value.strip()] if value.strip() else []
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if isinstance(value, int | float):
+        return _number(value)
+    if depth > 4:
+        return []
+    if isinstance(value, dict):
+        key = next((key for key in TEXT_KEYS if value.get(key) is not None), None)
+        return texts_of(value[key], depth + 1) if key else []
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in texts_of(item, depth + 1)]
+    return []
+
+
+def _number(value: float) -> list[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        return []  # an empty cell of a table
+    try:
+        return [str(value)]
+    except ValueError:  # more digits than Python writes
+        return []
+
+
+def _listed_texts(text: str) -> list[str] | None:
+    """A table's cell `["14", "15"]` or `['14']`; None: it is no list of texts, but a text."""
+    text = text.strip()
+    if not (text.startswith(("['", '["')) and text.endswith(("']", '"]'))):
+        return None
+    found = parsed(text)
+    return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else None
+
+
+def parsed(text: str) -> Any:
+    """What a text says as JSON, or as Python's literal; None: neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of backslashes
+                return read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def is_present(value: Any) -> bool:
+    """Whether a record's value says something; safe for arrays and tensors."""
+    if value is None or isinstance(value, str | bytes | list | tuple | dict):
+        return bool(value)
+    return not (isinstance(value, float) and math.isnan(value))
+
+
+def source_of(value: Any, depth: int = 0) -> Any:
+    """The picture that an object names: {"url": ...}, {"base64": ...}, Anthropic's {"source": {"data": ...}}; None: none."""
+    if not isinstance(value, dict):
+        return value if is_present(value) else None
+    if value.get("bytes") is not None:
+        return value
+    if depth > 4:
+        return None
+    key = next((key for key in SOURCE_KEYS if is_present(value.get(key))), None)
+    if key is None:
+        return None
+    found = source_of(value[key], depth + 1)
+    is_encoded = key == "base64" or (key == "data" and (value.get("type") == "base64" or "media_type" in value or "mime_type" in value))
+    if is_encoded and isinstance(found, str) and not found.startswith("data:"):
+        return f"data:;base64,{found}"
+    return found
+
+
+def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -> tuple[list[Any], list[str]]:
+    """A record's pictures in order, and the keys that held them.
+
+    Args:
+        column: the key, where the user names it.
+        files: also from keys such as "file_name" and "url", which beside turns say something else: "any" text there, or "named": that
+            ends as pictures do.
+    """
+    if column is not None:
+        return _as_list(record.get(column)), [column]
+    own = [key for key in PICTURE_KEYS[:2] if key in record]
+    for key in PICTURE_KEYS:
+        if key in record and (found := _as_list(record[key])):
+            return found, [*own, key]
+    numbered = sorted((int(match[1]), key) for key in record if isinstance(key, str) and (match := NUMBERED.fullmatch(key)))
+    if found := [source for _, key in numbered for source in _as_list(record[key])]:
+        return found, [*own, *(key for _, key in numbered)]
+    if files and not own:
+        for key in FILE_KEYS:
+            value = record.get(key)
+            if isinstance(value, str) and value and (files == "any" or NAMES_PICTURE.search(value)):
+                return [value], []
+    return [], own
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        listed = parsed(value)
+        value = listed if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed) else value
+    if isinstance(value, list | tuple) and not _is_pixels(value):
+        sources = [source_of(item) for item in value]
+        return [source for source in sources if source is not None]
+    found = source_of(value)
+    return [] if found is None else [found]
+
+
+def _is_pixels(value: Any) -> bool:
+    """Rows of pixels, as a data set without an Image column gives them."""
+    row = value[0] if value else None
+    first = row[0] if isinstance(row, list) and row else None
+    return isinstance(first, list) or (isinstance(first, int | float) and not isinstance(first, bool))
+
+
+def question_with_options(record: dict[str, Any], question: str) -> tuple[str, list[str], list[str]]:
+    """(question with hint and lettered options, the options, the keys read)."""
+    lettered = [letter for letter in LETTERS[:10] if texts_of(record.get(letter))]
+    keys = lettered if len(lettered) > 1 and lettered[0] == "A" else []
+    options = [texts_of(record[letter])[0] for letter in keys]
+    if not keys:
+        key = next((key for key in ("options", "choices") if isinstance(record.get(key), str | list | tuple)), None)
+        value = parsed(record[key]) if key and isinstance(record[key], str) else record[key] if key else None
+        options = [text for item in value for text in texts_of(item)[:1]] if isinstance(value, list | tuple) else []
+        keys = [key] if key and len(options) > 1 else []
+    if not keys:
+        return question, [], []
+    hint = texts_of(record.get("hint"))
+    lines = [*hint[:1], question, *(f"{LETTERS[n % 26]}. {text}" for n, text in enumerate(options))]
+    return "\n".join(lines), options, [*keys, *(["hint"] if hint else [])]
+
+
+def letter_of(answer: Any, options: list[str]) -> Any:
+    """The option's letter where the answer is its number, from 0; everything else as it is."""
+    number = int(answer) if isinstance(answer, str) and re.fullmatch(r"\d{1,2}", answer) and answer not in options else answer
+    if options and isinstance(number, int) and not isinstance(number, bool) and 0 <= number < min(len(options), 26):
+        return LETTERS[number]
+    return answer
+
+
+def boxes_of(record: dict[str, Any], key: str, labels: list[str]) -> list[dict[str, Any]]:
+    """Boxes with words, as RefCOCO has them -> `[{"bbox": [x1, y1, x2, y2], "label"}]` in the picture's pixels: several expressions of one
+    box, or one of each. COCO's boxes are [x, y, width, height]; where the annotation as COCO wrote it stands beside (`raw_anns`), or a
+    key says so, they are corners.
+
+    Raises:
+        BadSample: a box is none, or their number is another than the labels'.
+    """
+    named = " ".join(str(record[name])[:20] for name in ("bbox_format", "bbox_mode", "box_format") if isinstance(record.get(name), str))
+    corners = "xyxy" in f"{key} {named}".lower() or (key == "bbox" and record.get("raw_anns") is not None)
+    boxes = record[key] if isinstance(record[key][0], list | tuple) else [record[key]]
+    labels = list(dict.fromkeys(labels)) if len(boxes) == 1 else labels
+    if len(boxes) not in (1, len(labels)):
+        raise BadSample(f"'{key}' has {len(boxes)} boxes for {len(labels)} texts; expected one for each")
+    read = [corners_of(box, is_xyxy=corners) for box in boxes]
+    return [{"bbox": box, "label": label} for box, label in zip(read * (len(labels) if len(read) == 1 else 1), labels, strict=True)]
+
+
+def corners_of(box: Any, *, is_xyxy: bool = False) -> list[float]:
+    """[x, y, width, height] -> [x1, y1, x2, y2].
+
+    Raises:
+        BadSample: it is no box.
+    """
+    is_box = isinstance(box, list | tuple) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+    if not is_box or not all(abs(side) < 1e9 for side in box):  # not for NaN and infinity either
+        raise BadSample(f"a box is {shown(box)}; expected four numbers: x, y, width, height")
+    x, y, width, height = box
+    corners = list(box) if is_xyxy else [x, y, x + width, y + height]
+    if corners[2] <= corners[0] or corners[3] <= corners[1]:
+        raise BadSample(f"a box is {shown(box)}, which is empty; expected {'x1, y1, x2, y2' if is_xyxy else 'x, y, width, height'}")
+    return [round(side, 2) for side in corners]
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """A value for a message: short, on one line."""
+    try:
+        text = repr(value) if not isinstance(value, str) else repr(value[: length + 1])
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= length else text[:length] + "..."

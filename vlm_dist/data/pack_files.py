@@ -1,0 +1,272 @@
+"""Files of records -> records: JSON and JSON lines told apart by content, tables, folders of pictures. A line that cannot be read becomes
+a BadSample with file and line; the rest goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from vlm_dist.data.layout_values import NAMES_PICTURE
+from vlm_dist.data.pack_containers import records_in
+from vlm_dist.errors import BadSample, DataError
+
+CAPTION_FILES = (".txt", ".caption", ".text", ".json")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.tsv")
+RECORD_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+TOKENS = re.compile(r"\ufeff?[^\t]+\.\w+#\d+\t")
+LONGEST_REFERENCE = 64  # characters; in VLMEvalKit's tables a picture of fewer is the index of another row
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """The records of a file; what it holds decides, not its name.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _binary(path) as file:
+        head = file.read(4096)
+    if head.startswith(b"\x80") and path.suffix.lower() in (".p", ".pkl", ".pickle"):
+        raise DataError(f"data pack: '{path}' is a pickle, which could run any program and is never opened; write it as JSON")
+    first = decoded(head, "ignore").lstrip()[:1]
+    is_table = path.suffix.lower() in (".csv", ".tsv") or (first not in ("{", "[", "") and path.suffix.lower() not in RECORD_FILES)
+    yield from read_table(path) if is_table else read_json(path)
+
+
+def decoded(data: bytes, errors: str = "strict") -> str:
+    """Text of UTF-8, or of UTF-16 or -32 with a byte order mark; without the mark."""
+    return data.decode(_encoding(data[:4]), errors)
+
+
+def _encoding(head: bytes) -> str:
+    return next((encoding for mark, encoding in MARKS if head.startswith(mark)), "utf-8")
+
+
+def _binary(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if is_packed else path.open("rb")  # type: ignore[return-value]
+
+
+def open_text(path: Path, newline: str | None = None) -> IO[str]:
+    """A text file, without its byte order mark; what is no UTF-8 becomes lone surrogates, which `NOT_UTF8` finds."""
+    with _binary(path) as file:
+        encoding = _encoding(file.read(4))
+    return io.TextIOWrapper(_binary(path), encoding, "surrogateescape", newline=newline)
+
+
+def read_json(path: Path) -> Iterator[Any]:
+    """A JSON document, or one a line: lines where the first is whole by itself and others follow."""
+    with open_text(path) as file:
+        filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        first, second = next(filled, None), next(filled, None)
+    if first is None:
+        return
+    is_lines = second is not None and (_is_whole(first[1]) or _is_whole(second[1]))
+    if not is_lines and second is not None and path.suffix.lower() in (".jsonl", ".ndjson") and first[1].strip()[0] not in "[{":
+        is_lines = True
+    if is_lines:
+        yield from _read_lines(path)
+        return
+    with open_text(path) as file:
+        text = file.read()
+    if found := NOT_UTF8.search(text):
+        raise DataError(f"data pack: '{path}' cannot be read: byte {_place(text, found)} is no UTF-8; save it as UTF-8")
+    value = json.loads(text)
+    is_line = not isinstance(value, dict | list) and path.suffix.lower() in (".jsonl", ".ndjson")
+    yield from [value] if is_line else records_in(value, path)
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _place(text: str, found: re.Match[str]) -> str:
+    return f"{found.start():,} ({found[0].encode('utf-8', 'surrogateescape')[0]:#04x})"
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                if found := NOT_UTF8.search(line):
+                    raise BadSample(f"byte {_place(line, found)} of it is no UTF-8")
+                value = json.loads(line)
+            except (ValueError, RecursionError, BadSample) as error:
+                yield BadSample(f"'{path.name}' line {number}: {error}")
+                continue
+            yield from records_in(value, path) if isinstance(value, list) else [value]
+
+
+def read_table(path: Path) -> Iterator[Any]:
+    """Rows of CSV or TSV, by the names in its first line; of cells as large as pictures in base64."""
+    csv.field_size_limit(2**31 - 1)
+    with open_text(path, newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        if TOKENS.match(header):
+            yield from _read_tokens(file)
+            return
+        delimiter = max("\t,;|", key=header.count) if path.suffix.lower() != ".tsv" else "\t"
+        rows = csv.DictReader(_without_mark(file), delimiter=delimiter, skipinitialspace=True)
+        names = [name.strip() for name in rows.fieldnames or []]
+        rows.fieldnames = names
+        is_flickr = {"image_name", "comment"} <= set(names)
+        yield from _grouped(_rows(rows, path, names)) if is_flickr else _rows(rows, path, names)
+
+
+def _rows(rows: csv.DictReader, path: Path, names: list[str]) -> Iterator[Any]:
+    seen: dict[str, str] = {}
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield BadSample(f"'{path.name}' line {rows.line_num}: {error}")
+            continue
+        if row is None:
+            return
+        yield _row(row, f"'{path.name}' line {rows.line_num}", names, seen)
+
+
+def _read_tokens(file: IO[str]) -> Iterator[Any]:
+    """Flickr8k's and Flickr30k's own: `NAME.jpg#0<TAB>caption`."""
+    lines = (line.lstrip("\ufeff").rstrip("\r\n").partition("\t") for line in file if line.strip())
+    yield from _grouped({"image_name": name.partition("#")[0], "comment": caption} for name, _, caption in lines)
+
+
+def _grouped(rows: Iterable[Any]) -> Iterator[Any]:
+    """The captions of a picture, a row each -> one record."""
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        if isinstance(row, dict) and row.get("image_name") and row.get("comment"):
+            captions.setdefault(row["image_name"], []).append(row["comment"].strip())
+        elif isinstance(row, BadSample):
+            yield row
+    yield from ({"image": name, "captions": texts} for name, texts in captions.items())
+
+
+def _without_mark(file: IO[str]) -> Iterator[str]:
+    for number, line in enumerate(file):
+        yield line.lstrip("\ufeff") if not number else line
+
+
+def _row(row: dict[Any, Any], where: str, names: list[str], seen: dict[str, str]) -> Any:
+    if None in row:
+        return BadSample(f"{where}: {len(names) + len(row[None])} cells; expected {len(names)}: {', '.join(names)}")
+    if any(isinstance(cell, str) and NOT_UTF8.search(cell) for cell in row.values()):
+        return BadSample(f"{where}: it is no UTF-8; save the table as UTF-8")
+    found = {name: cell for name, cell in row.items() if cell not in (None, "") and name}
+    picture = found.get("image")
+    if picture and "index" in found:
+        if len(picture) > LONGEST_REFERENCE:
+            seen[found["index"]] = picture
+        elif picture in seen:
+            found["image"] = seen[picture]
+    return found
+
+
+def read_folder(folder: Path, split: str | None) -> Iterator[Any]:
+    """Captions of a folder of pictures: in a table, in files beside the pictures, or by the names of its subfolders.
+
+    Raises:
+        DataError: no picture and no file of records lies there.
+    """
+    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if metadata is not None:
+        yield from _read_metadata(metadata, folder)
+        return
+    tables = {path.parent.name: path for name in METADATA for path in sorted(folder.glob(f"*/{name}"))}
+    if tables:
+        yield from _read_metadata(tables[_choose(folder, sorted(tables), split)], folder)
+        return
+    pictures = sorted(path for path in folder.rglob("*") if NAMES_PICTURE.search(path.name) and path.is_file())
+    beside = {path for path in folder.rglob("*") if path.suffix.lower() in CAPTION_FILES}
+    captioned = {path: text for path in pictures if (text := _caption_file(path, beside)) is not None}
+    if not captioned:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in RECORD_FILES)
+        if len(files) == 1:
+            yield from read_records(files[0])
+            return
+        if files:
+            raise DataError(
+                f"data pack: '{folder}' holds {', '.join(path.name for path in files[:6])}; give one of them, or 'FOLDER/*.json'"
+            )
+        if pictures and all(path.parent != folder for path in pictures):
+            yield from _by_class(folder, pictures, split)
+            return
+    for picture in pictures:
+        yield _captioned(picture, captioned.get(picture), folder)
+
+
+def _caption_file(picture: Path, beside: set[Path]) -> Path | None:
+    return next((path for suffix in CAPTION_FILES if (path := picture.with_suffix(suffix)) in beside), None)
+
+
+def _captioned(picture: Path, text: Path | None, folder: Path) -> Any:
+    name = str(picture.relative_to(folder))
+    if text is None:
+        return BadSample(f"picture '{name}' has no text beside it; expected '{picture.with_suffix('.txt').name}'")
+    try:
+        words = decoded(text.read_bytes())
+        value = json.loads(words) if text.suffix.lower() == ".json" else {"caption": words.strip()}
+    except (OSError, ValueError, RecursionError) as error:
+        return BadSample(f"'{text.name}' cannot be read: {error}")
+    if isinstance(value, list):
+        value = {"captions": value} if all(isinstance(item, str) for item in value) else {"messages": value}
+    if not isinstance(value, dict):
+        return BadSample(f"'{text.name}' holds {type(value).__name__}; expected an object")
+    return {**{key: item for key, item in value.items() if key not in ("image", "images")}, "image": str(picture.relative_to(folder))}
+
+
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+
+
+def _by_class(folder: Path, pictures: list[Path], split: str | None) -> Iterator[Any]:
+    """Pictures in folders whose names say what they show; below train/ and its like only one of those."""
+    tops = sorted({path.relative_to(folder).parts[0] for path in pictures})
+    if all(top.lower() in SPLITS for top in tops):
+        chosen = _choose(folder, tops, split)
+        pictures = [path for path in pictures if path.relative_to(folder).parts[0] == chosen and len(path.relative_to(folder).parts) > 2]
+    for path in pictures:
+        yield {"image": str(path.relative_to(folder)), "label": path.parent.name}
+
+
+def _choose(folder: Path, names: list[str], split: str | None) -> str:
+    chosen = split or ("train" if "train" in names else names[0])
+    if chosen not in names:
+        raise DataError(f"data pack: '{folder}' has no split '{chosen}'; it has {', '.join(names)}")
+    return chosen
+
+
+def _read_metadata(path: Path, folder: Path) -> Iterator[Any]:
+    """The table that Hugging Face's imagefolder reads."""
+    for row in read_records(path):
+        if isinstance(row, BadSample):
+            yield row
+        elif not isinstance(row, dict) or not any(isinstance(row.get(key), str | list) for key in ("file_name", "file_names")):
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else row
+            yield BadSample(f"{path}: expected file_name and text (or caption), found {found}")
+        else:
+            names = row.get("file_name") or row["file_names"]
+            rest = {key: value for key, value in row.items() if key not in ("file_name", "file_names")}
+            inside = path.parent.relative_to(folder)
+            yield {**rest, "images": [str(inside / str(name)) for name in (names if isinstance(names, list) else [names])]}

@@ -1,0 +1,134 @@
+"""Tables that are not held in memory: Parquet, and data sets of Hugging Face's library."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.errors import DataError
+
+NEEDS_DATASETS = "needs `pip install 'vlm_dist[datasets]'`"
+SHARD = re.compile(r"(?P<split>[A-Za-z]\w*?)-\d+-of-\d+.*\.parquet$|(?P<name>train|validation|val|test|dev)\b.*\.parquet$")
+
+
+class ParquetRecords(Sequence):
+    """Rows of Parquet files; one group of rows in memory at a time. Pictures stay as they were stored, classes get their names."""
+
+    def __init__(self, paths: list[str]):
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise DataError(f"data pack: reading Parquet {NEEDS_DATASETS}") from None
+        self.paths = paths
+        self._held: tuple[int, Any] = (-1, None)
+        files = [parquet.ParquetFile(path) for path in paths]
+        groups = [(path, group, file.metadata.row_group(group).num_rows) for path, file in zip(paths, files, strict=True)
+                  for group in range(file.metadata.num_row_groups)]  # fmt: skip
+        self._groups = [(path, group) for path, group, _ in groups]
+        self._ends = list(itertools.accumulate(rows for _, _, rows in groups))
+        self._classes = _class_names(files[0].schema_arrow.metadata)
+        self.about = f"Parquet, {len(paths)} files: {Path(paths[0]).name} ..." if len(paths) > 1 else Path(paths[0]).name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        group = bisect.bisect_right(self._ends, number)
+        if self._held[0] != group:
+            from pyarrow import parquet
+
+            path, inside = self._groups[group]
+            self._held = (group, parquet.ParquetFile(path).read_row_group(inside))
+        start = self._ends[group - 1] if group else 0
+        row = self._held[1].slice(number - start, 1).to_pylist()[0]
+        return _named(row, self._classes)
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Names of the classes by column, as Hugging Face's library notes them in the file."""
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"}
+    except (ValueError, AttributeError, KeyError):
+        return {}
+
+
+def _named(row: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:
+    for column, names in classes.items():
+        number = row.get(column)
+        if isinstance(number, int) and 0 <= number < len(names):
+            row[column] = names[number]
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def choose_split(paths: list[Path], split: str | None, source: str) -> list[Path]:
+    """The Parquet files of one split, where their names tell several (train-00000-of-00002.parquet).
+
+    Raises:
+        DataError: there is no such split.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        match = SHARD.match(path.name)
+        found.setdefault((match["split"] or match["name"]) if match else "", []).append(path)
+    if len(found) == 1 and (split is None or "" in found):
+        return paths
+    chosen = split or ("train" if "train" in found else None)
+    if chosen not in found:
+        names = ", ".join(sorted(name or "files without a split in their names" for name in found))
+        raise DataError(
+            f"data pack: '{source}' has {'no split ' + repr(split) if split else 'several splits'}; it has {names}; name one: --split"
+        )
+    return found[chosen]
+
+
+class HubRecords(Sequence):
+    """Rows of a Hugging Face data set; pictures stay as they were stored, classes get their names."""
+
+    def __init__(self, source: str, split: str | None):
+        try:
+            import datasets
+        except ImportError:
+            raise DataError(f"data pack: '{source}' is no file or folder here; a data set of the hub {NEEDS_DATASETS}") from None
+
+        is_saved = Path(source).exists()
+        try:
+            found = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"data pack: '{source}' is no file or folder here, and no data set that can be loaded ({str(error).splitlines()[0][:200]})"
+            ) from None
+        self.about = "a Hugging Face data set"
+        if isinstance(found, datasets.DatasetDict):
+            names = [str(name) for name in found]
+            split = split or ("train" if "train" in names else names[0])
+            if split not in names:
+                raise DataError(f"data pack: '{source}' has no split '{split}'; it has {', '.join(names)}")
+            found = found[split]
+            self.about += f", split {split} of {', '.join(names)}"
+        for name, kind in found.features.items():
+            if isinstance(kind, datasets.Image):
+                found = found.cast_column(name, datasets.Image(decode=False))
+            elif isinstance(getattr(kind, "feature", None), datasets.Image):
+                found = found.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        self._classes = {name: kind.names for name, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)}
+        self._rows = found
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        return _named(dict(self._rows[number]), self._classes)
