@@ -8,7 +8,6 @@ from typing import Any
 
 from vlm_dist.errors import BadSample
 
-TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # key of a list of turns: a turn's own keys
 ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
     "chatbot": "assistant", "system": "system", "tool": "tool",
@@ -20,12 +19,6 @@ WEIGHTS = ("weight", "loss", "train")
 LARGEST_WEIGHT = 1000.0
 PICTURE_PARTS = ("image", "image_url", "input_image")
 TEXT_PARTS = ("text", "input_text", "output_text")
-
-
-def messages_of(record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """What a record's turns say, as `read_messages`; None: it has none."""
-    key = next((key for key in TURNS if record.get(key) is not None), None)
-    return None if key is None else read_messages(record[key])
 
 
 def read_messages(turns: Any) -> list[dict[str, Any]]:

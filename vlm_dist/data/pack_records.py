@@ -61,8 +61,7 @@ def pack_records(
 ) -> dict[str, PackedRecords]:
     """Records in any layout of `layouts.LAYOUTS` -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`. Pictures go in byte for byte,
     unless `max_side` or `reencode` is given or they are no JPEG, PNG or WebP. A record that training would refuse is left out, and named in
-    OUT/left_out.jsonl. Shards are written by several processes, each renamed into place when whole; the same call continues after a
-    crash.
+    OUT/left_out.jsonl. Several processes write shards, each renamed into place when whole; the same call continues after a crash.
 
     Args:
         source: see `open_source`.

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vlm_dist.data.messages import TURNS, check_messages, messages_of, text_of, unread_keys
+from vlm_dist.data.layouts import canonical
+from vlm_dist.data.messages import check_messages, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_size
 from vlm_dist.data.tally import Note
 from vlm_dist.errors import BadSample
@@ -22,8 +23,8 @@ PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
 TEXT_MEMBERS = ("txt", "text", "caption")
 METADATA = {
     "answer", "answers", "caption", "captions", "category", "dataset", "error_message", "exif", "file_name", "height", "id", "image",
-    "image_id", "images", "key", "kind", "license", "objects", "original_height", "original_width", "question_id", "sha256", "source",
-    "split", "status", "task", "tools", "url", "width",
+    "image_id", "images", "key", "kind", "license", "messages", "objects", "original_height", "original_width", "question_id", "sha256",
+    "source", "split", "status", "task", "tools", "url", "width",
 }  # fmt: skip
 """Keys of KEY.json that are read elsewhere, or tell where a sample comes from and cannot change what it teaches."""
 
@@ -68,13 +69,13 @@ def parse_sample(
     Raises:
         BadSample: text or picture is missing or unreadable, or their numbers do not agree.
     """
-    record = open_record(raw)
+    record = _canonical(raw)
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
     check_messages(messages, len(members), _found(raw))
     decode = decode_pixels if as_pixels else decode_picture
     images = [decode(raw[member], member, max_image_pixels) for member in members]
-    meta = {key: value for key, value in record.items() if key not in TURNS}
+    meta = {key: value for key, value in record.items() if key not in ("messages", "images")}
     return Sample(str(raw["__key__"]), raw.get("__url__", ""), messages, images, meta, _tools(record), _notes(raw, record))
 
 
@@ -84,7 +85,7 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
     Raises:
         BadSample: as `parse_sample`, but for damage inside a picture.
     """
-    record = open_record(raw)
+    record = _canonical(raw)
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
     check_messages(messages, len(members), _found(raw))
@@ -114,23 +115,34 @@ def picture_members(raw: dict[str, Any]) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
+def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
+    """The JSON in the one form of records (layouts.py); as it is beside a text of its own."""
+    record = open_record(raw)
+    if not record or ("messages" not in record and "conversations" not in record and any(name in raw for name in TEXT_MEMBERS)):
+        return record
+    try:
+        return canonical(record)
+    except BadSample as reason:
+        raise BadSample(f"json: {reason}{_found(raw)}") from None
+
+
 def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, draw: str | None) -> list[dict]:
-    if (messages := messages_of(record)) is not None:
-        return messages
-    caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw, record)
+    if record.get("messages") is not None:
+        return read_messages(record["messages"])
+    caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw)
     return [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": caption}]},
     ]
 
 
-def _caption(raw: dict[str, Any], record: dict[str, Any]) -> str:
+def _caption(raw: dict[str, Any]) -> str:
     member = next((name for name in TEXT_MEMBERS if name in raw), None)
     try:
-        caption = raw[member].decode("utf-8-sig") if member else record.get("caption")
+        caption = raw[member].decode("utf-8-sig") if member else ""
     except UnicodeDecodeError as error:
         raise BadSample(f"{member}: {error}") from None
-    if not isinstance(caption, str) or not caption.strip():
+    if not caption.strip():
         expected = "json with 'messages', 'conversations' or 'captions', or txt with a caption"
         raise BadSample(f"no text: expected {expected}{_found(raw)}")
     return text_of(caption.strip())
@@ -168,6 +180,5 @@ def _notes(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     """Members, keys, and keys of turns that nothing reads."""
     members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
     notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name)}
-    notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in METADATA and key not in TURNS and value is not None}
-    turns = next((record[key] for key in TURNS if record.get(key) is not None), [])
-    return notes | {("turn key", key) for key in unread_keys(turns)}
+    notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in METADATA and value is not None}
+    return notes | {("turn key", key) for key in unread_keys(record.get("messages") or ())}
