@@ -63,6 +63,12 @@ class DataConfig(Section):
     """With packing: most vision patches of a row that holds several samples."""
     on_too_long: Literal["refuse", "truncate"] = "refuse"
     """A longer sample is refused (counted, named in quarantine.jsonl) or its text is cut at the end. Image tokens are never cut."""
+    train_on: Literal["all", "last"] = "all"
+    """Learn from every assistant turn, or from the last one only. A turn's own `weight`, `loss` or `train` counts besides."""
+    keep_tokens: list[str] = []
+    """Special tokens of turns and pictures that stay what they are where a text writes them; else they become plain text."""
+    split_tokens: list[str] = []
+    """Further special tokens (of boxes, thoughts, tools, ...) to make plain text of; else they stay what they are."""
     caption_prompt: str = "Describe the picture."
     """The question put before a sample that has only a caption (KEY.txt)."""
     shuffle_window: PositiveInt = 2000

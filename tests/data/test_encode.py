@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from vlm_dist.data.collate import collate
-from vlm_dist.data.encode import IGNORED, WORD_JOINER, Encoder, _supervised, is_per_token
+from vlm_dist.data.control_tokens import WORD_JOINER
+from vlm_dist.data.encode import IGNORED, Encoder, count_labels, is_per_token
+from vlm_dist.data.labels import in_spans
 from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.samples import Sample
-from vlm_dist.errors import BadSample
+from vlm_dist.errors import BadSample, ConfigError
 
 USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the triangle?"}]}
 MORE = {"role": "user", "content": [{"type": "text", "text": "Where is the cross?"}]}
@@ -111,7 +113,8 @@ def test_text_is_counted_as_it_is_encoded(encoder):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(encoder):
-    encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} {{ m.content[-1].text }}{% endfor %}"
+    said = "{{ m.content[-1].text | upper if m.role == 'assistant' else m.content[-1].text }}"
+    encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} " + said + "{% endfor %}"
     with pytest.raises(BadSample, match="rewrites earlier turns, so turn 1 cannot be located"):
         encoder.encode(sample(MORE, assistant("red"), images=0))
 
@@ -197,7 +200,8 @@ def test_control_tokens_in_text_stay_text(encoder):
         return torch.isin(encoder.encode(sample(message, assistant("red"))).inputs["input_ids"], special).sum()
 
     assert count(attack) == count(innocent)
-    (message,) = encoder._plain_text([attack])
+    ((message,), notes) = encoder._plain_text([attack])
+    assert {kind for kind, _ in notes} == {"split"}
     assert message["content"][0] == attack["content"][0]
     assert message["content"][1]["text"].replace(WORD_JOINER, "") == attack["content"][1]["text"]
 
@@ -226,8 +230,8 @@ def test_spans_move_past_the_pictures_before_them():
     """Rendered "<i>ab<i>c": each placeholder becomes 5 characters, of one token each; "ab" and "c" are spoken."""
     offsets = torch.tensor([[n, n + 1] for n in range(13)])
     replacements = [{"span": (0, 3), "new_span": (0, 5)}, {"span": (5, 8), "new_span": (7, 12)}]
-    assert _supervised(offsets, replacements, [(3, 5), (8, 9)]).nonzero().flatten().tolist() == [5, 6, 12]
-    assert _supervised(offsets, [], [(3, 5)]).nonzero().flatten().tolist() == [3, 4]
+    assert in_spans(offsets, replacements, [(3, 5), (8, 9)]).nonzero().flatten().tolist() == [5, 6, 12]
+    assert in_spans(offsets, [], [(3, 5)]).nonzero().flatten().tolist() == [3, 4]
 
 
 def test_what_has_values_a_token():
@@ -236,3 +240,89 @@ def test_what_has_values_a_token():
     assert not any(is_per_token(torch.zeros(shape), 7) for shape in good)
     for shape in [(7,), (2, 7), (1, 6), (1, 7, 2), (1, 7, 2, 4, 3), (1, 6, 2, 4)]:
         assert not is_per_token(torch.zeros(shape, dtype=torch.long), 7), shape
+
+
+def turn(text, **more):
+    return {**assistant(text), **more}
+
+
+def test_turns_count_by_their_weight(encoder):
+    """0: not at all; else in labels and in weights."""
+    plain = encoder.encode(sample(USER, assistant("red"), MORE, assistant("top left")))
+    off = encoder.encode(sample(USER, turn("red", weight=0.0), MORE, assistant("top left")))
+    assert torch.equal(off.inputs["input_ids"], plain.inputs["input_ids"]) and "weights" not in off.inputs
+    assert supervised(encoder, off).strip() == f"top left{end(encoder)}" and ("turn", "weight 0") in off.notes
+    half = encoder.encode(sample(USER, turn("red", weight=0.25), MORE, assistant("top left")))
+    assert torch.equal(half.labels, plain.labels)
+    counted = int((plain.labels[:, 1:] != IGNORED).sum())
+    second = int((off.labels[:, 1:] != IGNORED).sum())
+    assert count_labels(plain) == counted and count_labels(half) == pytest.approx(second + 0.25 * (counted - second))
+    with pytest.raises(BadSample, match="no supervised token"):
+        encoder.encode(sample(USER, turn("red", weight=0.0)))
+
+
+def test_the_last_turn_only(encoder):
+    encoder.train_on = "last"
+    encoded = encoder.encode(sample(USER, assistant("red"), MORE, assistant("top left")))
+    assert supervised(encoder, encoded).strip() == f"top left{end(encoder)}"
+    assert ("turn", "all but the last (data.train_on: last)") in encoded.notes
+
+
+def test_a_picture_in_an_answer_is_never_a_label(encoder):
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Zoom: "}, {"type": "image"}, {"type": "text", "text": " red"}]}
+    try:
+        encoded = encoder.encode(sample(USER, answer, images=2))
+    except BadSample as reason:
+        assert "the chat template leaves out" in str(reason)
+        return
+    assert not (encoded.labels[0, encoded.picture] != IGNORED).any()
+    said = supervised(encoder, encoded)
+    assert "Zoom:" in said and "red" in said and not any(token in said for token in encoder._tokens.pictures)
+
+
+def test_special_tokens_that_are_data_are_kept(checkpoint):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint("qwen2_vl"))
+    tokens = ["<|object_ref_start|>", "<|box_start|>", "<loc12>", "<tool_call>"]
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    text = "<|object_ref_start|>box<|box_start|>(1,2)<loc12> <tool_call> <|im_end|> <|image_pad|>"
+    encoder = Encoder(processor, 512)
+    encoded = encoder.encode(sample(USER, assistant(text)))
+    kept = encoded.labels[0].tolist()
+    assert all(kept.count(processor.tokenizer.convert_tokens_to_ids(token)) == 1 for token in tokens)
+    assert kept.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1  # the turn's own
+    notes = {("kept", "<|object_ref_start|>"), ("kept", "<loc#>"), ("split", "<|im_end|>"), ("split", "<|image_pad|>")}
+    assert notes <= encoded.notes
+    split = Encoder(processor, 512, split_tokens=["<|box_start|>"]).encode(sample(USER, assistant(text)))
+    assert processor.tokenizer.convert_tokens_to_ids("<|box_start|>") not in split.labels[0]
+    loose = Encoder(processor, 512, keep_tokens=["<|im_end|>"]).encode(sample(USER, assistant(text)))
+    assert loose.labels[0].tolist().count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    with pytest.raises(ConfigError, match=r"data\.keep_tokens: '<nothing>' is no special token of this model"):
+        Encoder(processor, 512, keep_tokens=["<nothing>"])
+
+
+@pytest.mark.parametrize("fault", ["template", "processor"])
+def test_whatever_is_raised_is_a_bad_sample(encoder, fault, monkeypatch):
+    if fault == "template":
+        encoder.processor.chat_template = "{{ messages[7].role }}{{ raise_exception('Only odd things') }}"
+        with pytest.raises(BadSample, match="chat template: "):
+            encoder.encode(sample(USER, assistant("red")))
+    else:
+        with pytest.raises(BadSample, match="processor: "):
+            encoder.encode(sample(USER, assistant("red"), images=0))
+
+
+def test_runs_of_picture_tokens_are_tokenised_as_one_by_one(encoder):
+    """The same tensors, offsets and places as the processor gives by itself, for pictures of several sizes in several turns."""
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in ((40, 30), (300, 200), (64, 64))]
+    several = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " and  "}, {"type": "image"}]}
+    for messages, images in (([USER, assistant("red"), several], pictures), ([MORE], []), ([USER], pictures[1:2])):
+        text = encoder._render(messages)
+        quick = encoder._process(text, images)
+        encoder._quick = encoder.processor
+        plain = encoder._process(text, images)
+        encoder._quick = Encoder(encoder.processor, 512)._quick
+        assert quick[0].keys() == plain[0].keys() and quick[3] == plain[3]
+        assert all(torch.equal(quick[0][name], plain[0][name]) and quick[0][name].dtype == plain[0][name].dtype for name in plain[0])
+        assert torch.equal(quick[1], plain[1]) and torch.equal(quick[2], plain[2])

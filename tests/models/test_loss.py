@@ -7,7 +7,7 @@ import torch
 
 from vlm_dist.config import OptimConfig
 from vlm_dist.families import FAMILIES
-from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.loss import WEIGHT_UNIT, summed_loss
 from vlm_dist.training.optim import build_optimizer, learning_rate
 
 
@@ -109,3 +109,30 @@ def test_optimizer_steps_and_spares_vectors_from_decay(name):
     optimizer.step()
     torch.testing.assert_close(model.head.bias.detach(), before)
     torch.testing.assert_close(model.head.weight.detach(), weight * (1 - 0.1 * 0.5))
+
+
+def test_turns_count_by_their_weight():
+    """The sum over the tokens, each times its weight; of a mixture for each data set; the same where the model sums by itself."""
+    torch.manual_seed(0)
+    model, data = Model(), batch()
+    weights = torch.tensor([[1.0] * 7, [0.25] * 7, [1.0, 1.0, 1.0, 2.5, 2.5, 2.5, 2.5]])
+    data["weights"] = ((weights - 1) * WEIGHT_UNIT).long()
+    logits = model(data["input_ids"], torch.arange(7), False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), data["labels"][:, 1:], ignore_index=-100, reduction="none")
+    by_row = (losses * weights[:, 1:]).sum(1)
+    torch.testing.assert_close(summed_loss(model, data), by_row.sum())
+    mixture = {**data, "datasets": torch.tensor([[0] * 7, [1] * 7, [1] * 7]), "num_datasets": torch.tensor(2)}
+    torch.testing.assert_close(summed_loss(model, mixture), torch.stack([by_row[0], by_row[1:].sum()]))
+
+    class Summing(Model):
+        gives_summed_loss = True
+
+        def forward(self, input_ids, loss_labels, use_cache):
+            flat = loss_labels.view(-1, *input_ids.shape)
+            each = [
+                torch.nn.functional.cross_entropy(logits.transpose(1, 2), one[:, 1:], ignore_index=-100, reduction="sum") for one in flat
+            ]
+            return type("Output", (), {"loss": torch.stack(each)})
+
+    torch.testing.assert_close(summed_loss(Summing(), data), by_row.sum())
+    torch.testing.assert_close(summed_loss(Summing(), mixture), torch.stack([by_row[0], by_row[1:].sum()]))

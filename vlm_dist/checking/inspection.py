@@ -37,8 +37,8 @@ def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, 
 
     Returns:
         `rows` (each a list of samples with `key`, `tokens`, `segments`, `pictures`, `flags`, ...), `refused` (samples that training
-        leaves out, with the reason), `lengths` of up to 300 samples, `flow` (what comes out of each part of the model for the first
-        sample), and `flags`: what is wrong with many.
+        leaves out, with the reason), `notes` (what nothing reads, is changed or left out: kind, name, samples), `lengths` of up to 300
+        samples, `flow` (what comes out of each part of the model for the first sample), and `flags`: what is wrong with many.
 
     Raises:
         DataError, ModelError: as training would.
@@ -60,7 +60,7 @@ def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, 
     found = {
         "name": config.name, "model": config.model.name or "from scratch", "max_seq_length": config.data.max_seq_length,
         "packing": stream.pack, "rows": rows, "refused": [*refused, *lengths.pop("refused")], "lengths": lengths,
-        "flow": flow,
+        "flow": flow, "notes": stream.encoder.tally.to_dict(),
     }  # fmt: skip
     return found | {"flags": _flags(found)}
 

@@ -13,6 +13,7 @@ from vlm_dist.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from vlm_dist.data.verify import Findings, Twin
 
+MOSTLY = 0.5  # share of one answer from which on it is told
 SHOWN = 20  # rows of a table; --json has all
 
 
@@ -23,7 +24,13 @@ def add_verify(kinds: Any) -> None:
         "Read every sample: what is unusable and where, duplicates, and held-out pictures that are trained on.",
         "vlm-dist data verify 'data/synthetic/qa-train-*.tar' --heldout 'data/synthetic/qa-heldout-*.tar'",
     )
-    parser.add_argument("source", nargs="+", metavar="SHARDS", help="paths, globs or brace patterns; or one YAML configuration")
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="SHARDS",
+        help="paths, globs or brace patterns; or one YAML configuration, whose processor then encodes each sample (and overrides such as "
+        "data.max_seq_length=512)",
+    )
     parser.add_argument("--heldout", nargs="+", default=[], metavar="SHARDS", help="shards that should hold no picture of the others")
     parser.add_argument("--processes", type=int, metavar="N", help="read N shards at a time (default: one per CPU)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -61,29 +68,34 @@ def add_order(kinds: Any) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    from vlm_dist.config import DataConfig
-    from vlm_dist.config_load import load_config
-    from vlm_dist.data.dataset import open_storage
-    from vlm_dist.data.shards import find_paths
-    from vlm_dist.data.verify import verify
-
     if arguments.processes is not None and arguments.processes < 1:
         raise DataError(f"--processes: found {arguments.processes}; expected 1 or more")
     if arguments.source[0].endswith((".yaml", ".yml")):
-        if len(arguments.source) > 1:
-            raise ConfigError(f"data verify: found '{arguments.source[1]}' after a configuration; give one configuration, or shards")
-        config = load_config(arguments.source[0]).data
+        found = _verify_config(arguments)
     else:
-        config = DataConfig(train=arguments.source)
-    storage = open_storage(config)
-    train = find_paths(config.train_shards, "data.train", storage, allow_commands=config.allow_commands)
-    heldout = find_paths(arguments.heldout or config.heldout, "data.heldout", storage, allow_commands=config.allow_commands)
-    found = verify(train, heldout, config, processes=arguments.processes)
+        from vlm_dist.config import DataConfig
+        from vlm_dist.data.shards import find_paths
+        from vlm_dist.data.verify import verify
+
+        heldout = find_paths(arguments.heldout, "data.heldout")
+        found = verify(
+            find_paths(arguments.source, "data.train"), heldout, DataConfig(train=arguments.source), processes=arguments.processes
+        )
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
         _show(found)
     return 0 if found.sound else DataError.exit_code
+
+
+def _verify_config(arguments: argparse.Namespace) -> Findings:
+    from vlm_dist.checking.verification import verify_config
+    from vlm_dist.config_load import load_config
+
+    overrides = [one for one in arguments.source[1:] if "=" in one]
+    if strange := [one for one in arguments.source[1:] if "=" not in one]:
+        raise ConfigError(f"data verify: found '{strange[0]}' after a configuration; give one configuration, or shards")
+    return verify_config(load_config(arguments.source[0], overrides), arguments.heldout, arguments.processes)
 
 
 def run_index(arguments: argparse.Namespace) -> int:
@@ -121,6 +133,7 @@ def run_order(arguments: argparse.Namespace) -> int:
 
 
 def _show(found: Findings) -> None:
+    from vlm_dist.data.tally import in_words
     from vlm_dist.data.verify import most_common_reasons
 
     print(f"{found.samples:,} samples in {found.shards} shards, {found.usable:,} usable")
@@ -135,7 +148,21 @@ def _show(found: Findings) -> None:
     if found.in_training:
         rows = [(*_names(twin), "yes" if twin.same_text else "no") for twin in found.in_training]
         _table("held out, but trained on", ("held-out sample", "picture stands in", "same text"), rows)
+    for line in [*in_words(found.notes), *_about_answers(found)]:
+        print(line)
     print("sound" if found.sound else "not sound: see above (--json lists everything)")
+
+
+def _about_answers(found: Findings) -> list[str]:
+    """What a model could learn without looking, in words."""
+    if not found.answers:
+        return []
+    lines, common = [], found.answers["most_common"]
+    if (found.answers["different"] > 1 and common["share"] > MOSTLY) or found.answers["different"] == 1 < found.usable:
+        lines.append(f"one answer for most: {common['share']:.0%} of the training samples are answered {common['text'][:80]!r}")
+    for pattern, samples, forms in found.answers["near_identical"]:
+        lines.append(f"near-identical answers: {samples:,} samples in {forms} forms of {pattern[:80]!r}")
+    return lines
 
 
 def _names(twin: Twin) -> tuple[str, str]:

@@ -57,6 +57,8 @@ def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from vlm_dist.data.tally import in_words
+
     console = Console(highlight=False)
     for row in found["rows"]:
         if found["packing"]:
@@ -87,6 +89,8 @@ def _show(found: dict[str, Any]) -> None:
             console.print(f"  {stage['name']:<24} {shape:<22} {stage['module']}", markup=False)
     for one in found["refused"][:10]:
         console.print(f"left out: {one['key']}: {one['reason']}", markup=False)
+    for line in in_words(found["notes"]):
+        console.print(line, markup=False)
     for flag in found["flags"]:
         console.print(f"! {flag}", style="red", markup=False)
     if not found["flags"]:

@@ -1,19 +1,33 @@
 """Messages and pictures -> tokens, pixels and labels, through the processor's own chat template.
 
-Shapes: L tokens in one sample. A label is the token itself where the assistant speaks (its text and its end-of-turn), else -100.
+Shapes: L tokens in one sample. A label is the token itself where the assistant speaks (its text and its end-of-turn), else -100; a token
+that stands for a piece of a picture never has one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
+from vlm_dist.data.control_tokens import ControlTokens
+from vlm_dist.data.labels import expanded, weights_of
+from vlm_dist.data.messages import says_something
+from vlm_dist.data.run_tokenizer import RunTokenizer
 from vlm_dist.data.samples import Sample
+from vlm_dist.data.tally import Note, Tally
+from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, with_reasoning_apart
 from vlm_dist.errors import BadSample
+
+if TYPE_CHECKING:
+    from vlm_dist.config import DataConfig
 
 IGNORED = -100  # the label of tokens that are not supervised, as in torch.nn.functional.cross_entropy
 RAISE_OR_CUT = "raise it, or set data.on_too_long: truncate"
-WORD_JOINER = "\u2060"
+WEIGHT_UNIT = 1_000_000  # a token's weight w is handed on as the whole number (w - 1) x 10^6, so that padding's 0 is weight 1
+Tools = list[Any] | None
 
 
 @dataclass
@@ -22,11 +36,14 @@ class Encoded:
 
     key: str
     inputs: dict[str, Any]
-    """Tensors: `input_ids` [1, L], other per-token tensors [1, L], and what the vision tower needs (pixel_values, ...)."""
+    """Tensors: `input_ids` [1, L], other per-token tensors [1, L], and what the vision tower needs (pixel_values, ...). Where turns have
+    weights other than 0 and 1 also `weights` [1, L], see `WEIGHT_UNIT`."""
     labels: Any
     """[1, L] int64."""
     picture: Any
     """[L] bool: tokens that stand for a piece of a picture."""
+    notes: set[Note] = field(default_factory=set)
+    """What was changed or left out on the way."""
 
     @property
     def length(self) -> int:
@@ -34,17 +51,49 @@ class Encoded:
 
 
 class Encoder:
-    """A processor together with the rules of length: `encode(sample)` for training, `encode_prompt(messages, images)` to generate."""
+    """A processor together with the rules of length and of what is learnt: `encode(sample)` for training,
+    `encode_prompt(messages, images)` to generate.
 
-    def __init__(self, processor: Any, max_seq_length: int, on_too_long: Literal["refuse", "truncate"] = "refuse"):
+    Args:
+        processor: the model's.
+        max_seq_length: longest sample in tokens.
+        on_too_long: a longer one is refused, or its text cut at the end.
+        train_on: learn from every assistant turn, or from the last one only.
+        keep_tokens: control tokens that stay what they are where they stand in a text.
+        split_tokens: further tokens that become plain text there.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        max_seq_length: int,
+        on_too_long: Literal["refuse", "truncate"] = "refuse",
+        train_on: Literal["all", "last"] = "all",
+        keep_tokens: Sequence[str] = (),
+        split_tokens: Sequence[str] = (),
+    ):
         import torch
 
         self.processor = processor
         self.max_seq_length = max_seq_length
         self.on_too_long = on_too_long
+        self.train_on = train_on
+        self.tally = Tally()
         self._picture_ids = torch.tensor([number for number in processor.image_token_ids if number is not None])
         self._wants_types = "mm_token_type_ids" in processor.model_input_names
-        self._control_tokens = [token for token in processor.tokenizer.all_special_tokens if len(token) > 1]
+        self._tokens = ControlTokens(processor, self._render, keep_tokens, split_tokens)
+        markup = processor.tokenizer.convert_tokens_to_ids(sorted(self._tokens.pictures))
+        self._markup_ids = torch.tensor([*markup, *self._picture_ids.tolist()], dtype=torch.long)
+        self._habits: tuple[str, Habits] | None = None
+        self._quick = copy.copy(processor)
+        self._quick.tokenizer = RunTokenizer(processor.tokenizer, processor.tokenizer.convert_ids_to_tokens(self._picture_ids.tolist()))
+
+    @classmethod
+    def of(cls, processor: Any, config: DataConfig) -> Encoder:
+        """As a configuration says."""
+        return cls(
+            processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens
+        )  # fmt: skip
 
     @property
     def takes_pixels(self) -> bool:
@@ -53,65 +102,115 @@ class Encoder:
 
         return isinstance(self.processor.image_processor, TorchvisionBackend)
 
+    @property
+    def habits(self) -> Habits:
+        """What the chat template writes around an assistant's words."""
+        template = str(self.processor.chat_template)
+        if self._habits is None or self._habits[0] != template:
+            self._habits = (template, habits_of(self._render))
+        return self._habits[1]
+
     def encode(self, sample: Sample) -> Encoded:
         """Tokens and labels of a whole conversation.
 
         Raises:
-            BadSample: nothing is supervised, or the sample is too long (picture tokens are never cut).
+            BadSample: nothing is supervised, the sample is too long (picture tokens are never cut), or the chat template or the
+                processor refuses it.
         """
-        messages = self._plain_text(sample.messages)
-        text = self._render(messages)
+        import torch
+
+        messages, notes = self._plain_text(sample.messages)
+        text = self._render(messages, tools=sample.tools)
+        notes |= left_out(messages, text, sample.tools)
+        turns = self._learnt(messages, self._turns(messages, text, sample.tools), notes)
         inputs, picture, offsets, replacements = self._process(text, sample.images)
         labels = inputs["input_ids"].clone()
-        labels[0, ~_supervised(offsets, replacements, self._assistant_spans(messages, text))] = IGNORED
-        encoded = self._fit(Encoded(sample.key, inputs, labels, picture))
+        spans = [(turn.start, turn.end) for turn in turns]
+        weights = weights_of(offsets, replacements, spans, [float(messages[turn.number].get("weight", 1.0)) for turn in turns])
+        of_pictures = torch.isin(labels[0], self._markup_ids) | expanded(offsets, replacements)
+        labels[0, (weights == 0) | of_pictures] = IGNORED
+        if ((weights != 0) & (weights != 1)).any():
+            inputs["weights"] = ((weights - 1) * WEIGHT_UNIT).round().long().where(weights != 0, 0)[None]
+        encoded = self._fit(Encoded(sample.key, inputs, labels, picture, notes | sample.notes))
         if not (encoded.labels[:, 1:] != IGNORED).any():
-            raise BadSample("no supervised token: the assistant says nothing, or all of it was cut")
+            raise BadSample("no supervised token: the assistant says nothing, its turns count for nothing, or all of it was cut")
         return encoded
 
-    def encode_prompt(self, messages: list[dict], images: list[Any], key: str = "") -> Encoded:
-        """Tokens of a conversation that the assistant is to continue; no labels."""
-        text = self._render(self._plain_text(messages), add_generation_prompt=True)
-        inputs, picture, _, _ = self._process(text, images)
-        return Encoded(key, inputs, inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORED), picture)
+    def encode_prompt(
+        self, messages: list[dict], images: list[Any], key: str = "", *, tools: Tools = None, reasoning: bool = False
+    ) -> Encoded:
+        """Tokens of a conversation that the assistant is to continue; no labels.
 
-    def count_text(self, messages: list[dict], **options: Any) -> int:
-        """Tokens of a conversation in which a picture is one placeholder."""
-        text = self._render(self._plain_text(messages), **options)
-        return len(self.processor.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))["input_ids"])
+        Args:
+            reasoning: leave it to the model to think first, where the chat template begins a thought; else the prompt ends as in
+                training on answers without reasoning: behind an empty one.
+
+        Raises:
+            BadSample: the chat template or the processor refuses it.
+        """
+        plain, notes = self._plain_text(messages)
+        if self.habits.takes_reasoning if reasoning else self.habits.opens_thought:
+            text = prompt_before_answer(plain, partial(self._render, tools=tools), reasoning)
+        else:
+            text = self._render(plain, tools=tools, add_generation_prompt=True)
+        inputs, picture, _, _ = self._process(text, images)
+        return Encoded(key, inputs, inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORED), picture, notes)
+
+    def count_text(self, messages: list[dict], tools: Tools = None, **options: Any) -> int:
+        """Tokens of a conversation in which a picture is one placeholder.
+
+        Raises:
+            BadSample: the chat template or the tokenizer refuses it.
+        """
+        text = self._render(self._plain_text(messages)[0], tools=tools, **options)
+        try:
+            return len(self.processor.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))["input_ids"])
+        except Exception as error:  # tokenizers raise whatever they like on text that is none
+            raise BadSample(f"tokenizer: {_words(error)}") from None
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Unless the chat template wrote them."""
         bos = self.processor.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
-    def _render(self, messages: list[dict], **options: Any) -> str:
-        return self.processor.apply_chat_template(messages, tokenize=False, **options)
+    def _render(self, messages: list[dict], tools: Tools = None, **options: Any) -> str:
+        given = [_as_templates_take_it(message) for message in messages]
+        if tools is not None:
+            options["tools"] = tools
+        try:
+            return self.processor.apply_chat_template(given, tokenize=False, **options)
+        except Exception as error:  # a template raises jinja2's errors, and Python's in what it calls
+            raise BadSample(f"chat template: {_words(error)}") from None
 
-    def _plain_text(self, messages: list[dict]) -> list[dict]:
-        """Control tokens that a person typed (`<|im_start|>`, `<image>`) must stay text: a word joiner splits them."""
-
-        def plain(part: dict) -> dict:
-            text = part.get("text", "")
-            for token in self._control_tokens:
-                text = text.replace(token, token[0] + WORD_JOINER + token[1:])
-            return {**part, "text": text} if "text" in part else part
-
-        return [{**message, "content": [plain(part) for part in message["content"]]} for message in messages]
+    def _plain_text(self, messages: list[dict]) -> tuple[list[dict], set[Note]]:
+        """Control tokens that a person typed (`<|im_start|>`, `<image>`) must stay text. The parts of an assistant's text become one,
+        because some templates write the first only."""
+        notes: set[Note] = set()
+        made = []
+        for given in messages:
+            message = with_reasoning_apart(given) if self.habits.takes_reasoning else given
+            content = [self._tokens.as_text(part, notes) for part in message["content"]]
+            made.append({**message, "content": content if message["role"] == "user" else _joined(content)})
+            if isinstance(thought := message.get("reasoning_content"), str):
+                made[-1]["reasoning_content"] = self._tokens.as_text({"text": thought}, notes)["text"]
+        return made, notes
 
     def _process(self, text: str, images: list[Any]) -> tuple[dict[str, Any], Any, Any, list[dict]]:
         """The processor's tensors; which tokens are picture; each token's (start, end) in the expanded text; where that was expanded."""
         import torch
 
-        batch = self.processor(
-            text=[text],
-            images=[images] if images else None,
-            return_tensors="pt",
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            return_mm_token_type_ids=self._wants_types,
-            add_special_tokens=self._adds_special_tokens(text),
-        )
+        try:
+            batch = self._quick(
+                text=[text],
+                images=[images] if images else None,
+                return_tensors="pt",
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                return_mm_token_type_ids=self._wants_types,
+                add_special_tokens=self._adds_special_tokens(text),
+            )
+        except Exception as error:  # what a processor does not like of a picture, it says in any way
+            raise BadSample(f"processor: {_words(error)}") from None
         inputs = dict(batch)
         offsets = inputs.pop("offset_mapping")[0]
         replacements = inputs.pop("text_replacement_offsets", [])
@@ -119,21 +218,20 @@ class Encoder:
         picture = torch.isin(inputs["input_ids"][0], self._picture_ids)
         return inputs, picture, offsets, list(replacements[0]) if len(replacements) else []
 
-    def _assistant_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
-        """(start, end) in the rendered text of each assistant turn, its end-of-turn included, what follows that excluded.
+    def _turns(self, messages: list[dict], text: str, tools: Tools) -> list[Turn]:
+        return assistant_turns(messages, text, partial(self._render, tools=tools), self.habits, self._tokens.control)
 
-        Found by rendering the conversation up to each turn: no generation marker in the template is needed.
-        """
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:number], add_generation_prompt=True)
-            after = self._render(messages[: number + 1]) if number + 1 < len(messages) else text
-            if not (after.startswith(before) and text.startswith(after)):
-                raise BadSample(f"the chat template rewrites earlier turns, so turn {number} cannot be located; use single-turn samples")
-            spans.append((len(before), len(after.rstrip())))
-        return spans
+    def _learnt(self, messages: list[dict], turns: list[Turn], notes: set[Note]) -> list[Turn]:
+        """The turns that count."""
+        if self.train_on == "last" and len(turns) > 1:
+            notes.add(("turn", "all but the last (data.train_on: last)"))
+            turns = turns[-1:]
+        off = [turn for turn in turns if messages[turn.number].get("weight") == 0]
+        if off:
+            notes.add(("turn", "weight 0"))
+        if sum(message["role"] == "assistant" and not says_something(message) for message in messages):
+            notes.add(("turn", "empty"))
+        return [turn for turn in turns if turn not in off]
 
     def check_length(self, tokens: int) -> None:
         """Raises:
@@ -153,7 +251,16 @@ class Encoder:
             raise BadSample(f"too long: {size}; cutting would lose picture tokens")
         length = encoded.length
         cut = {name: tensor[:, :limit] if is_per_token(tensor, length) else tensor for name, tensor in encoded.inputs.items()}
-        return Encoded(encoded.key, cut, encoded.labels[:, :limit], encoded.picture[:limit])
+        notes = encoded.notes | {("cut", "too long")}
+        return Encoded(encoded.key, cut, encoded.labels[:, :limit], encoded.picture[:limit], notes)
+
+
+def count_labels(sample: Encoded) -> float:
+    """Supervised tokens after the shift by one, each as much as its weight: a whole number where all weights are 0 or 1."""
+    supervised = sample.labels[:, 1:] != IGNORED
+    if "weights" not in sample.inputs:
+        return int(supervised.sum())
+    return float((1 + sample.inputs["weights"][:, 1:][supervised].double() / WEIGHT_UNIT).sum())
 
 
 def is_per_token(tensor: Any, length: int) -> bool:
@@ -161,18 +268,26 @@ def is_per_token(tensor: Any, length: int) -> bool:
     return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()
 
 
-def _supervised(offsets: Any, replacements: list[dict], spans: list[tuple[int, int]]) -> Any:
-    """Mask [L]: tokens that lie in a span, whose ends are moved past the pictures expanded before them."""
-    import torch
+def _joined(content: list[dict]) -> list[dict]:
+    """Texts that follow one another in one part."""
+    made: list[dict] = []
+    for part in content:
+        if "text" in part and made and "text" in made[-1]:
+            made[-1] = {**part, "text": made[-1]["text"] + part["text"]}
+        else:
+            made.append(part)
+    return made
 
-    mask = torch.zeros(len(offsets), dtype=torch.bool)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    for start, end in spans:
-        start, end = _after_expansion(start, replacements), _after_expansion(end, replacements)
-        mask |= (starts < end) & (ends > start)
-    return mask
+
+def _as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
+    """A tool's words as one text, as templates of language models take them; no weight."""
+    given = {key: value for key, value in message.items() if key != "weight"}
+    if message["role"] == "tool" and all("text" in part for part in message["content"]):
+        given["content"] = "".join(part["text"] for part in message["content"])
+    return given
 
 
-def _after_expansion(position: int, replacements: list[dict]) -> int:
-    gained = [r["new_span"][1] - r["span"][1] for r in replacements if r["span"][1] <= position]
-    return position + (gained[-1] if gained else 0)
+def _words(error: Exception) -> str:
+    """What a library said, on one line."""
+    lines = str(error).strip().splitlines()
+    return f"{lines[0][:200]}" if lines else type(error).__name__

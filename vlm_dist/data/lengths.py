@@ -33,10 +33,10 @@ class Ruler:
         self._told = picture_token_rule(encoder.processor)
         self._picture = lru_cache(100_000)(self._by_rule if self._rule_is_right() else self._by_trying)
 
-    def measure(self, messages: list[dict[str, Any]], sizes: list[Size]) -> Length:
+    def measure(self, messages: list[dict[str, Any]], sizes: list[Size], tools: list[Any] | None = None) -> Length:
         """A conversation about pictures of these sizes (width, height)."""
         pictures = [self._picture(size, len(sizes) > 1) for size in sizes]
-        text = self.encoder.count_text(messages)
+        text = self.encoder.count_text(messages, tools)
         return Length(text + sum(one.tokens for one in pictures), sum(one.patches for one in pictures))
 
     def _by_trying(self, size: Size, among_others: bool) -> Length:

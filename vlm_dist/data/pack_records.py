@@ -18,10 +18,10 @@ from typing import Any
 
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import Columns, canonical
+from vlm_dist.data.messages import check_messages, read_messages
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import Pictures, read_picture, scaled
 from vlm_dist.data.pack_sources import open_source
-from vlm_dist.data.samples import check_messages, read_messages
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
 
@@ -61,8 +61,7 @@ def pack_records(
 ) -> dict[str, PackedRecords]:
     """Records in any layout of `layouts.LAYOUTS` -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`. Pictures go in byte for byte,
     unless `max_side` or `reencode` is given or they are no JPEG, PNG or WebP. A record that training would refuse is left out, and named in
-    OUT/left_out.jsonl. Shards are written by several processes, each renamed into place when whole; the same call continues after a
-    crash.
+    OUT/left_out.jsonl. Several processes write shards, each renamed into place when whole; the same call continues after a crash.
 
     Args:
         source: see `open_source`.
@@ -255,7 +254,7 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     made = canonical(record, columns)
     pictures = [read_picture(pictures_as, source, notes) for source in made.pop("images")]
     if "messages" in made:
-        _check(made["messages"], len(pictures))
+        check_messages(read_messages(made["messages"]), len(pictures))  # as training will
     elif len(pictures) != 1:
         raise BadSample(f"no text with turns, and {len(pictures)} pictures; expected one picture with its captions or objects")
     if "objects" in made and len(pictures) == 1:
@@ -265,15 +264,6 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     several = len(pictures) > 1
     files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
     return {**files, "json": _as_json(made, notes)}
-
-
-def _check(messages: list[dict[str, Any]], num_pictures: int) -> None:
-    """As training will; what a tool says counts as asked, and a turn may only call."""
-    turns = [
-        {"role": "user" if turn["role"] == "tool" else turn["role"], "content": turn["content"] if turn["content"] is not None else ""}
-        for turn in messages
-    ]
-    check_messages(read_messages(turns), num_pictures)
 
 
 def _as_json(made: dict[str, Any], notes: Counter[str]) -> bytes:

@@ -63,8 +63,8 @@ class Preparer:
         slot = Slot(draw)
         try:
             slot.raw = self.read(draw)
-            messages, sizes = outline(slot.raw, draw=slot.raw["__draw__"], **self._options)
-            length = self.ruler.measure(messages, sizes)
+            found = outline(slot.raw, draw=slot.raw["__draw__"], **self._options)
+            length = self.ruler.measure(found.messages, found.sizes, found.tools)
             if length.tokens > self.config.max_seq_length:
                 self.encoder.check_length(length.tokens)
                 length = length._replace(tokens=self.config.max_seq_length)
@@ -81,6 +81,8 @@ class Preparer:
         except BadSample as reason:
             slot.problem = reason
             return slot, None
+        if slot.draw.epoch == 0:
+            self._encoder.tally.add(encoded.notes)
         if len(self.datasets) > 1:
             ids = encoded.inputs["input_ids"]
             encoded.inputs["datasets"] = ids.new_full(ids.shape, slot.draw.dataset)

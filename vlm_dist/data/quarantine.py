@@ -31,13 +31,8 @@ class Quarantine:
     def count_good(self) -> None:
         self.num_good += 1
 
-    def add(self, raw: dict[str, Any], reason: str) -> None:
-        """Name the sample in the file, once.
-
-        Raises:
-            DataError: too many samples are unusable.
-        """
-        self.num_bad += 1
+    def note(self, raw: dict[str, Any], reason: str) -> tuple[str, str]:
+        """Name a sample in the file, once, without counting it; returns its shard and key."""
         place = (str(raw.get("__url__", "")), str(raw.get("__key__", "")))
         with self._lock:
             if place not in self._known:
@@ -45,6 +40,16 @@ class Quarantine:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"shard": place[0], "key": place[1], "reason": reason}) + "\n")
+        return place
+
+    def add(self, raw: dict[str, Any], reason: str) -> None:
+        """Name the sample in the file, once.
+
+        Raises:
+            DataError: too many samples are unusable.
+        """
+        self.num_bad += 1
+        place = self.note(raw, reason)
         seen = self.num_good + self.num_bad
         if self.num_good == 0 and self.num_bad >= HOPELESS:
             raise DataError(

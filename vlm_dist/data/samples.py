@@ -2,7 +2,7 @@
 
 Four forms are read (docs/data.md): `KEY.json` with "messages", with LLaVA's "conversations" or with "captions" (several of one
 picture), and `KEY.txt` (a caption, as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`, `KEY.1.jpg`, ... .
-Members are read from memory and never unpickled; any other member is ignored.
+Members are read from memory and never unpickled. Members and keys that nothing reads are noted (tally.py), not passed over in silence.
 """
 
 from __future__ import annotations
@@ -11,14 +11,22 @@ import json
 import random
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from vlm_dist.data.layouts import canonical
+from vlm_dist.data.messages import check_messages, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_size
+from vlm_dist.data.tally import Note
 from vlm_dist.errors import BadSample
 
 PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
-TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # key of a list of turns: a turn's own keys
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TEXT_MEMBERS = ("txt", "text", "caption")
+METADATA = {
+    "answer", "answers", "caption", "captions", "category", "dataset", "error_message", "exif", "file_name", "height", "id", "image",
+    "image_id", "images", "key", "kind", "license", "messages", "objects", "original_height", "original_width", "question_id", "sha256",
+    "source", "split", "status", "task", "tools", "url", "width",
+}  # fmt: skip
+"""Keys of KEY.json that are read elsewhere, or tell where a sample comes from and cannot change what it teaches."""
 
 
 @dataclass
@@ -28,11 +36,24 @@ class Sample:
     key: str
     shard: str
     messages: list[dict[str, Any]]
-    """[{"role", "content": [{"type": "image"} | {"type": "text", "text"}, ...]}, ...]"""
+    """[{"role", "content": [{"type": "image"} | {"type": "text", "text"}, ...], "weight"?, ...}, ...], see `read_messages`."""
     images: list[Any]
     """Pillow's pictures, or tensors [3, H, W] of uint8."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The other keys of KEY.json, e.g. task."""
+    tools: list[Any] | None = None
+    """What the assistant may call, as the chat template takes it."""
+    notes: set[Note] = field(default_factory=set)
+    """What of the sample nothing reads."""
+
+
+class Outline(NamedTuple):
+    """What the length of a sample depends on."""
+
+    messages: list[dict[str, Any]]
+    sizes: list[Size]
+    """(width, height) of each picture."""
+    tools: list[Any] | None
 
 
 def parse_sample(
@@ -48,55 +69,27 @@ def parse_sample(
     Raises:
         BadSample: text or picture is missing or unreadable, or their numbers do not agree.
     """
-    messages, meta = _read_messages(raw, caption_prompt, draw)
+    record = _canonical(raw)
+    messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
-    check_messages(messages, len(members))
+    check_messages(messages, len(members), _found(raw))
     decode = decode_pixels if as_pixels else decode_picture
     images = [decode(raw[member], member, max_image_pixels) for member in members]
-    return Sample(raw["__key__"], raw.get("__url__", ""), messages, images, meta)
+    meta = {key: value for key, value in record.items() if key not in ("messages", "images")}
+    return Sample(str(raw["__key__"]), raw.get("__url__", ""), messages, images, meta, _tools(record), _notes(raw, record))
 
 
-def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> tuple[list[dict], list[Size]]:
+def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> Outline:
     """A sample's messages, and the (width, height) of its pictures from their headers: what its length depends on.
 
     Raises:
         BadSample: as `parse_sample`, but for damage inside a picture.
     """
-    messages, _ = _read_messages(raw, caption_prompt, draw)
+    record = _canonical(raw)
+    messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
-    check_messages(messages, len(members))
-    return messages, [picture_size(raw[member], member, max_image_pixels) for member in members]
-
-
-def messages_of(record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """What a record's turns say, as `read_messages`; None: it has none."""
-    key = next((key for key in TURNS if record.get(key) is not None), None)
-    return None if key is None else read_messages(record[key], *TURNS[key])
-
-
-def read_messages(turns: Any, role_key: str = "role", content_key: str = "content") -> list[dict[str, Any]]:
-    """A list of turns -> messages with typed parts.
-
-    Raises:
-        BadSample: it is no list of turns, or a turn has an unknown role or part.
-    """
-    if not isinstance(turns, list) or not turns:
-        raise BadSample("json: expected a list of turns")
-    return [_message(turn, role_key, content_key) for turn in turns]
-
-
-def check_messages(messages: list[dict[str, Any]], num_pictures: int) -> None:
-    """Place the pictures that the text does not place, and see that messages and pictures agree.
-
-    Raises:
-        BadSample: they do not, or no assistant speaks.
-    """
-    _place_pictures(messages, num_pictures)
-    asked = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if asked != num_pictures:
-        raise BadSample(f"the text speaks of {asked} pictures, the sample has {num_pictures}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadSample("no assistant turn to learn from")
+    check_messages(messages, len(members), _found(raw))
+    return Outline(messages, [picture_size(raw[member], member, max_image_pixels) for member in members], _tools(record))
 
 
 def open_record(raw: dict[str, Any]) -> dict[str, Any]:
@@ -109,72 +102,11 @@ def open_record(raw: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(raw["json"])
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadSample(f"json: {error}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits; nested without end
+        raise BadSample(f"json: {str(error)[:200]}") from None
     if not isinstance(record, dict):
         raise BadSample("json: expected an object with 'messages', 'conversations' or 'captions'")
     return record
-
-
-def _read_messages(raw: dict[str, Any], caption_prompt: str, draw: str | None) -> tuple[list[dict], dict[str, Any]]:
-    record = open_record(raw)
-    meta = {key: value for key, value in record.items() if key not in TURNS}
-    if (messages := messages_of(record)) is not None:
-        return messages, meta
-    caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw, record)
-    return [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
-        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
-    ], meta
-
-
-def _caption(raw: dict[str, Any], record: dict[str, Any]) -> str:
-    try:
-        caption = raw["txt"].decode("utf-8") if "txt" in raw else record.get("caption")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"txt: {error}") from None
-    if not isinstance(caption, str) or not caption.strip():
-        raise BadSample("no text: expected json with 'messages', 'conversations' or 'captions', or txt with a caption")
-    return caption.strip()
-
-
-def _one_of(captions: Any, key: str, draw: str | None) -> str:
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
-        raise BadSample("json: 'captions' is no list of texts")
-    number = 0 if draw is None else random.Random(f"{draw}/{key}").randrange(len(captions))
-    return captions[number].strip()
-
-
-def _message(turn: Any, role_key: str, content_key: str) -> dict[str, Any]:
-    role = turn.get(role_key) if isinstance(turn, dict) else None
-    if role not in LLAVA_ROLES:
-        raise BadSample(f"json: a turn's '{role_key}' is {role!r}; expected one of {', '.join(LLAVA_ROLES)}")
-    content = turn.get(content_key)
-    if isinstance(content, str):
-        return {"role": LLAVA_ROLES[role], "content": _split_markers(content)}
-    if not isinstance(content, list):
-        raise BadSample(f"json: a turn's '{content_key}' is neither text nor a list of parts")
-    return {"role": LLAVA_ROLES[role], "content": [_part(part) for part in content]}
-
-
-def _split_markers(text: str) -> list[dict[str, str]]:
-    """LLaVA writes `<image>` in the text where a picture stands."""
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split("<image>")):
-        if number:
-            parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip("\n")})
-    return parts
-
-
-def _part(part: Any) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("image", "image_url"):
-        return {"type": "image"}
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    raise BadSample(f"json: a part of type {kind!r}; expected image, or text with 'text'")
 
 
 def picture_members(raw: dict[str, Any]) -> list[str]:
@@ -183,9 +115,70 @@ def picture_members(raw: dict[str, Any]) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def _place_pictures(messages: list[dict[str, Any]], count: int) -> None:
-    """Pictures that the text does not place stand at the start of the first user turn, as most data sets mean it."""
-    placed = any(part["type"] == "image" for message in messages for part in message["content"])
-    first_user = next((message for message in messages if message["role"] == "user"), None)
-    if count and not placed and first_user is not None:
-        first_user["content"][:0] = [{"type": "image"} for _ in range(count)]
+def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
+    """The JSON in the one form of records (layouts.py); as it is beside a text of its own."""
+    record = open_record(raw)
+    if not record or ("messages" not in record and "conversations" not in record and any(name in raw for name in TEXT_MEMBERS)):
+        return record
+    try:
+        return canonical(record)
+    except BadSample as reason:
+        raise BadSample(f"json: {reason}{_found(raw)}") from None
+
+
+def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, draw: str | None) -> list[dict]:
+    if record.get("messages") is not None:
+        return read_messages(record["messages"])
+    caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw)
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
+        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
+    ]
+
+
+def _caption(raw: dict[str, Any]) -> str:
+    member = next((name for name in TEXT_MEMBERS if name in raw), None)
+    try:
+        caption = raw[member].decode("utf-8-sig") if member else ""
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{member}: {error}") from None
+    if not caption.strip():
+        expected = "json with 'messages', 'conversations' or 'captions', or txt with a caption"
+        raise BadSample(f"no text: expected {expected}{_found(raw)}")
+    return text_of(caption.strip())
+
+
+def _one_of(captions: Any, key: str, draw: str | None) -> str:
+    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+        raise BadSample("json: 'captions' is no list of texts")
+    number = 0 if draw is None else random.Random(f"{draw}/{key}").randrange(len(captions))
+    return text_of(captions[number].strip())
+
+
+def _found(raw: dict[str, Any]) -> str:
+    """A sample's members in words, and the rule that made them one sample."""
+    members = [name for name in raw if not name.startswith("__")]
+    shown = ", ".join(members[:8]) + (f" and {len(members) - 8} more" if len(members) > 8 else "")
+    dots = "; a name's key ends at its first dot" if any(not PICTURE_MEMBER.fullmatch(name) and "." in name for name in members) else ""
+    return f" (the files of '{raw.get('__key__', '')}': {shown or 'none'}{dots})"
+
+
+def _tools(record: dict[str, Any]) -> list[Any] | None:
+    tools = record.get("tools")
+    if not tools:
+        return None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadSample("json: 'tools' is no list of objects")
+    return tools
+
+
+def _notes(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
+    """Members, keys, and keys of turns that nothing reads."""
+    members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
+    notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name)}
+    notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in METADATA and value is not None}
+    return notes | {("turn key", key) for key in unread_keys(record.get("messages") or ())}

@@ -21,7 +21,7 @@ from typing import Any
 from vlm_dist.config import DataConfig
 from vlm_dist.data.collate import Positions, collate, collate_packed
 from vlm_dist.data.dataset import Dataset, open_datasets
-from vlm_dist.data.encode import IGNORED, Encoded, Encoder
+from vlm_dist.data.encode import Encoded, Encoder, count_labels
 from vlm_dist.data.lanes import Lane, Order
 from vlm_dist.data.lengths import count_patches
 from vlm_dist.data.preparer import Preparer, Workers
@@ -41,8 +41,8 @@ class Counts:
     """Real tokens: padding and blank rows are not counted."""
     slots: int = 0
     """Tokens computed, padding included."""
-    labels: int = 0
-    """Supervised tokens, as counted after the shift by one."""
+    labels: float = 0
+    """Supervised tokens, as counted after the shift by one; each as much as its turn's weight."""
     patches: int = 0
     """What the vision tower computes, see `count_patches`."""
 
@@ -55,7 +55,7 @@ class Step:
     counts: Counts
     keys: list[list[str]]
     """The samples of each micro-batch, in the order in which they stand in its rows."""
-    labels: list[int]
+    labels: list[float]
     """Supervised tokens of each data set; they sum up to `counts.labels`."""
     lanes: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Where this rank's lanes stand after the step."""
@@ -252,7 +252,7 @@ class Stream:
             counts.tokens += sum(sample.length for sample in samples)
             for sample in samples:
                 number = int(sample.inputs["datasets"][0, 0]) if "datasets" in sample.inputs else 0
-                step.labels[number] += int((sample.labels[:, 1:] != IGNORED).sum())
+                step.labels[number] += count_labels(sample)
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
             if not any("pixel_values" in sample.inputs for sample in samples):
                 kept.append([self.preparer.blank()])
@@ -295,5 +295,5 @@ def open_stream(
         DataError: no shard, a damaged shard, or no sample in any.
     """
     datasets = open_datasets(config)
-    encoder = Encoder(processor, config.max_seq_length, config.on_too_long)
+    encoder = Encoder.of(processor, config)
     return Stream(datasets, config, encoder, quarantine, seed, global_batch, micro_batch, rank, world_size, epochs, pack, positions)

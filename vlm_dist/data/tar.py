@@ -25,9 +25,13 @@ def check_ends(file: IO[bytes], path: str, size: int, where: str) -> None:
 
 
 def scan(file: IO[bytes], size: int, path: str, where: str) -> tuple[list[int], int]:
-    """Where each sample begins and where the last ends, in blocks; webdataset's rule: consecutive members with one key."""
-    starts: list[int] = []
-    last, position, end = None, 0, 0
+    """Where each sample begins and where the last ends, in blocks; webdataset's rule: consecutive members with one key.
+
+    Raises:
+        DataError: it is damaged, or the members of a sample stand apart.
+    """
+    found = _Found(path, where)
+    position = 0
     while position + BLOCK <= size:
         file.seek(position)
         header = file.read(BLOCK)
@@ -38,14 +42,11 @@ def scan(file: IO[bytes], size: int, path: str, where: str) -> tuple[list[int], 
         except tarfile.HeaderError as error:
             raise DataError(f"{where}: shard '{path}' is damaged at byte {position:,} ({error}); copy or make it again") from None
         if member.type in LONG_NAME_TYPES:
-            return _scan_by_tarfile(file)
+            return _scan_by_tarfile(file, path, where)
         after = position + BLOCK + -(-member.size // BLOCK) * BLOCK
-        if (key := member_key(member)) is not None:
-            if key != last:
-                starts.append(position // BLOCK)
-            last, end = key, after // BLOCK
+        found.add(member, position, after)
         position = after
-    return starts, end
+    return found.starts, found.end
 
 
 def member_key(member: tarfile.TarInfo) -> str | None:
@@ -56,18 +57,44 @@ def member_key(member: tarfile.TarInfo) -> str | None:
     return name[1] if name else None
 
 
-def _scan_by_tarfile(file: IO[bytes]) -> tuple[list[int], int]:
+class _Found:
+    """Samples of a shard, member by member."""
+
+    def __init__(self, path: str, where: str):
+        self.path, self.where = path, where
+        self.starts: list[int] = []
+        self.end = 0
+        self._last: str | None = None
+        self._seen: dict[str, str] = {}
+
+    def add(self, member: tarfile.TarInfo, start: int, after: int) -> None:
+        """A member that stands at these bytes."""
+        key = member_key(member)
+        if key is None:
+            return
+        if key != self._last:
+            self._new_sample(key, member.name[len(key) + 1 :])
+            self.starts.append(start // BLOCK)
+        self._last, self.end = key, after // BLOCK
+
+    def _new_sample(self, key: str, extension: str) -> None:
+        """A key that comes again with the same first member is the same sample twice; with another it is its other half."""
+        first = self._seen.setdefault(key, extension)
+        if first != extension:
+            raise DataError(
+                f"{self.where}: the members of '{key}' stand apart in shard '{self.path}' (.{first} and later .{extension}); they must "
+                f"follow one another: write it sorted by name: `tar --sort=name -cf`"
+            )
+
+
+def _scan_by_tarfile(file: IO[bytes], path: str, where: str) -> tuple[list[int], int]:
     """The same for shards with long names, whose headers only tarfile reads in full."""
-    starts: list[int] = []
-    last, end = None, 0
+    found = _Found(path, where)
     file.seek(0)
     with tarfile.open(fileobj=file) as tar:
         for member in tar:
-            if (key := member_key(member)) is not None:
-                if key != last:
-                    starts.append(member.offset // BLOCK)
-                last, end = key, (member.offset_data + -(-member.size // BLOCK) * BLOCK) // BLOCK
-    return starts, end
+            found.add(member, member.offset, member.offset_data + -(-member.size // BLOCK) * BLOCK)
+    return found.starts, found.end
 
 
 def _is_header_or_end(block: bytes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -16,12 +17,17 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.data.dataset import open_dataset
 from vlm_dist.data.samples import Sample, parse_sample
 from vlm_dist.data.storage import Storage
+from vlm_dist.data.tally import Tally, summed
 from vlm_dist.errors import BadSample, DataError
 
 if TYPE_CHECKING:
     from vlm_dist.config import DataConfig
+    from vlm_dist.data.encode import Encoder
 
 DIGEST_BYTES = 16
+LONG_ANSWER = 4  # words, from which on answers that are nearly the same are told
+LONGEST_ANSWER = 200  # characters that are compared
+MOST_ALIKE = 10  # patterns that are told
 
 
 @dataclass
@@ -59,6 +65,11 @@ class Findings:
     """Training samples with the pictures of an earlier one and other text, as where there are several questions about a picture."""
     in_training: list[Twin] = field(default_factory=list)
     """Held-out samples whose pictures are trained on: their score is no score on new pictures."""
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What nothing reads, what is changed or left out: kind, name, samples; see tally.py."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """`different`: how many different last answers the training samples have; `most_common`: the most frequent one with its `share`;
+    `near_identical`: longer answers that differ in case, punctuation or numbers alone, as [pattern, samples, forms]."""
 
     @property
     def sound(self) -> bool:
@@ -76,10 +87,14 @@ class _Seen:
     key: str
     pictures: bytes
     text: bytes
+    answer: str
+    """The last thing that an assistant says, cut."""
 
 
-def verify(train: list[str], heldout: list[str], config: DataConfig, *, processes: int | None = None) -> Findings:
-    """Read every sample of both lists, decode its pictures, and compare all.
+def verify(
+    train: list[str], heldout: list[str], config: DataConfig, *, processes: int | None = None, encoder: Encoder | None = None
+) -> Findings:
+    """Read every sample of both lists, decode its pictures, encode it as training would, and compare all.
 
     A picture counts as the same where its decoded RGB pixels are; samples without a picture are compared by their text.
 
@@ -88,16 +103,19 @@ def verify(train: list[str], heldout: list[str], config: DataConfig, *, processe
         heldout: paths of shards that should hold no picture of `train`.
         config: max_image_pixels and caption_prompt count.
         processes: shards are read by so many; None: one per CPU.
+        encoder: of the model that is to be trained; None: samples are not encoded.
     """
     found, seen = Findings(shards=len(train) + len(heldout)), {"train": [], "heldout": []}
     where = [*(("train", shard) for shard in train), *(("heldout", shard) for shard in heldout)]
-    read = partial(_read_shard, max_image_pixels=config.max_image_pixels, caption_prompt=config.caption_prompt)
-    for (part, _), (samples, problems) in zip(where, _map(read, [shard for _, shard in where], processes), strict=True):
+    read = partial(_read_shard, max_image_pixels=config.max_image_pixels, caption_prompt=config.caption_prompt, encoder=encoder)
+    for (part, _), (samples, problems, notes) in zip(where, _map(read, [shard for _, shard in where], processes), strict=True):
+        found.notes = summed([found.notes, notes])
         seen[part] += samples
         found.problems += problems
         found.usable += len(samples)
         found.samples += len(samples) + sum(bool(problem.key) for problem in problems)
     earlier = _compare_training(seen["train"], found)
+    found.answers = _compare_answers([sample.answer for sample in seen["train"]])
     for sample in seen["heldout"]:
         if (first := earlier.get(sample.pictures)) is not None:
             found.in_training.append(_twin(sample, first))
@@ -122,11 +140,28 @@ def _compare_training(samples: list[_Seen], found: Findings) -> dict[bytes, _See
     return first_by_pictures
 
 
+def _compare_answers(answers: list[str]) -> dict[str, Any]:
+    if not answers:
+        return {}
+    counts = Counter(answers)
+    text, times = counts.most_common(1)[0]
+    forms: dict[str, set[str]] = {}
+    for answer in counts:
+        if answer.count(" ") >= LONG_ANSWER - 1:
+            forms.setdefault(" ".join(re.sub(r"\d+", "#", re.sub(r"[^\w\s]|_", "", answer.lower())).split()), set()).add(answer)
+    alike = [[pattern, sum(counts[one] for one in group), len(group)] for pattern, group in forms.items() if len(group) > 1]
+    return {
+        "different": len(counts),
+        "most_common": {"text": text, "share": round(times / len(answers), 4)},
+        "near_identical": sorted(alike, key=lambda row: (-row[1], row[0]))[:MOST_ALIKE],
+    }
+
+
 def _twin(sample: _Seen, first: _Seen) -> Twin:
     return Twin(sample.shard, sample.key, first.shard, first.key, sample.text == first.text)
 
 
-def _map(read: Any, shards: list[str], processes: int | None) -> Iterable[tuple[list[_Seen], list[Problem]]]:
+def _map(read: Any, shards: list[str], processes: int | None) -> Iterable[tuple[list[_Seen], list[Problem], dict]]:
     """`read` of every shard, in order, with a progress bar on a terminal."""
     import multiprocessing
 
@@ -141,21 +176,30 @@ def _map(read: Any, shards: list[str], processes: int | None) -> Iterable[tuple[
         yield from bar(pool.map(read, shards))
 
 
-def _read_shard(shard: str, *, max_image_pixels: int, caption_prompt: str) -> tuple[list[_Seen], list[Problem]]:
-    samples, problems = [], []
+def _read_shard(
+    shard: str, *, max_image_pixels: int, caption_prompt: str, encoder: Encoder | None
+) -> tuple[list[_Seen], list[Problem], dict[str, dict[str, int]]]:
+    samples, problems, tally = [], [], Tally()
     try:
         dataset = open_dataset([shard], "data", Storage())
         for number in range(len(dataset.index)):
-            raw = dataset.raw(number)
+            raw: dict[str, Any] = {"__key__": f"(sample {number})"}
             try:
+                raw = dataset.raw(number)
                 sample = parse_sample(raw, max_image_pixels=max_image_pixels, caption_prompt=caption_prompt)
+                tally.add(sample.notes if encoder is None else encoder.encode(sample).notes)
             except BadSample as reason:
-                problems.append(Problem(shard, raw["__key__"], str(reason)))
+                problems.append(Problem(shard, str(raw["__key__"]), str(reason)))
             else:
-                samples.append(_Seen(shard, sample.key, *_digests(sample)))
+                samples.append(_Seen(shard, sample.key, *_digests(sample), _last_answer(sample)))
     except (DataError, OSError) as error:
         problems.append(Problem(shard, "", str(error)))
-    return samples, problems
+    return samples, problems, tally.to_dict()
+
+
+def _last_answer(sample: Sample) -> str:
+    said = [message for message in sample.messages if message["role"] == "assistant"][-1]
+    return " ".join(part["text"] for part in said["content"] if "text" in part).strip()[:LONGEST_ANSWER]
 
 
 def _digests(sample: Sample) -> tuple[bytes, bytes]:

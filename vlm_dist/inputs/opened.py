@@ -59,6 +59,11 @@ class Inputs:
         return Encoder(self.processor, max_seq_length=2**31)
 
     @cached_property
+    def stream_encoder(self) -> Encoder:
+        """As samples are encoded to train on them."""
+        return Encoder.of(self.processor, self.config.data)
+
+    @cached_property
     def workload(self) -> Workload:
         """The fullest row among the first samples.
 
@@ -70,11 +75,10 @@ class Inputs:
     def stream(self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None) -> Stream:
         """The training samples of one rank; see `Stream`."""
         config = self.config
-        encoder = Encoder(self.processor, config.data.max_seq_length, config.data.on_too_long)
         batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
         place = {"rank": rank, "world_size": world_size}
         rows = {"epochs": epochs, "pack": self.packs, "positions": positions}
-        return Stream(self.datasets, config.data, encoder, self.quarantine, config.seed, **batch, **place, **rows)
+        return Stream(self.datasets, config.data, self.stream_encoder, self.quarantine, config.seed, **batch, **place, **rows)
 
 
 def open_inputs(config: Config, run: RunDir, ranks: Ranks) -> Inputs:

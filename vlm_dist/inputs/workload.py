@@ -53,17 +53,26 @@ def measured(config: Config, encoder: Encoder, stream: Stream, pack: bool) -> Wo
     Raises:
         DataError: none of the first samples can be used.
     """
+    from PIL import Image
+
     lengths: list[Length] = []
     pictures: tuple[Size, ...] = BLANK
-    most = -1
+    most, problem = -1, ""
     for slot in itertools.islice(stream.measured(), min(MEASURED, stream.num_samples)):
         if slot.length is None or slot.raw is None:
+            problem = problem or f"{(slot.raw or {}).get('__key__', 'the first')}: {slot.problem}"
             continue
-        lengths.append(slot.length)
         if slot.length.patches > most:
-            most, pictures = slot.length.patches, _sizes(slot.raw, config)
+            sizes = _sizes(slot.raw, config)
+            try:
+                encoder.encode_prompt(_question(len(sizes)), [Image.new("RGB", size) for size in sizes])
+            except BadSample as reason:  # of a shape that the processor does not take
+                problem = problem or f"{slot.raw['__key__']}: {reason}"
+                continue
+            most, pictures = slot.length.patches, sizes
+        lengths.append(slot.length)
     if not lengths:
-        raise DataError("plan: none of the first samples of data.train can be used; `vlm-dist inspect` says why")
+        raise DataError(f"data.train: none of the first samples can be used; {problem}; `vlm-dist inspect` lists them")
     longest = max(length.tokens for length in lengths)
     if not pack:
         return Workload(longest, pictures, f"the longest and the most pictures of {len(lengths)} samples")
@@ -91,7 +100,7 @@ def _filled(config: Config, encoder: Encoder, pictures: tuple[Size, ...]) -> tup
 
 def _sizes(raw: dict[str, Any], config: Config) -> tuple[Size, ...]:
     try:
-        _, sizes = outline(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
+        sizes = outline(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt).sizes
     except BadSample:
         return BLANK
     return tuple(sizes) or BLANK

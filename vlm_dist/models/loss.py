@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 IGNORED = -100  # as in torch.nn.functional.cross_entropy
 
-OURS = ("labels", "datasets", "num_datasets")  # what the model does not take
+OURS = ("labels", "datasets", "num_datasets", "weights")  # what the model does not take
+WEIGHT_UNIT = 1_000_000  # of `weights`, as vlm_dist.data.encode writes them
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +23,15 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     Args:
         model: takes the batch without `labels`, and `loss_labels`, or `logits_to_keep` as a 1-D tensor of positions.
         batch: `input_ids`, `labels` [B, T] and whatever else the model takes; of a mixture `datasets` [B, T], the data set that each
-            token comes from, and `num_datasets`, a scalar.
+            token comes from, and `num_datasets`, a scalar; where turns have weights `weights` [B, T], (w - 1) x 10^6.
     """
     import torch
 
     labels_BT = batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name not in OURS}
     if getattr(model, "gives_summed_loss", False):
+        if "weights" in batch:
+            return _by_weight(model, inputs, batch)
         return model(**inputs, loss_labels=_split(labels_BT, batch), use_cache=False).loss
     next_BT = labels_BT[:, 1:]
     positions_P = (next_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
@@ -39,10 +42,24 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     losses_N = torch.nn.functional.cross_entropy(
         logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="none"
     )
+    if "weights" in batch:
+        losses_N = losses_N * (1 + batch["weights"][:, 1:][:, positions_P].flatten() / WEIGHT_UNIT)
     if "datasets" not in batch:
         return losses_N.sum()
     from_N = batch["datasets"][:, 1:][:, positions_P].flatten()
     return losses_N.new_zeros(int(batch["num_datasets"])).index_add(0, from_N, losses_N)
+
+
+def _by_weight(model: Any, inputs: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same of a model that sums by itself: the labels of each weight apart, in one call."""
+    import torch
+
+    split = _split(batch["labels"], batch).view(-1, *batch["labels"].shape)
+    units = batch["weights"][batch["labels"] != IGNORED].unique().tolist() or [0]
+    apart = torch.stack([labels.where(batch["weights"] == unit, IGNORED) for labels in split for unit in units])
+    losses = model(**inputs, loss_labels=apart, use_cache=False).loss.view(len(split), len(units))
+    weighted = losses @ losses.new_tensor([1 + unit / WEIGHT_UNIT for unit in units])
+    return weighted if "datasets" in batch else weighted[0]
 
 
 def _split(labels_BT: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:

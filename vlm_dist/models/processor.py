@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import ModelConfig
 from vlm_dist.errors import ModelError
+from vlm_dist.models.processor_settings import check_settings
 from vlm_dist.models.source import not_loadable
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
             f"model.name: the processor of '{name}' has no chat template; use an instruction-tuned checkpoint, "
             "or add a chat_template.jinja to the folder"
         )
+    if config.processor:
+        plain = AutoProcessor.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        check_settings(config.processor, plain, name)
     _check_pictures(processor, name)
     return processor
 

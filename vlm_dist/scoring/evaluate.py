@@ -9,12 +9,15 @@ from typing import Any
 
 from vlm_dist.config import Config, EvaluationConfig
 from vlm_dist.data.collate import collate
-from vlm_dist.data.encode import Encoder
+from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.samples import Sample
+from vlm_dist.data.turns import has_reasoning, without_reasoning
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import BadSample, ConfigError
 from vlm_dist.models.generate import generate
 from vlm_dist.scoring.metrics import LOWER_IS_BETTER, WHOLE_SET, Metric, exact_match, find_metric, of_whole_set
+
+ANSWER_KEYS = ("answer", "text", "caption", "value", "raw")  # of an object that holds an answer
 
 
 @dataclass
@@ -24,6 +27,10 @@ class Evaluation:
     rows: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     """Those asked for besides exact_match."""
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    """(shard, key, reason) of samples whose question cannot be put; they have no row."""
+    numbers: list[int] = field(default_factory=list)
+    """Of each row: the place of its sample in the list that was given."""
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -52,19 +59,40 @@ def evaluate(
 ) -> Evaluation:
     """Answer the last turn of each sample, greedily. Every rank answers its share, and calls `beat` before each batch; every rank gets
     the whole result."""
-    mine = samples[ranks.rank :: ranks.world_size]
+    mine = list(enumerate(samples))[ranks.rank :: ranks.world_size]
     metrics = {name: metric for name in config.metrics if (metric := find_metric(name)) is not None}
-    rows = []
+    rows: list[tuple[int, dict[str, Any]]] = []
+    refused: list[tuple[int, str]] = []
     for start in range(0, len(mine), config.batch_size):
         beat()
-        batch = mine[start : start + config.batch_size]
-        prompts = [encoder.encode_prompt(question_of(sample), sample.images, sample.key) for sample in batch]
-        inputs = collate(prompts, encoder.processor.tokenizer.pad_token_id, side="left")
-        answers = generate(model, encoder.processor, inputs, config.max_new_tokens)
-        rows += [_row(sample, answer, metrics) for sample, answer in zip(batch, answers, strict=True)]
-    gathered = [row for part in ranks.gather(rows) for row in part]
-    order = {sample.key: number for number, sample in enumerate(samples)}
-    return Evaluation(sorted(gathered, key=lambda row: order[row["key"]]), list(config.metrics))
+        asked = []
+        for number, sample in mine[start : start + config.batch_size]:
+            try:
+                asked.append((number, sample, _prompt(encoder, sample)))
+            except BadSample as reason:
+                refused.append((number, str(reason)))
+        if asked:
+            inputs = collate([prompt for _, _, prompt in asked], encoder.processor.tokenizer.pad_token_id, side="left")
+            answers = generate(model, encoder.processor, inputs, config.max_new_tokens)
+            rows += [(number, _row(sample, answer, metrics)) for (number, sample, _), answer in zip(asked, answers, strict=True)]
+    parts = ranks.gather((rows, refused))
+    ordered = sorted((one for part, _ in parts for one in part), key=lambda one: one[0])
+    problems = sorted(one for _, part in parts for one in part)
+    return Evaluation(
+        [row for _, row in ordered],
+        list(config.metrics),
+        [(samples[number].shard, samples[number].key, reason) for number, reason in problems],
+        [number for number, _ in ordered],
+    )
+
+
+def _prompt(encoder: Encoder, sample: Sample) -> Encoded:
+    """A sample's question, as it stands before the answer in training."""
+    question = question_of(sample)
+    if not question:
+        raise BadSample("no question stands before the answer")
+    thinks = has_reasoning(sample.messages[len(question)])
+    return encoder.encode_prompt(question, sample.images, sample.key, tools=sample.tools, reasoning=thinks)
 
 
 def check_metrics(config: Config) -> None:
@@ -118,20 +146,29 @@ def question_of(sample: Sample) -> list[dict[str, Any]]:
 
 def right_answers(sample: Sample) -> list[str]:
     """What the last turn says, and what the sample's `captions` or `answers` say besides."""
-    truth = _text(sample.messages[len(question_of(sample))])
-    others = [text for name in ("captions", "answers") for text in sample.meta.get(name) or () if isinstance(text, str)]
+    truth = without_reasoning(_text(sample.messages[len(question_of(sample))]))
+    others = [text for name in ("captions", "answers", "answer") for text in _texts(sample.meta.get(name))]
     return others if truth in others else [truth, *others]
 
 
+def _texts(value: Any) -> list[str]:
+    """One text, several, or objects that hold one each, as VQA has them."""
+    if isinstance(value, str):
+        return [value]
+    found = value if isinstance(value, list) else []
+    inner = [next((one[key] for key in ANSWER_KEYS if key in one), None) if isinstance(one, dict) else one for one in found]
+    return [text for text in inner if isinstance(text, str)]
+
+
 def _row(sample: Sample, answer: str, metrics: dict[str, Metric]) -> dict[str, Any]:
-    question, truths = question_of(sample), right_answers(sample)
+    question, truths, answer = question_of(sample), right_answers(sample), without_reasoning(answer)
     return {
         "key": sample.key,
         "task": sample.meta.get("task", ""),
         "kind": sample.meta.get("kind", "") or sample.meta.get("task", ""),
         "prompt": _text(question[-1]) if question else "",
         "answer": answer,
-        "truth": _text(sample.messages[len(question)]),
+        "truth": without_reasoning(_text(sample.messages[len(question)])),
         "truths": truths,
         "exact": bool(exact_match(answer, truths)),
         "metrics": {name: float(metric(answer, truths)) for name, metric in metrics.items()},

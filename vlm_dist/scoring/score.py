@@ -31,8 +31,15 @@ def score_run(run_dir: str, *, data: list[str] | None = None, samples: int | Non
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"heldout": data})})
     ranks = distributed.start()
-    heldout = read_heldout(config.data, samples, Quarantine(run.quarantine, config.data.max_bad_fraction))
+    quarantine = Quarantine(run.quarantine, config.data.max_bad_fraction)
+    heldout = read_heldout(config.data, samples, quarantine)
     if not heldout:
         raise DataError("no held-out sample to score; name shards with --data")
     model, processor = load_trained(run_dir, ranks.device, base=base)
-    return evaluate(model, Encoder(processor, config.data.max_seq_length), heldout, config.evaluation, ranks).scores
+    found = evaluate(model, Encoder.of(processor, config.data), heldout, config.evaluation, ranks)
+    for shard, key, reason in found.refused:
+        quarantine.note({"__url__": shard, "__key__": key}, reason)
+    if not found.rows:
+        _, key, reason = found.refused[0]
+        raise DataError(f"none of the {len(heldout)} held-out samples can be asked; the first ({key}): {reason}")
+    return found.scores

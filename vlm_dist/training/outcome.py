@@ -15,7 +15,7 @@ from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Counts, Step, Stream
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import CheckpointError
+from vlm_dist.errors import CheckpointError, DataError
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, read_json, read_jsonl, write_json, write_text
 from vlm_dist.training.log import Log, StepTimer
 from vlm_dist.training.prepare import Loaded
@@ -53,7 +53,7 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
 class Shares:
     """Who computes how much of a step."""
 
-    labels: list[int]
+    labels: list[float]
     """Supervised tokens of each data set, over all ranks."""
     slots: list[float]
     """Tokens that each rank computes, padding included."""
@@ -73,8 +73,27 @@ def count_over_ranks(step: Step, ranks: Ranks) -> tuple[Counts, Shares]:
     """The totals of a step over all ranks, and each rank's part."""
     counts = astuple(step.counts)
     sums, (slots, patches) = ranks.sum_and_gather([*counts, *step.labels], step.counts.slots, step.counts.patches)
-    totals = list(map(int, sums))
+    totals: list[Any] = [int(value) if float(value).is_integer() else value for value in sums]  # labels have weights
     return Counts(*totals[: len(counts)]), Shares(totals[len(counts) :], slots, patches)
+
+
+def refuse_useless(progress: Progress, config: Config, stream: Stream, steps: int) -> None:
+    """A run that learns from nothing, or from less than half of its samples, must not end as if all were well. Small data sets are judged
+    after their first epoch; the first 1,000 samples of a rank are judged by the quarantine.
+
+    Raises:
+        DataError: on every rank alike.
+    """
+    drawn = progress.data_step * stream.global_batch
+    if progress.data_step != progress.step or config.data.packing or drawn - stream.global_batch >= stream.num_samples > 1:
+        return
+    if drawn < stream.num_samples and progress.step < steps:
+        return
+    bad = drawn - progress.samples
+    if progress.samples == 0 or bad > max(0.5, config.data.max_bad_fraction) * drawn:
+        known = read_jsonl(stream.quarantine.path)
+        last = f"; the last ({known[-1]['key']}): {known[-1]['reason']}" if known else ""
+        raise DataError(f"data: {bad} of the first {drawn} samples are unusable{last}; all are named in {stream.quarantine.path}")
 
 
 def _excess(values: list[float]) -> float:

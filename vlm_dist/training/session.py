@@ -14,6 +14,7 @@ from vlm_dist.checkpoints.snapshot import load_checkpoint
 from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Stream, merge_states
+from vlm_dist.data.tally import in_words, summed
 from vlm_dist.distributed import Ranks
 from vlm_dist.run_dir import RunDir, write_json
 from vlm_dist.scoring.evaluate import Patience, evaluate
@@ -123,8 +124,12 @@ class Session:
             return
         beat = partial(self.watchdog.beat, "evaluating")
         evaluation = evaluate(self.engine.module, self.stream.encoder, self.heldout, self.config.evaluation, self.ranks, beat)
+        if self.ranks.is_first:
+            for shard, key, reason in evaluation.refused:
+                self.stream.quarantine.note({"__url__": shard, "__key__": key}, reason)
         if phase != "during" and self.ranks.is_first:
-            outcome.write_answers(self.run, phase, evaluation.rows, self.heldout)
+            asked = [self.heldout[number] for number in evaluation.numbers]
+            outcome.write_answers(self.run, phase, evaluation.rows, asked)
         self._scores = step, evaluation.scores
         self.log.evaluation(step, phase, evaluation.scores)
         if phase == "during":
@@ -149,8 +154,12 @@ class Session:
         run, log = self.run, self.log
         final = run.adapter if self.config.lora is not None else run.model
         summary = self._summary("finished", progress) | {"result": str(final), "quarantined": len(self.stream.quarantine)}
+        if notes := summed(self.ranks.gather(self.stream.encoder.tally.to_dict())):
+            summary["notes"] = notes
         if self.ranks.is_first:
             write_json(run.summary, summary)
+            for line in in_words(notes):
+                log.say(f"data: {line}")
             if summary["quarantined"]:
                 log.say(f"{summary['quarantined']} unusable samples were skipped; they are named in {run.quarantine}")
             if summary["skipped_steps"] or summary["rollbacks"]:

@@ -96,7 +96,7 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
         lr = learning_rate(config.optim, progress.step, session.steps)
         set_learning_rate(engine, lr)
         counts, shares = outcome.count_over_ranks(step, ranks)
-        num_labels = max(1, counts.labels)  # the one denominator, over all micro-batches and ranks
+        num_labels = counts.labels or 1  # the one denominator, over all micro-batches and ranks
         losses, grad_norm = [], 0.0
         for batch in step.micro_batches:
             watchdog.beat("computing")
@@ -115,6 +115,7 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
         log.step(metrics | shares.metrics(stream.names, loss_sums))
         audit.tell(progress.step, counts, log)
+        outcome.refuse_useless(progress, config, stream, session.steps)
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:
             progress, saved = earlier, earlier.step
             continue

@@ -10,9 +10,10 @@ from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import canonical, layout_of
+from vlm_dist.data.messages import check_messages, read_messages
 from vlm_dist.data.picture_sources import name_of, read_source
 from vlm_dist.data.pictures import PICTURE_FORMATS, as_rgb, decode_picture, picture_extension, readable_formats
-from vlm_dist.data.samples import Sample, check_messages, read_messages
+from vlm_dist.data.samples import Sample
 from vlm_dist.errors import BadSample, DataError
 
 if TYPE_CHECKING:

@@ -1,0 +1,170 @@
+"""A record's turns -> messages with typed parts, in the one form that everything behind reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from vlm_dist.errors import BadSample
+
+ROLES = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "chatbot": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
+HANDED_ON = ("reasoning_content", "tool_calls", "tool_call_id", "name")
+"""Keys of a turn that the chat template gets as they are."""
+WEIGHTS = ("weight", "loss", "train")
+"""Keys of a turn that say how much it counts: a number, or false and true for 0 and 1 (OpenAI's, ms-swift's, Axolotl's names)."""
+LARGEST_WEIGHT = 1000.0
+PICTURE_PARTS = ("image", "image_url", "input_image")
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def read_messages(turns: Any) -> list[dict[str, Any]]:
+    """A list of turns -> messages: `role`, `content` (parts of type image, or text with `text`), and where the turn has them `weight`
+    and what `HANDED_ON` names.
+
+    Raises:
+        BadSample: it is no list of turns, or a turn has an unknown role or part, or an impossible weight.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise BadSample("json: expected a list of turns")
+    return [_message(turn) for turn in turns]
+
+
+def check_messages(messages: list[dict[str, Any]], num_pictures: int, found: str = "") -> None:
+    """Place the pictures that the text does not place, and see that messages and pictures agree.
+
+    Args:
+        found: what the sample consists of, for the error message.
+
+    Raises:
+        BadSample: they do not, or no assistant speaks.
+    """
+    _place_pictures(messages, num_pictures)
+    asked = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if asked != num_pictures:
+        raise BadSample(f"the text speaks of {asked} pictures, the sample has {num_pictures}{found}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadSample("no assistant turn to learn from")
+    if not any(message["role"] == "assistant" and says_something(message) for message in messages):
+        raise BadSample("the assistant says nothing: every answer is empty")
+
+
+def says_something(message: dict[str, Any]) -> bool:
+    """Whether there is anything of an assistant's turn to learn."""
+    spoken = any(part.get("text", "").strip() for part in message["content"])
+    return spoken or bool(message.get("tool_calls")) or bool(message.get("reasoning_content", "").strip())
+
+
+def unread_keys(turns: Any) -> set[str]:
+    """Keys of turns that `read_messages` looks past."""
+    known = {"role", "from", "content", "value", *HANDED_ON, *WEIGHTS}
+    return {
+        str(key)[:60] for turn in turns if isinstance(turn, dict) for key, value in turn.items() if key not in known and value is not None
+    }
+
+
+def text_of(value: Any) -> str:
+    """A text that can be written down.
+
+    Raises:
+        BadSample: it has half of a surrogate pair, which no encoding has.
+    """
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadSample(f"json: half a character ({value[error.start]!a}, a lone surrogate) in a text; write the text anew") from None
+    return value
+
+
+def _message(turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise BadSample(f"json: a turn is a {type(turn).__name__}; expected an object with 'role' and 'content'")
+    role_key, content_key = (next((key for key in keys if key in turn), keys[0]) for keys in (("role", "from"), ("content", "value")))
+    role = turn.get(role_key)
+    role = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if role is None:
+        raise BadSample(f"json: a turn's '{role_key}' is {str(turn.get(role_key))[:60]!r}; expected one of {', '.join(ROLES)}")
+    message: dict[str, Any] = {"role": role, "content": _parts(turn.get(content_key), content_key, role == "assistant" and turn)}
+    message |= {key: turn[key] for key in HANDED_ON if turn.get(key) is not None}
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(turn["tool_calls"])
+    if not isinstance(message.get("reasoning_content", ""), str):
+        raise BadSample("json: a turn's 'reasoning_content' is no text")
+    if role == "assistant" and (weight := _weight(turn)) != 1.0:
+        message["weight"] = weight
+    return message
+
+
+def _parts(content: Any, key: str, assistant: Any) -> list[dict[str, str]]:
+    if isinstance(content, str):
+        return _split_markers(text_of(content))
+    if content is None and assistant and (assistant.get("tool_calls") or assistant.get("reasoning_content")):
+        return []
+    if not isinstance(content, list):
+        raise BadSample(f"json: a turn's '{key}' is neither text nor a list of parts")
+    return [_part(part) for part in content]
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    """With their arguments as objects, as templates take them; OpenAI's are objects written as a text."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadSample("json: a turn's 'tool_calls' is no list of objects")
+    made = []
+    for call in calls:
+        inner = call.get("function", call)
+        if isinstance(inner, dict) and isinstance(inner.get("arguments"), str):
+            try:
+                inner = {**inner, "arguments": json.loads(inner["arguments"])}
+            except (ValueError, RecursionError):
+                raise BadSample("json: the arguments of a tool call are no JSON") from None
+            call = {**call, "function": inner} if "function" in call else inner
+        made.append(call)
+    return made
+
+
+def _weight(turn: dict[str, Any]) -> float:
+    """0 ... `LARGEST_WEIGHT`; of several keys the product, so that each can switch a turn off."""
+    product = 1.0
+    for key in WEIGHTS:
+        value = turn.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or not math.isfinite(value) or not 0 <= value <= LARGEST_WEIGHT:
+            raise BadSample(f"json: a turn's '{key}' is {str(value)[:40]!r}; expected true, false, or 0 to {LARGEST_WEIGHT:g}")
+        product *= float(value)
+    return product
+
+
+def _split_markers(text: str) -> list[dict[str, str]]:
+    """LLaVA writes `<image>` in the text where a picture stands."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split("<image>")):
+        if number:
+            parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip("\n")})
+    return parts
+
+
+def _part(part: Any) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": text_of(part)}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in PICTURE_PARTS:
+        return {"type": "image"}
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and (kind is None or kind in TEXT_PARTS):
+        return {"type": "text", "text": text_of(part["text"])}
+    raise BadSample(f"json: a part of type {str(kind)[:60]!r}; expected image, or text with 'text'")
+
+
+def _place_pictures(messages: list[dict[str, Any]], count: int) -> None:
+    """Pictures that the text does not place stand at the start of the first user turn, as most data sets mean it; where no user speaks,
+    of the first turn."""
+    placed = any(part["type"] == "image" for message in messages for part in message["content"])
+    turns = [message for role in ("user", "assistant") for message in messages if message["role"] == role]
+    if count and not placed and turns:
+        turns[0]["content"][:0] = [{"type": "image"} for _ in range(count)]

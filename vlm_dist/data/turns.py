@@ -1,0 +1,263 @@
+"""Where each assistant turn stands in a conversation that a chat template wrote.
+
+The conversation is rendered a second time with a mark in the place of each thing that an assistant says. What stands between the marks
+is the template's; laid over the real text it shows where the real words are. So no template needs generation markers, and one that
+writes earlier turns in another way than the last (thinking templates do) is no obstacle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vlm_dist.data.messages import says_something
+from vlm_dist.data.tally import Note
+from vlm_dist.errors import BadSample
+
+Messages = list[dict[str, Any]]
+Render = Callable[..., str]
+"""render(messages, add_generation_prompt=False) -> text; raises BadSample."""
+
+MARK = re.compile("\ue000([0-9]+)\ue001")
+THOUGHT = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
+STRIPS: tuple[Callable[[str], str], ...] = (
+    lambda text: text, str.strip, str.lstrip, str.rstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"),
+    lambda text: text.rstrip("\n"),
+)  # fmt: skip
+"""What templates do to the space around a text."""
+
+
+class Turn(NamedTuple):
+    """An assistant turn, as (start, end) in the text: what the assistant writes, its end-of-turn included."""
+
+    number: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a template writes around an assistant's words, seen on a conversation of two turns."""
+
+    lead: str = ""
+    """Between the generation prompt and the words. Spaces are the model's to write; anything else is an empty thought, the template's."""
+    tail: str = ""
+    """Behind the words of the last turn, without trailing spaces: the end-of-turn."""
+    takes_reasoning: bool = False
+    """Whether it writes a turn's `reasoning_content`."""
+
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the words of a turn without reasoning stand behind more than the generation prompt."""
+        return bool(self.lead.strip())
+
+
+def habits_of(render: Render) -> Habits:
+    """Look at how a template renders one question and one answer. Where it cannot, there is nothing to know."""
+    question: Messages = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    answer: Messages = [{"role": "assistant", "content": [{"type": "text", "text": _mark(0)}]}]
+    try:
+        before, full = render(question, add_generation_prompt=True), render([*question, *answer])
+    except BadSample:
+        return Habits()
+    found = MARK.search(full)
+    if found is None:
+        return Habits()
+    lead = full[len(before) : found.start()] if full[: found.start()].startswith(before) else ""
+    return Habits(lead, full[found.end() :].rstrip(), _writes_reasoning(question, render))
+
+
+def _writes_reasoning(question: Messages, render: Render) -> bool:
+    try:
+        return _mark(0) in render([*question, _thinking_answer()])
+    except BadSample:
+        return False
+
+
+def _thinking_answer() -> dict[str, Any]:
+    return {"role": "assistant", "reasoning_content": _mark(0), "content": [{"type": "text", "text": _mark(1)}]}
+
+
+def with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn that thinks between tags, with its thought in `reasoning_content`."""
+    place = next((number for number, part in enumerate(message["content"]) if "text" in part), None)
+    if message["role"] != "assistant" or place is None or message.get("reasoning_content"):
+        return message
+    words = message["content"][place]["text"]
+    thought = THOUGHT.match(words)
+    if thought is None or not thought[2].strip():
+        return message
+    content = [*message["content"]]
+    content[place] = {**content[place], "text": words[thought.end() :]}
+    return {**message, "content": content, "reasoning_content": thought[2]}
+
+
+def assistant_turns(messages: Messages, text: str, render: Render, habits: Habits, tokens: frozenset[str]) -> list[Turn]:
+    """Every assistant turn that says something.
+
+    Args:
+        messages: as they were rendered.
+        text: what `render(messages)` gave.
+        tokens: control tokens, of which one ends a turn.
+
+    Raises:
+        BadSample: the template leaves out what an assistant says, or rewrites it beyond recognition.
+    """
+    speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
+    calls = any(messages[number].get("tool_calls") for number in speaking)
+    holes = None if calls else _find_holes(messages, text, render) or _find_holes(messages, text, render, thoughts_apart=True)
+    turns = []
+    for number in speaking:
+        places = holes.get(number) if holes is not None else None
+        if places is None:
+            turns.append(_by_prefix(messages, number, text, render, habits))
+            continue
+        start, end = min(start for start, _ in places), max(end for _, end in places)
+        if habits.lead and not habits.opens_thought and text[:start].endswith(habits.lead):
+            start -= len(habits.lead)
+        turns.append(Turn(number, start, _with_end(text, end, number + 1 == len(messages), habits, tokens)))
+    return turns
+
+
+def has_reasoning(message: dict[str, Any]) -> bool:
+    """Whether a turn thinks before it speaks, in `reasoning_content` or between tags."""
+    if str(message.get("reasoning_content") or "").strip():
+        return True
+    thought = THOUGHT.match(next((part["text"] for part in message["content"] if "text" in part), ""))
+    return bool(thought and thought[2].strip())
+
+
+def without_reasoning(text: str) -> str:
+    """What an answer says behind its thought."""
+    return text.rsplit("</think>", 1)[-1].strip()
+
+
+def prompt_before_answer(messages: Messages, render: Render, reasoning: bool) -> str:
+    """The text up to where the assistant's words begin in training: its thought, or behind the empty one that a thinking template writes
+    before an answer without."""
+    answer = _thinking_answer() if reasoning else {"role": "assistant", "content": [{"type": "text", "text": _mark(0)}]}
+    full = render([*messages, answer])
+    found = MARK.search(full)
+    if found is None:
+        raise BadSample("the chat template leaves out what the assistant says")
+    return full[: found.start()]
+
+
+def left_out(messages: Messages, text: str, tools: list[Any] | None) -> set[Note]:
+    """What a template did not write into `text`, where a model can do without.
+
+    Raises:
+        BadSample: words of a user or a tool, the tools, or their calls.
+    """
+    notes: set[Note] = set()
+    for number, message in enumerate(messages):
+        words = [part["text"].strip() for part in message["content"] if part.get("text", "").strip()]
+        if any(one not in text for one in words):
+            if message["role"] in ("user", "tool"):
+                raise BadSample(f"the chat template leaves out what the {message['role']} says in turn {number}")
+            if message["role"] == "system":
+                notes.add(("template", "system turns"))
+        if any(name not in text for name in _names(message.get("tool_calls"))):
+            raise BadSample(f"the chat template leaves out the tool calls of turn {number}; use a model whose template takes tools")
+        if str(message.get("reasoning_content") or "").strip() not in text:
+            notes.add(("template", "reasoning"))
+    if any(name not in text for name in _names(tools)):
+        raise BadSample("the chat template leaves out the tools; use a model whose template takes them")
+    return notes
+
+
+def _names(tools: Any) -> list[str]:
+    """Of functions, in OpenAI's form or without its wrapping."""
+    inner = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
+    return [tool["name"] for tool in inner if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
+
+
+def _find_holes(messages: Messages, text: str, render: Render, *, thoughts_apart: bool = False) -> dict[int, list[tuple[int, int]]] | None:
+    """turn -> (start, end) of each thing said in it; None: the real text does not lie between the template's pieces."""
+    marked, said = _with_marks(messages, thoughts_apart)
+    try:
+        pieces = MARK.split(render(marked))
+    except BadSample:
+        return None
+    numbers = [int(number) for number in pieces[1::2]]
+    present = set(numbers)
+    for number, (turn, words, needed) in enumerate(said):
+        if needed and words.strip() and number not in present:
+            raise BadSample(f"the chat template leaves out what the assistant says in turn {turn}: {words.strip()[:60]!r}")
+    if numbers != sorted(present) or not present <= set(range(len(said))) or not text.startswith(pieces[0]):
+        return None
+    places: dict[int, list[tuple[int, int]]] = {}
+    position = len(pieces[0])
+    for number, piece in zip(numbers, pieces[2::2], strict=True):
+        turn, words, _ = said[number]
+        fits = (form for strip in STRIPS if text.startswith((form := strip(words)) + piece, position))
+        form = next(fits, None)
+        if form is None:
+            return None
+        if form.strip():
+            places.setdefault(turn, []).append((position, position + len(form)))
+        position += len(form) + len(piece)
+    return places if position == len(text) else None
+
+
+def _with_marks(messages: Messages, thoughts_apart: bool) -> tuple[Messages, list[tuple[int, str, bool]]]:
+    """Messages with marks for what assistants say; of each mark the turn, the words, and whether it must be in the text (a template may
+    leave the thoughts of earlier turns out)."""
+    said: list[tuple[int, str, bool]] = []
+    marked = []
+
+    def mark(turn: int, words: str, needed: bool = True) -> str:
+        said.append((turn, words, needed))
+        return _mark(len(said) - 1)
+
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            marked.append(message)
+            continue
+        copy = dict(message)
+        if str(message.get("reasoning_content") or "").strip():
+            copy["reasoning_content"] = mark(number, message["reasoning_content"], needed=False)
+        parts = []
+        for part in message["content"]:
+            if not part.get("text", "").strip():
+                parts.append(part)
+                continue
+            words, thought = part["text"], THOUGHT.match(part["text"])
+            if thoughts_apart and thought and thought[2].strip():
+                before = thought[1] + mark(number, thought[2], needed=False) + thought[3]
+                parts.append({**part, "text": before + mark(number, words[thought.end() :])})
+            else:
+                parts.append({**part, "text": mark(number, words)})
+        marked.append({**copy, "content": parts})
+    return marked, said
+
+
+def _with_end(text: str, end: int, is_last: bool, habits: Habits, tokens: frozenset[str]) -> int:
+    """Where the end-of-turn behind `end` ends."""
+    if is_last:
+        return max(end, len(text.rstrip()))
+    behind = text[end:]
+    spaces = len(behind) - len(behind.lstrip())
+    if habits.tail and behind.startswith(habits.tail):
+        return end + len(habits.tail)
+    closing = max((token for token in tokens if behind[spaces:].startswith(token)), key=len, default=None)
+    return end if closing is None else end + spaces + len(closing)
+
+
+def _by_prefix(messages: Messages, number: int, text: str, render: Render, habits: Habits) -> Turn:
+    """A turn as what it adds to the conversation before it: with tool calls, or where the template rewrites an answer's words."""
+    try:
+        before = render(messages[:number], add_generation_prompt=True) if number else ""
+        after = render(messages[: number + 1]) if number + 1 < len(messages) else text
+    except BadSample:
+        before, after = "", "\ue002"
+    if not (after.startswith(before) and text.startswith(after.rstrip())):
+        raise BadSample(f"the chat template rewrites earlier turns, so turn {number} cannot be located; use single-turn samples")
+    is_empty_thought = habits.opens_thought and after.startswith(habits.lead, len(before))
+    return Turn(number, len(before) + is_empty_thought * len(habits.lead), len(after.rstrip()))
