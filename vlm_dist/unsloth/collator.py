@@ -81,10 +81,13 @@ def as_sample(row: dict[str, Any]) -> Sample:
     if turns is None:
         if len(sources) != 1 or not made.get("captions"):
             raise BadSample(f"no 'messages' in it; its columns are {', '.join(map(str, row))}")
-        turns = [{"role": "user", "content": f"<image>{CAPTION_PROMPT}"}, {"role": "assistant", "content": made["captions"][0]}]
+        asked = [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}]
+        said = [{"type": "text", "text": made["captions"][0]}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     messages = read_messages(turns)
     check_messages(messages, len(sources))
-    return Sample("", "", messages, [_open(source) for source in sources], made)
+    tools = made.pop("tools", None)
+    return Sample("", "", messages, [_open(source) for source in sources], made, tools)
 
 
 def _canonical(row: dict[str, Any]) -> dict[str, Any]:
