@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm_dist.data.control_tokens import ControlTokens
 from vlm_dist.data.labels import expanded, weights_of
 from vlm_dist.data.messages import says_something
+from vlm_dist.data.placing import Placing
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
 from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, with_reasoning_apart
@@ -59,6 +60,7 @@ class Encoder:
         train_on: learn from every assistant turn, or from the last one only.
         keep_tokens: control tokens that stay what they are where they stand in a text.
         split_tokens: further tokens that become plain text there.
+        boxes: how objects are written, a name of conventions.py; auto: as the model does.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Encoder:
         train_on: Literal["all", "last"] = "all",
         keep_tokens: Sequence[str] = (),
         split_tokens: Sequence[str] = (),
+        boxes: str = "auto",
     ):
         import torch
 
@@ -77,6 +80,7 @@ class Encoder:
         self.on_too_long = on_too_long
         self.train_on = train_on
         self.tally = Tally()
+        self.placing = Placing(processor, boxes)
         self._picture_ids = torch.tensor([number for number in processor.image_token_ids if number is not None])
         self._wants_types = "mm_token_type_ids" in processor.model_input_names
         self._tokens = ControlTokens(processor, self._render, keep_tokens, split_tokens)
@@ -88,7 +92,7 @@ class Encoder:
     def of(cls, processor: Any, config: DataConfig) -> Encoder:
         """As a configuration says."""
         return cls(
-            processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens
+            processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens, config.boxes
         )  # fmt: skip
 
     @property
@@ -115,7 +119,9 @@ class Encoder:
         """
         import torch
 
-        messages, notes = self._plain_text(sample.messages)
+        messages, notes = self._plain_text(self.written(sample))
+        if sample.objects:
+            notes -= {("kept", token) for token in self.placing.convention.tokens}
         text = self._render(messages, tools=sample.tools)
         notes |= left_out(messages, text, sample.tools)
         turns = self._learnt(messages, self._turns(messages, text, sample.tools), notes)
@@ -131,6 +137,10 @@ class Encoder:
         if not (encoded.labels[:, 1:] != IGNORED).any():
             raise BadSample("no supervised token: the assistant says nothing, its turns count for nothing, or all of it was cut")
         return encoded
+
+    def written(self, sample: Sample) -> list[dict]:
+        """Its conversation, with objects where placeholders stand."""
+        return self.placing.written(sample.messages, sample.objects, sample.sizes) if sample.objects else sample.messages
 
     def encode_prompt(
         self, messages: list[dict], images: list[Any], key: str = "", *, tools: Tools = None, reasoning: bool = False
