@@ -16,7 +16,7 @@ from vlm_dist.data.lengths import Ruler
 from vlm_dist.data.pictures import ORIENTATION
 from vlm_dist.data.placing import Placing, objects_answered
 from vlm_dist.data.samples import Sample, outline, parse_sample
-from vlm_dist.data.view import pictures_as_seen
+from vlm_dist.data.view import pictures_as_seen, shows_pictures_whole
 from vlm_dist.errors import BadSample, ConfigError
 from vlm_dist.families import FAMILIES
 
@@ -144,9 +144,8 @@ def test_the_numbers_hit_the_pixels_that_the_model_sees(processor_of, family, si
 def red_shares(encoder, encoded, box, size):
     """Edges of the red rectangle as shares of the picture that is seen, and a pixel of it as a share; where it is cut into tiles, shares
     of the whole, as their makers have it."""
-    tiled = "pixel_attention_mask" in encoded.inputs or "aspect_ratio_ids" in encoded.inputs
-    seen = [] if tiled else pictures_as_seen(encoded, encoder.processor)
-    if len(seen) != 1:
+    seen = pictures_as_seen(encoded, encoder.processor)
+    if not shows_pictures_whole(encoded, seen, 1):
         return [value / side for value, side in zip(box, size * 2, strict=True)], 0.0
     red = Image.eval(seen[0].getchannel("G"), lambda value: 255 if value < 128 else 0).getbbox()
     return [value / side for value, side in zip(red, seen[0].size * 2, strict=True)], 1.01 / min(seen[0].size)

@@ -32,7 +32,7 @@ NUMBER = r"-?\d+(?:\.\d+)?"
 GROUP = re.compile(rf"[\[(]\s*({NUMBER}(?:\s*,\s*{NUMBER})*)\s*[\])]")
 LOCATIONS = re.compile(r"(?:<loc\d{4}>)+")
 BARE = re.compile(rf"{NUMBER}(?:[\s,]+{NUMBER})+")
-BETWEEN_CORNERS = re.compile(r"[\s,]*")
+BETWEEN_CORNERS = re.compile(r"\s*,\s*")
 JSON_LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
@@ -59,7 +59,7 @@ class Convention:
     item: str = "{label}{place}"
     joint: str = ""
     before: str = ""
-    """Regular expression of a label before its place."""
+    """Regular expression of a label before its place; special tokens are not in a generated answer any more."""
     most: int | None = None
     """Largest number that can be written."""
     tokens: tuple[str, ...] = ()
@@ -134,8 +134,8 @@ class Convention:
                 return ""
         if self.name == "loc":
             return behind.split(";")[0].strip()
-        found = re.findall(self.before, ahead, re.DOTALL) if self.before else []
-        return found[-1].strip() if found else ""
+        found = re.search(self.before, ahead)
+        return found[1].strip() if found else ""
 
     def _corner(self, point: Point, frame: Frame) -> tuple[str, str]:
         """The two numbers of a point, as they are written."""
@@ -203,12 +203,12 @@ CONVENTIONS = {
         Convention(
             "qwen2", 1000, corner="({},{})", bbox="<|box_start|>{},{}<|box_end|>", point="<|box_start|>{}<|box_end|>",
             polygon=("<|quad_start|>", "{}", ",", "<|quad_end|>"), label="<|object_ref_start|>{}<|object_ref_end|>",
-            before=r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>",
+            before=r"([^<>|()]+?)(?:<\|object_ref_end\|>)?(?:<\|box_start\|>)?$",
             tokens=("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
         ),
         Convention(
             "internvl", 1000, bbox="<box>[[{}, {}]]</box>", point="<point>[[{}]]</point>", label="<ref>{}</ref>",
-            polygon=("<quad>[", "[{}]", ", ", "]</quad>"), joint="\n", before=r"<ref>(.*?)</ref>",
+            polygon=("<quad>[", "[{}]", ", ", "]</quad>"), joint="\n", before=r"([^<>\[\]]+?)(?:</ref>)?(?:<(?:box|point)>)?\[*$",
             tokens=("<box>", "</box>", "<quad>", "</quad>", "<ref>", "</ref>"),
         ),
         Convention("unit", 1, 2, item="{label} {place}", joint="; ", before=r"([^;\[\]]+)$"),

@@ -141,6 +141,13 @@ class Placing:
         found = self.convention.read(answer, [frames[image] for image in images])
         return [one._replace(image=images[min(number, len(images) - 1)]) for number, one in enumerate(found)]
 
+    def as_generated(self, text: str) -> str:
+        """A text without the special tokens of the convention, as `generate` gives answers."""
+        special = set(self._processor.tokenizer.all_special_tokens)
+        for token in special.intersection(self.convention.tokens):
+            text = text.replace(token, "")
+        return text
+
     @property
     def _both(self) -> tuple[Convention, Frames]:
         if self._made is None:
