@@ -112,7 +112,8 @@ def _marked(preparer: Preparer, sample: Sample, encoded: Encoded, seen: list[Ima
     for number in sorted({one.image for one in sample.objects}):
         objects = [one for one in sample.objects if one.image == number]
         if shows_pictures_whole(encoded, seen, len(sample.images)):
-            pictures[number]["url"] = _as_url(with_marks(_enlarged(seen[number]), objects, frames[number]))
+            shown = _gridded(seen[number], pictures[number]["patch"])
+            pictures[number]["url"] = _as_url(with_marks(shown, objects, frames[number]))
         else:
             image = sample.images[number]
             image = to_pil_image(image) if hasattr(image, "shape") else image
@@ -137,7 +138,11 @@ def _segments(encoded: Encoded, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _picture(image: Image, patch: int | None) -> dict[str, Any]:
-    """The picture with its patch grid, as a data URL."""
+    return {"size": list(image.size), "patch": patch, "url": _as_url(_gridded(image, patch))}
+
+
+def _gridded(image: Image, patch: int | None) -> Image:
+    """The picture with its patch grid."""
     from PIL import Image as Images
     from PIL import ImageDraw
 
@@ -151,7 +156,7 @@ def _picture(image: Image, patch: int | None) -> dict[str, Any]:
         for y in range(0, shown.height, patch * scale):
             draw.line([(0, y), (shown.width, y)], (128, 128, 128, 140))
         shown = Images.alpha_composite(shown.convert("RGBA"), lines).convert("RGB")
-    return {"size": list(image.size), "patch": patch, "url": _as_url(shown)}
+    return shown
 
 
 def _enlarged(image: Image) -> Image:

@@ -26,15 +26,14 @@ def with_marks(picture: Image, objects: Sequence[Marked], frame: Frame) -> Image
     shown = picture.convert("RGB")
     draw = ImageDraw.Draw(shown)
     across, down = shown.width / frame.width, shown.height / frame.height
-    line = max(1, round(max(shown.size) / 220))
+    line = max(3, round(max(shown.size) / 130))
     for number, one in enumerate(objects):
         colour = COLOURS[number % len(COLOURS)]
         points = [((x - frame.left) * across, (y - frame.top) * down) for x, y in one.points]
         for ink, width in ((HALO, line + 2), (colour, line)):
             _outline(draw, one.kind, points, ink, width)
         if one.label:
-            left, top = min(x for x, _ in points) + line, min(y for _, y in points) + line
-            draw.text((left, top), one.label[:40], fill=colour, stroke_width=1, stroke_fill=HALO, font_size=max(10, max(shown.size) / 30))
+            _name(draw, one.label[:40], min(points, key=sum), colour, max(13, max(shown.size) // 26))
     return shown
 
 
@@ -47,3 +46,10 @@ def _outline(draw, kind: str, points: list[tuple[float, float]], ink: str, width
         (x1, y1), (x2, y2) = points
         points = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     draw.line([*points, points[0]], fill=ink, width=width, joint="curve")
+
+
+def _name(draw, label: str, corner: tuple[float, float], colour: str, size: int) -> None:
+    """Black on the colour, from the upper left corner inwards."""
+    box = draw.textbbox(corner, label, font_size=size)
+    draw.rectangle((*corner, box[2] + size // 3, box[3] + size // 4), fill=colour)
+    draw.text((corner[0] + size // 6, corner[1]), label, fill=HALO, font_size=size)
