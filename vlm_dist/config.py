@@ -69,6 +69,8 @@ class DataConfig(Section):
     """Special tokens of turns and pictures that stay what they are where a text writes them; else they become plain text."""
     split_tokens: list[str] = []
     """Further special tokens (of boxes, thoughts, tools, ...) to make plain text of; else they stay what they are."""
+    boxes: Literal["auto", "absolute", "thousand", "qwen2", "gemma", "internvl", "unit", "loc"] = "auto"
+    """How a sample's `objects` are written into its text; auto: as the model does."""
     caption_prompt: str = "Describe the picture."
     """The question put before a sample that has only a caption (KEY.txt)."""
     shuffle_window: PositiveInt = 2000

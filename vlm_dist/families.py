@@ -29,6 +29,8 @@ class Family:
 
     unused: tuple[str, ...] = ()
     """Paths of modules that the checkpoint holds and the model never runs; never adapted."""
+    boxes: str = "thousand"
+    """How its makers taught it to write boxes and points, a name of `data/conventions.py`; thousand where they document nothing."""
     packs: bool = False
     """Whether several samples may share a row without one seeing another (tests/models/test_packing.py shows it by their losses)."""
 
@@ -47,21 +49,21 @@ SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-lan
 FAMILIES = {
     row.model_type: row
     for row in (
-        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True),
-        Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True),
+        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma"),
+        Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma"),
         Family("idefics3", *IDEFICS_PARTS, packs=True),
-        Family("internvl", *LLAVA_PARTS, packs=True),
-        Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True),
-        Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True),
-        Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True),
+        Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl"),
+        Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
+        Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
+        Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
         Family(
             "mini_vlm", "model.vision_encoder", ("model.projector",), "model.language_model", head="model.language_model.lm_head",
             packs=True, unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
         ),
         Family("mistral3", *LLAVA_PARTS, packs=True),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
-        Family("qwen2_5_vl", *QWEN_PARTS, packs=True),
-        Family("qwen2_vl", *QWEN_PARTS, packs=True),
+        Family("qwen2_5_vl", *QWEN_PARTS, packs=True, boxes="absolute"),
+        Family("qwen2_vl", *QWEN_PARTS, packs=True, boxes="qwen2"),
         Family("qwen3_5", *QWEN_PARTS),
         Family(
             "qwen3_vl", "model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model", packs=True,

@@ -9,13 +9,15 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.checking.heat import Heat, drawn_over
+from vlm_dist.checking.marking import with_marks
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import IGNORED, Encoded
+from vlm_dist.data.frames import Frame
 from vlm_dist.data.preparer import Preparer
 from vlm_dist.data.rows import Slot
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Stream
-from vlm_dist.data.view import patch_size, pictures_as_seen
+from vlm_dist.data.view import patch_size, pictures_as_seen, shows_pictures_whole
 from vlm_dist.inputs.opened import Inputs, inputs_apart
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def _describe(preparer: Preparer, slot: Slot, encoded: Encoded, warm: Heat | Non
     segments = _segments(encoded, processor.tokenizer)
     seen = pictures_as_seen(encoded, processor)
     pictures = [_picture(image, patch_size(processor)) for image in seen]
+    marked = _marked(preparer, sample, encoded, seen, pictures) if sample.objects else {}
     for picture, image, norms in zip(pictures, seen, warm.maps(encoded) if warm else [], strict=False):
         picture["heat"] = _as_url(drawn_over(_enlarged(image), norms))
         picture["norms"] = [round(float(norms.min()), 3), round(float(norms.max()), 3)]
@@ -97,7 +100,26 @@ def _describe(preparer: Preparer, slot: Slot, encoded: Encoded, warm: Heat | Non
         "pictures": pictures,
         "segments": segments,
         "flags": _sample_flags(encoded, sample, segments, pictures, preparer),
+        **marked,
     }
+
+
+def _marked(preparer: Preparer, sample: Sample, encoded: Encoded, seen: list[Image], pictures: list[dict]) -> dict[str, Any]:
+    """The objects, drawn over what the vision tower is shown; where that is tiles, over pictures of their own."""
+    from torchvision.transforms.functional import to_pil_image
+
+    frames, urls = preparer.encoder.placing.frames(sample.sizes), []
+    for number in sorted({one.image for one in sample.objects}):
+        objects = [one for one in sample.objects if one.image == number]
+        if shows_pictures_whole(encoded, seen, len(sample.images)):
+            shown = _gridded(seen[number], pictures[number]["patch"])
+            pictures[number]["url"] = _as_url(with_marks(shown, objects, frames[number]))
+        else:
+            image = sample.images[number]
+            image = to_pil_image(image) if hasattr(image, "shape") else image
+            urls.append(_as_url(with_marks(_enlarged(image), objects, Frame(0, 0, *image.size))))
+    convention = preparer.encoder.placing.convention.name
+    return {"objects": [one.to_dict() for one in sample.objects], "convention": convention, "marked": urls}
 
 
 def _segments(encoded: Encoded, tokenizer: Any) -> list[dict[str, Any]]:
@@ -116,7 +138,11 @@ def _segments(encoded: Encoded, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _picture(image: Image, patch: int | None) -> dict[str, Any]:
-    """The picture with its patch grid, as a data URL."""
+    return {"size": list(image.size), "patch": patch, "url": _as_url(_gridded(image, patch))}
+
+
+def _gridded(image: Image, patch: int | None) -> Image:
+    """The picture with its patch grid."""
     from PIL import Image as Images
     from PIL import ImageDraw
 
@@ -130,7 +156,7 @@ def _picture(image: Image, patch: int | None) -> dict[str, Any]:
         for y in range(0, shown.height, patch * scale):
             draw.line([(0, y), (shown.width, y)], (128, 128, 128, 140))
         shown = Images.alpha_composite(shown.convert("RGBA"), lines).convert("RGB")
-    return {"size": list(image.size), "patch": patch, "url": _as_url(shown)}
+    return shown
 
 
 def _enlarged(image: Image) -> Image:

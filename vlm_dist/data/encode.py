@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_dist.data.control_tokens import ControlTokens
 from vlm_dist.data.labels import expanded, weights_of
-from vlm_dist.data.messages import says_something
+from vlm_dist.data.messages import as_templates_take_it, joined, says_something
+from vlm_dist.data.placing import Placing
 from vlm_dist.data.run_tokenizer import RunTokenizer
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
@@ -61,6 +62,7 @@ class Encoder:
         train_on: learn from every assistant turn, or from the last one only.
         keep_tokens: control tokens that stay what they are where they stand in a text.
         split_tokens: further tokens that become plain text there.
+        boxes: how objects are written, a name of conventions.py; auto: as the model does.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Encoder:
         train_on: Literal["all", "last"] = "all",
         keep_tokens: Sequence[str] = (),
         split_tokens: Sequence[str] = (),
+        boxes: str = "auto",
     ):
         import torch
 
@@ -79,6 +82,7 @@ class Encoder:
         self.on_too_long = on_too_long
         self.train_on = train_on
         self.tally = Tally()
+        self.placing = Placing(processor, boxes)
         self._picture_ids = torch.tensor([number for number in processor.image_token_ids if number is not None])
         self._wants_types = "mm_token_type_ids" in processor.model_input_names
         self._tokens = ControlTokens(processor, self._render, keep_tokens, split_tokens)
@@ -92,7 +96,7 @@ class Encoder:
     def of(cls, processor: Any, config: DataConfig) -> Encoder:
         """As a configuration says."""
         return cls(
-            processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens
+            processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens, config.boxes
         )  # fmt: skip
 
     @property
@@ -119,7 +123,9 @@ class Encoder:
         """
         import torch
 
-        messages, notes = self._plain_text(sample.messages)
+        messages, notes = self._plain_text(self.written(sample))
+        if sample.objects:
+            notes -= {("kept", token) for token in self.placing.convention.tokens}
         text = self._render(messages, tools=sample.tools)
         notes |= left_out(messages, text, sample.tools)
         turns = self._learnt(messages, self._turns(messages, text, sample.tools), notes)
@@ -135,6 +141,10 @@ class Encoder:
         if not (encoded.labels[:, 1:] != IGNORED).any():
             raise BadSample("no supervised token: the assistant says nothing, its turns count for nothing, or all of it was cut")
         return encoded
+
+    def written(self, sample: Sample) -> list[dict]:
+        """Its conversation, with objects where placeholders stand."""
+        return self.placing.written(sample.messages, sample.objects, sample.sizes) if sample.objects else sample.messages
 
     def encode_prompt(
         self, messages: list[dict], images: list[Any], key: str = "", *, tools: Tools = None, reasoning: bool = False
@@ -174,7 +184,7 @@ class Encoder:
         return not (bos and text.startswith(bos))
 
     def _render(self, messages: list[dict], tools: Tools = None, **options: Any) -> str:
-        given = [_as_templates_take_it(message) for message in messages]
+        given = [as_templates_take_it(message) for message in messages]
         if tools is not None:
             options["tools"] = tools
         try:
@@ -190,7 +200,7 @@ class Encoder:
         for given in messages:
             message = with_reasoning_apart(given) if self.habits.takes_reasoning else given
             content = [self._tokens.as_text(part, notes) for part in message["content"]]
-            made.append({**message, "content": content if message["role"] == "user" else _joined(content)})
+            made.append({**message, "content": content if message["role"] == "user" else joined(content)})
             if isinstance(thought := message.get("reasoning_content"), str):
                 made[-1]["reasoning_content"] = self._tokens.as_text({"text": thought}, notes)["text"]
         return made, notes
@@ -266,25 +276,6 @@ def count_labels(sample: Encoded) -> float:
 def is_per_token(tensor: Any, length: int) -> bool:
     """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
     return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()
-
-
-def _joined(content: list[dict]) -> list[dict]:
-    """Texts that follow one another in one part."""
-    made: list[dict] = []
-    for part in content:
-        if "text" in part and made and "text" in made[-1]:
-            made[-1] = {**part, "text": made[-1]["text"] + part["text"]}
-        else:
-            made.append(part)
-    return made
-
-
-def _as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
-    """A tool's words as one text, as templates of language models take them; no weight."""
-    given = {key: value for key, value in message.items() if key != "weight"}
-    if message["role"] == "tool" and all("text" in part for part in message["content"]):
-        given["content"] = "".join(part["text"] for part in message["content"])
-    return given
 
 
 def _words(error: Exception) -> str:

@@ -66,6 +66,25 @@ def unread_keys(turns: Any) -> set[str]:
     }
 
 
+def joined(content: list[dict]) -> list[dict]:
+    """Texts that follow one another in one part."""
+    made: list[dict] = []
+    for part in content:
+        if "text" in part and made and "text" in made[-1]:
+            made[-1] = {**part, "text": made[-1]["text"] + part["text"]}
+        else:
+            made.append(part)
+    return made
+
+
+def as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
+    """A tool's words as one text, as templates of language models take them; no weight."""
+    given = {key: value for key, value in message.items() if key != "weight"}
+    if message["role"] == "tool" and all("text" in part for part in message["content"]):
+        given["content"] = "".join(part["text"] for part in message["content"])
+    return given
+
+
 def text_of(value: Any) -> str:
     """A text that can be written down.
 

@@ -106,6 +106,14 @@ def picture_size(data: bytes, name: str, max_pixels: int) -> Size:
         return (height, width) if picture.getexif().get(ORIENTATION) in TURNED else (width, height)
 
 
+def picture_orientation(data: bytes) -> int:
+    """EXIF's, 1 to 8, of a picture whose header has been read; 1: upright."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
+        return int(picture.getexif().get(ORIENTATION, 1))
+
+
 def picture_extension(data: bytes) -> str | None:
     """jpg, png or webp by the file's first bytes; None: none of them."""
     if data.startswith(b"\xff\xd8\xff"):

@@ -64,7 +64,8 @@ class Preparer:
         try:
             slot.raw = self.read(draw)
             found = outline(slot.raw, draw=slot.raw["__draw__"], **self._options)
-            length = self.ruler.measure(found.messages, found.sizes, found.tools)
+            messages = self.encoder.placing.written(found.messages, found.objects, found.sizes)
+            length = self.ruler.measure(messages, found.sizes, found.tools)
             if length.tokens > self.config.max_seq_length:
                 self.encoder.check_length(length.tokens)
                 length = length._replace(tokens=self.config.max_seq_length)

@@ -1,8 +1,9 @@
 """A tar sample's files -> one form: messages with typed parts, and the pictures in order of appearance.
 
-Four forms are read (docs/data.md): `KEY.json` with "messages", with LLaVA's "conversations" or with "captions" (several of one
-picture), and `KEY.txt` (a caption, as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`, `KEY.1.jpg`, ... .
-Members are read from memory and never unpickled. Members and keys that nothing reads are noted (tally.py), not passed over in silence.
+Five forms are read (docs/data.md): `KEY.json` with "messages", with LLaVA's "conversations", with "captions" (several of one picture) or
+with "objects" alone, and `KEY.txt` (a caption, as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`,
+`KEY.1.jpg`, ... . Members are read from memory and never unpickled. Members and keys that nothing reads are noted (tally.py), not passed
+over in silence.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from vlm_dist.data.boxes import Marked, are_objects, read_objects
 from vlm_dist.data.layouts import canonical
 from vlm_dist.data.messages import check_messages, read_messages, text_of, unread_keys
-from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_size
+from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
+from vlm_dist.data.placing import PLACEHOLDER, asked_for, check_placeholders, size_of
 from vlm_dist.data.tally import Note
 from vlm_dist.errors import BadSample
 
@@ -23,8 +26,8 @@ PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
 TEXT_MEMBERS = ("txt", "text", "caption")
 METADATA = {
     "answer", "answers", "caption", "captions", "category", "dataset", "error_message", "exif", "file_name", "height", "id", "image",
-    "image_id", "images", "key", "kind", "license", "messages", "objects", "original_height", "original_width", "question_id", "sha256",
-    "source", "split", "status", "task", "tools", "url", "width",
+    "image_id", "images", "key", "kind", "license", "messages", "objects", "objects_size", "original_height", "original_width",
+    "question_id", "sha256", "source", "split", "status", "task", "tools", "url", "width",
 }  # fmt: skip
 """Keys of KEY.json that are read elsewhere, or tell where a sample comes from and cannot change what it teaches."""
 
@@ -45,6 +48,13 @@ class Sample:
     """What the assistant may call, as the chat template takes it."""
     notes: set[Note] = field(default_factory=set)
     """What of the sample nothing reads."""
+    objects: list[Marked] = field(default_factory=list)
+    """What is marked in the pictures; where the text has placeholders, `Placing.written` puts them there."""
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(width, height) of each picture."""
+        return [size_of(image) for image in self.images]
 
 
 class Outline(NamedTuple):
@@ -54,6 +64,7 @@ class Outline(NamedTuple):
     sizes: list[Size]
     """(width, height) of each picture."""
     tools: list[Any] | None
+    objects: list[Marked]
 
 
 def parse_sample(
@@ -76,7 +87,8 @@ def parse_sample(
     decode = decode_pixels if as_pixels else decode_picture
     images = [decode(raw[member], member, max_image_pixels) for member in members]
     meta = {key: value for key, value in record.items() if key not in ("messages", "images")}
-    return Sample(str(raw["__key__"]), raw.get("__url__", ""), messages, images, meta, _tools(record), _notes(raw, record))
+    objects = _objects(raw, record, messages, [size_of(image) for image in images])
+    return Sample(str(raw["__key__"]), raw.get("__url__", ""), messages, images, meta, _tools(record), _notes(raw, record), objects)
 
 
 def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> Outline:
@@ -89,7 +101,8 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
     check_messages(messages, len(members), _found(raw))
-    return Outline(messages, [picture_size(raw[member], member, max_image_pixels) for member in members], _tools(record))
+    sizes = [picture_size(raw[member], member, max_image_pixels) for member in members]
+    return Outline(messages, sizes, _tools(record), _objects(raw, record, messages, sizes))
 
 
 def open_record(raw: dict[str, Any]) -> dict[str, Any]:
@@ -129,11 +142,24 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
 def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, draw: str | None) -> list[dict]:
     if record.get("messages") is not None:
         return read_messages(record["messages"])
+    is_silent = "captions" not in record and not any(name in raw for name in TEXT_MEMBERS)
+    if is_silent and (about_objects := asked_for(record, str(raw["__key__"]), draw)) is not None:
+        return about_objects
     caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw)
     return [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": caption}]},
     ]
+
+
+def _objects(raw: dict[str, Any], record: dict[str, Any], messages: list[dict], sizes: list[Size]) -> list[Marked]:
+    if record.get("objects") is None:
+        return []
+    members = picture_members(raw)
+    objects = read_objects(record, sizes, lambda image: picture_orientation(raw[members[image]]))
+    if objects:
+        check_placeholders(messages, objects)
+    return objects
 
 
 def _caption(raw: dict[str, Any]) -> str:
@@ -143,7 +169,7 @@ def _caption(raw: dict[str, Any]) -> str:
     except UnicodeDecodeError as error:
         raise BadSample(f"{member}: {error}") from None
     if not caption.strip():
-        expected = "json with 'messages', 'conversations' or 'captions', or txt with a caption"
+        expected = "json with 'messages', 'conversations', 'captions' or 'objects', or txt with a caption"
         raise BadSample(f"no text: expected {expected}{_found(raw)}")
     return text_of(caption.strip())
 
@@ -181,4 +207,8 @@ def _notes(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
     notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name)}
     notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in METADATA and value is not None}
+    if (objects := record.get("objects")) is not None and not are_objects(objects):
+        notes.add(("key", "objects (no list of {bbox | point | polygon, label})"))
+    elif objects is None and b"<bbox>" in raw.get("json", b"") and (found := PLACEHOLDER.search(raw["json"].decode(errors="replace"))):
+        notes.add(("placeholder", found[0]))
     return notes | {("turn key", key) for key in unread_keys(record.get("messages") or ())}

@@ -1,8 +1,8 @@
 """Pictures whose right answers are known by construction: coloured shapes in the four corners, and short texts to read.
 
-Three tasks share the scenes' pictures: `caption` (say everything), `qa` (what colour, how many, where) and `reading` (a word or
-a number). Which split a scene belongs to is a hash of the scene itself, so that train and held-out shards never share one,
-whatever the seed and the size. A sample is a pure function of (seed, split, task, number).
+Three tasks share the scenes' pictures: `caption` (say everything), `qa` (what colour, how many, where) and `boxes` (where in pixels);
+a fourth, `reading`, has a word or a number. Which split a scene belongs to is a hash of the scene itself, so that train and held-out
+shards never share one, whatever the seed and the size. A sample is a pure function of (seed, split, task, number).
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "botto
 COUNTS = ("zero", "one", "two", "three")
 WORDS = ("cat", "dog", "sun", "map", "red", "box", "key", "cup", "hat", "tea", "bus", "pen", "ice", "owl", "jam", "fig")
 TASKS = ("caption", "qa", "reading")
+"""Those that are made unless others are asked for."""
+BOXES = "boxes"
+SCALE = 4  # shapes are drawn so many times larger and reduced: smooth edges
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 0.15
 CAPTION_PROMPT = "Describe the picture."
@@ -78,14 +81,17 @@ def questions(scene: tuple[Shape, ...]) -> list[tuple[str, str, str]]:
     return asked
 
 
-def draw_scene(scene: tuple[Shape, ...], size: int, rng: random.Random):
-    """The scene as a PIL picture of size x size pixels; sizes, positions and the background vary with rng."""
+def draw_scene(scene: tuple[Shape, ...], size: int, rng: random.Random, objects: list[dict] | None = None):
+    """The scene as a PIL picture of size x size pixels; sizes, positions and the background vary with rng.
+
+    Args:
+        objects: gets the shapes as a record's `objects`, their boxes as they are drawn, to a quarter of a pixel.
+    """
     from PIL import Image, ImageDraw
 
-    scale = 4  # drawn large and reduced: smooth edges
-    picture = Image.new("RGB", (size * scale, size * scale), _background(rng))
+    picture = Image.new("RGB", (size * SCALE, size * SCALE), _background(rng))
     draw = ImageDraw.Draw(picture)
-    cell = size * scale / 2
+    cell = size * SCALE / 2
     for s in scene:
         column, row = PLACES[s.place]
         radius = cell * rng.uniform(0.38, 0.46)
@@ -93,7 +99,11 @@ def draw_scene(scene: tuple[Shape, ...], size: int, rng: random.Random):
         x = (column + 0.5) * cell + rng.uniform(-slack, slack) * 0.9
         y = (row + 0.5) * cell + rng.uniform(-slack, slack) * 0.9
         _draw_shape(draw, s.shape, x, y, radius, COLOURS[s.colour])
-    return picture.reduce(scale)
+        if objects is not None:
+            alone = Image.new("L", picture.size)
+            _draw_shape(ImageDraw.Draw(alone), s.shape, x, y, radius, 255)
+            objects.append({"bbox": [edge / SCALE for edge in alone.getbbox() or ()], "label": f"{s.colour} {s.shape}"})
+    return picture.reduce(SCALE)
 
 
 def draw_text(text: str, size: int, rng: random.Random):
@@ -113,7 +123,7 @@ def draw_text(text: str, size: int, rng: random.Random):
 def samples(
     task: str, split: str, count: int, *, seed: int, size: int, image_format: str, questions_per_picture: int = 1
 ) -> Iterator[dict]:
-    """`count` webdataset samples: `__key__`, the encoded picture, and `json` with `messages`, `task` and `kind`.
+    """`count` webdataset samples: `__key__`, the encoded picture, and `json` with `messages`, `task`, `kind`, and `objects` of task boxes.
 
     Args:
         questions_per_picture: most turns of a training sample of task qa; held-out samples have one.
@@ -121,7 +131,11 @@ def samples(
     turns = questions_per_picture if split == "train" else 1
     for number in range(count):
         rng = random.Random(f"{seed}/{split}/{task}/{number}")
-        picture, asked = _reading_sample(rng, split, size) if task == "reading" else _scene_sample(rng, task, split, size, turns)
+        objects: list[dict] = []
+        if task == BOXES:
+            picture, asked, objects = _boxes_sample(rng, split, size)
+        else:
+            picture, asked = _reading_sample(rng, split, size) if task == "reading" else _scene_sample(rng, task, split, size, turns)
         messages = []
         for turn, (_, prompt, answer) in enumerate(asked):
             image = [{"type": "image"}] if turn == 0 else []
@@ -131,7 +145,7 @@ def samples(
         yield {
             "__key__": f"{task}-{split}-{number:07d}",
             image_format: _encode_picture(picture, image_format),
-            "json": json.dumps({"messages": messages, "task": task, "kind": kind}).encode(),
+            "json": json.dumps({"messages": messages, "task": task, "kind": kind} | ({"objects": objects} if objects else {})).encode(),
         }
 
 
@@ -177,12 +191,34 @@ def synthesise(
     return made
 
 
-def _scene_sample(rng: random.Random, task: str, split: str, size: int, turns: int):
-    """A picture, and (kind, prompt, answer) of each turn."""
+def _scene_of(rng: random.Random, split: str) -> tuple[Shape, ...]:
     while True:
         scene = random_scene(rng)
         if split_of(scene) == split:
-            break
+            return scene
+
+
+def _boxes_sample(rng: random.Random, split: str, size: int):
+    """A picture, (kind, prompt, answer) with placeholders, and the objects that stand for them."""
+    scene = _scene_of(rng, split)
+    objects: list[dict] = []
+    picture = draw_scene(scene, size, rng, objects)
+    labels = [one["label"] for one in objects]
+    single = [one for one in objects if labels.count(one["label"]) == 1]
+    kind = rng.choice(("where", "point", "region", "detect") if single else ("detect",))
+    if kind == "detect":
+        return picture, [(kind, "Detect all shapes.", "<objects>")], objects
+    one = rng.choice(single)
+    if kind == "region":
+        label = one["label"]
+        return picture, [(kind, "What is in <bbox>?", f"{_article(label)} {label}")], [one]
+    prompt, answer = {"where": ("Where is the <ref-object>?", "<objects>"), "point": ("Point to the <ref-object>.", "<point>")}[kind]
+    return picture, [(kind, prompt, answer)], [one]
+
+
+def _scene_sample(rng: random.Random, task: str, split: str, size: int, turns: int):
+    """A picture, and (kind, prompt, answer) of each turn."""
+    scene = _scene_of(rng, split)
     picture = draw_scene(scene, size, rng)
     if task == "caption":
         return picture, [("caption", CAPTION_PROMPT, caption(scene))]
@@ -216,7 +252,7 @@ def _background(rng: random.Random) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _draw_shape(draw, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+def _draw_shape(draw, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int] | int) -> None:
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     elif shape == "square":

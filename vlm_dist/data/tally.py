@@ -14,6 +14,7 @@ KINDS = {
     "key": "keys of the JSON that nothing reads",
     "turn key": "keys of a turn that nothing reads",
     "member": "files beside a sample that nothing reads",
+    "placeholder": "placeholders of objects in samples that have none, which stay text",
     "kept": "special tokens in the text that stay what they are (data.split_tokens makes them text)",
     "split": "turn and picture tokens typed into a text, which became text (data.keep_tokens lets them be)",
     "template": "what the chat template leaves out",

@@ -204,7 +204,8 @@ def _last_answer(sample: Sample) -> str:
 
 def _digests(sample: Sample) -> tuple[bytes, bytes]:
     """Of the decoded pictures, and of the conversation."""
-    text = hashlib.blake2b(json.dumps(sample.messages, sort_keys=True).encode(), digest_size=DIGEST_BYTES).digest()
+    said = [sample.messages, sample.objects] if sample.objects else sample.messages
+    text = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=DIGEST_BYTES).digest()
     if not sample.images:
         return text, text
     pictures = hashlib.blake2b(digest_size=DIGEST_BYTES)

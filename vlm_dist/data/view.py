@@ -22,6 +22,12 @@ def pictures_as_seen(encoded: Encoded, processor: Any) -> list[Image]:
     return found
 
 
+def shows_pictures_whole(encoded: Encoded, seen: list[Image], count: int) -> bool:
+    """Whether `pictures_as_seen` gave one picture for each of `count`, none cut into tiles or filled up to a canvas."""
+    filled = {"pixel_attention_mask", "aspect_ratio_ids"} & set(encoded.inputs)
+    return len(seen) == count and not filled
+
+
 def patch_size(processor: Any) -> int | None:
     """Pixels on a side of what becomes one patch, if the processor knows."""
     size = getattr(processor.image_processor, "patch_size", None) or getattr(processor, "patch_size", None)

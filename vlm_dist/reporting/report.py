@@ -156,5 +156,5 @@ def _answers(run: RunDir) -> list[dict[str, Any]]:
     for key, row in (after or before).items():
         thumbnail = run.samples / row["thumbnail"] if row.get("thumbnail") else None
         picture = base64.b64encode(thumbnail.read_bytes()).decode() if thumbnail and thumbnail.exists() else ""
-        pairs.append({**row, "picture": picture, "before": before.get(key), "after": after.get(key)})
+        pairs.append({**row, "picture": picture, "marks": row.get("objects"), "before": before.get(key), "after": after.get(key)})
     return pairs[:MOST_PICTURES]

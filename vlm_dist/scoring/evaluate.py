@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_dist.config import Config, EvaluationConfig
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoded, Encoder
+from vlm_dist.data.placing import objects_answered
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.turns import has_reasoning, without_reasoning
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import BadSample, ConfigError
 from vlm_dist.models.generate import generate
-from vlm_dist.scoring.metrics import LOWER_IS_BETTER, WHOLE_SET, Metric, exact_match, find_metric, of_whole_set
+from vlm_dist.scoring.boxes import Marks
+from vlm_dist.scoring.metrics import (
+    LOWER_IS_BETTER,
+    WHOLE_SET,
+    Metric,
+    exact_match,
+    find_metric,
+    is_about_objects,
+    of_whole_set,
+    value_of,
+)
 
 ANSWER_KEYS = ("answer", "text", "caption", "value", "raw")  # of an object that holds an answer
 
@@ -51,16 +62,22 @@ class Evaluation:
             return 0.0
         if name in WHOLE_SET:
             return round(of_whole_set(name, [row["answer"] for row in self.rows], [row["truths"] for row in self.rows]), 6)
-        return round(sum(row["metrics"][name] for row in self.rows) / len(self.rows), 6)
+        values = [row["metrics"][name] for row in self.rows if name in row["metrics"]]
+        return round(sum(values) / len(values), 6) if values else 0.0
 
 
 def evaluate(
     model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks, beat: Callable[[], object] = lambda: None
 ) -> Evaluation:
     """Answer the last turn of each sample, greedily. Every rank answers its share, and calls `beat` before each batch; every rank gets
-    the whole result."""
+    the whole result.
+
+    Raises:
+        ConfigError: a metric is about objects, and no sample has any.
+    """
     mine = list(enumerate(samples))[ranks.rank :: ranks.world_size]
     metrics = {name: metric for name in config.metrics if (metric := find_metric(name)) is not None}
+    _check_objects(metrics, samples)
     rows: list[tuple[int, dict[str, Any]]] = []
     refused: list[tuple[int, str]] = []
     for start in range(0, len(mine), config.batch_size):
@@ -74,7 +91,7 @@ def evaluate(
         if asked:
             inputs = collate([prompt for _, _, prompt in asked], encoder.processor.tokenizer.pad_token_id, side="left")
             answers = generate(model, encoder.processor, inputs, config.max_new_tokens)
-            rows += [(number, _row(sample, answer, metrics)) for (number, sample, _), answer in zip(asked, answers, strict=True)]
+            rows += [(number, _row(encoder, sample, answer, metrics)) for (number, sample, _), answer in zip(asked, answers, strict=True)]
     parts = ranks.gather((rows, refused))
     ordered = sorted((one for part, _ in parts for one in part), key=lambda one: one[0])
     problems = sorted(one for _, part in parts for one in part)
@@ -92,7 +109,14 @@ def _prompt(encoder: Encoder, sample: Sample) -> Encoded:
     if not question:
         raise BadSample("no question stands before the answer")
     thinks = has_reasoning(sample.messages[len(question)])
+    question = encoder.placing.written(sample.messages, sample.objects, sample.sizes)[: len(question)] if sample.objects else question
     return encoder.encode_prompt(question, sample.images, sample.key, tools=sample.tools, reasoning=thinks)
+
+
+def _check_objects(metrics: dict[str, Metric], samples: list[Sample]) -> None:
+    asking = next((name for name, metric in metrics.items() if is_about_objects(metric)), None)
+    if asking is not None and samples and not any(sample.objects for sample in samples):
+        raise ConfigError(f"evaluation.metrics: {asking}: none of the {len(samples)} held-out samples has objects; leave it out")
 
 
 def check_metrics(config: Config) -> None:
@@ -160,8 +184,13 @@ def _texts(value: Any) -> list[str]:
     return [text for text in inner if isinstance(text, str)]
 
 
-def _row(sample: Sample, answer: str, metrics: dict[str, Metric]) -> dict[str, Any]:
+def _row(encoder: Encoder, given: Sample, answer: str, metrics: dict[str, Metric]) -> dict[str, Any]:
+    sample = replace(given, messages=encoder.written(given))
     question, truths, answer = question_of(sample), right_answers(sample), without_reasoning(answer)
+    if given.objects:
+        truths = [encoder.placing.as_generated(truth) for truth in truths]
+    marks = _marks(encoder, given, answer)
+    values = {name: value_of(metric, answer, truths, marks) for name, metric in metrics.items()}
     return {
         "key": sample.key,
         "task": sample.meta.get("task", ""),
@@ -171,8 +200,24 @@ def _row(sample: Sample, answer: str, metrics: dict[str, Metric]) -> dict[str, A
         "truth": without_reasoning(_text(sample.messages[len(question)])),
         "truths": truths,
         "exact": bool(exact_match(answer, truths)),
-        "metrics": {name: float(metric(answer, truths)) for name, metric in metrics.items()},
+        "metrics": {name: value for name, value in values.items() if value is not None},
+        **_shown(marks),
     }
+
+
+def _marks(encoder: Encoder, sample: Sample, answer: str) -> Marks:
+    """Of a sample as it was read, its placeholders in place."""
+    truth = objects_answered(sample.messages, sample.objects) if sample.objects else []
+    answered = encoder.placing.read(answer, sample.sizes, [one.image for one in truth]) if truth else []
+    return Marks(answered, truth, sample.sizes)
+
+
+def _shown(marks: Marks) -> dict[str, Any]:
+    """For the report: what lies in the first picture, in its pixels."""
+    if not marks.truth:
+        return {}
+    parts = {name: [one.to_dict() for one in part if not one.image] for name, part in (("truth", marks.truth), ("answer", marks.answered))}
+    return {"objects": {"size": list(marks.sizes[0]), **parts}}
 
 
 def _text(message: dict[str, Any]) -> str:

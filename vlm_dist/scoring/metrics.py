@@ -1,6 +1,7 @@
 """Scores of answers against what would be right, by the definitions of the benchmarks that use them.
 
 Each takes an answer and the right ones (several captions, several annotators), and gives a number for that sample; the score is the mean.
+Those with a parameter `marks` (boxes.py) also get the objects of sample and answer; their mean is over the samples that have some.
 BLEU, chrF and CIDEr are defined on the whole set and computed there.
 """
 
@@ -8,15 +9,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from vlm_dist.errors import ConfigError
+from vlm_dist.scoring.boxes import Marks, box_accuracy, iou, pointing
 
-Metric = Callable[[str, Sequence[str]], float]
+Metric = Callable[..., float]
+"""(answer, right answers) -> number, or (answer, right answers, marks: Marks) -> number."""
 
 LOWER_IS_BETTER = ("cer", "wer")
 TOLERANCE = 0.05  # of ChartQA's relaxed accuracy
@@ -88,7 +93,8 @@ def wer(answer: str, truths: Sequence[str]) -> float:
 
 PER_SAMPLE: dict[str, Metric] = {
     "exact_match": exact_match, "token_f1": token_f1, "anls": anls, "vqa_accuracy": vqa_accuracy, "relaxed_accuracy": relaxed_accuracy,
-    "cer": cer, "wer": wer,
+    "cer": cer, "wer": wer, "iou": iou, "box_accuracy@0.5": box_accuracy, "box_accuracy@0.75": partial(box_accuracy, least=0.75),
+    "pointing": pointing,
 }  # fmt: skip
 WHOLE_SET = ("bleu", "chrf", "cider")
 
@@ -116,6 +122,18 @@ def find_metric(name: str) -> Metric | None:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"evaluation.metrics: '{name}': {error}; expected a function (answer, right answers) -> number") from None
     return found  # pyright: ignore[reportReturnType]  (the user's own)
+
+
+def is_about_objects(metric: Metric) -> bool:
+    """Whether it has a parameter `marks`."""
+    return "marks" in inspect.signature(metric).parameters
+
+
+def value_of(metric: Metric, answer: str, truths: Sequence[str], marks: Marks) -> float | None:
+    """What a metric says of an answer; None: it is about objects, and the answer was to mark none."""
+    if not is_about_objects(metric):
+        return float(metric(answer, truths))
+    return float(metric(answer, truths, marks=marks)) if marks.truth else None
 
 
 def of_whole_set(name: str, answers: Sequence[str], truths: Sequence[Sequence[str]]) -> float:

@@ -24,6 +24,13 @@ def picture_token_rule(processor: Any) -> Callable[[int, int], int] | None:
     return lambda width, height: count(image_sizes=[(height, width)])["num_image_tokens"][0]
 
 
+def model_types_of(processor: Any) -> list[str]:
+    """The architectures that come with a processor of this class; several may."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return [model_type for model_type, name in PROCESSOR_MAPPING_NAMES.items() if name == type(processor).__name__]
+
+
 def takes_pictures(hf_config: Any) -> bool:
     """Whether transformers has an image-text-to-text model for this configuration."""
     from transformers import AutoModelForImageTextToText
