@@ -141,6 +141,7 @@ def test_each_epoch_draws_a_caption():
     drawn = [caption(f"0/{epoch}") for epoch in range(40)]
     assert set(drawn) == set(captions_of(1)) and drawn == [caption(f"0/{epoch}") for epoch in range(40)]
     assert len({caption("0/0", __key__=f"k{n}") for n in range(20)}) > 1
-    for bad in ([], ["a", 3], "a", [" "]):
+    assert caption(json=b'{"captions": "a"}') == caption(json=b'{"captions": [" ", "a", 3]}') == "a"
+    for bad in ([], [None], [" "]):
         with pytest.raises(BadSample, match="its keys are captions"):
             caption(json=json.dumps({"captions": bad}).encode())
