@@ -32,6 +32,7 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
         raise ModelError(
             f"model.name: '{name}' has a {type(processor).__name__}, which takes no pictures; use a vision-language checkpoint"
         )
+    processor.chat_template = processor.chat_template or _template_of_tokenizer(processor.tokenizer)
     if processor.chat_template is None:
         raise ModelError(
             f"model.name: the processor of '{name}' has no chat template; use an instruction-tuned checkpoint, "
@@ -39,6 +40,12 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
         )
     _check_pictures(processor, name)
     return processor
+
+
+def _template_of_tokenizer(tokenizer: Any) -> str | None:
+    """The chat template that stands only in the tokenizer's files; of several the one called "default"."""
+    found = getattr(tokenizer, "chat_template", None)
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _check_pictures(processor: Any, name: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SEEN = "0.50.2"
 NAMES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.functional.QuantState")
@@ -17,3 +20,17 @@ def keep_nf4_layout(module: Any) -> None:
     for layer in module.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
+
+
+def compute_in(module: Any, dtype: torch.dtype) -> None:
+    """A checkpoint that is stored in 4 bit brings its own settings, which win over those that it is loaded with: whoever saved it chose
+    the number type in which its layers compute, and the one that the packed weights are held in (mostly bytes). Both become `dtype` here:
+    a layer then computes as the rest of the model does, wherever it is loaded, and ZeRO-3 can shard the weights."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in module.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            if layer.weight.dtype != dtype and layer.weight.nbytes % dtype.itemsize == 0:
+                layer.weight.data = layer.weight.data.flatten().view(dtype).unsqueeze(1)
+                layer.quant_storage = layer.weight.quant_storage = dtype
