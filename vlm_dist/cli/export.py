@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "export",
-        "Write a run's result, or any adapter, for use elsewhere: as an adapter, or as one merged checkpoint that transformers and vLLM load.",
+        "Write a run's result, or any adapter, for use elsewhere: as it is, or as one merged checkpoint that transformers and vLLM load.",
         "vlm-dist export runs/quickstart --to merged-16bit --out models/quickstart",
     )
     parser.add_argument("source", metavar="RUN_OR_ADAPTER", type=Path, help="a run directory or an adapter folder")

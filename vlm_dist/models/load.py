@@ -148,7 +148,8 @@ def load_weights(
     _check_complete(model, found, family, name)
     if config.load_in_4bit:
         keep_nf4_layout(model)
-        compute_in(model, dtype)
+        if not options:
+            compute_in(model, dtype)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
     return model
 

@@ -121,7 +121,7 @@ class Layers:
                 tensor = stored.get_tensor(key)
                 if key + ".quant_map" in keys:
                     statistics = {other: stored.get_tensor(other) for other in keys if other.startswith(key + ".")}
-                    yield key, self._merge(key, _dequantise(tensor, statistics, key), exact=True)
+                    yield key, self._merge(key, _dequantise(tensor, statistics, key, self.trained_dtype), exact=True)
                 else:
                     yield key, self._merge(key, tensor)
                 if self.untied and self.lacks_head and self._model_name(key)[0] == self.embedding:
@@ -265,11 +265,12 @@ def _round_to_nf4(weight: torch.Tensor, dtype: torch.dtype, device: torch.device
     return functional.dequantize_4bit(codes, state).cpu()
 
 
-def _dequantise(codes: torch.Tensor, statistics: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """A weight that is stored in 4 bit."""
+def _dequantise(codes: torch.Tensor, statistics: dict[str, torch.Tensor], key: str, dtype: torch.dtype) -> torch.Tensor:
+    """A weight that is stored in 4 bit, as the training met it."""
     from bitsandbytes import functional
 
     state = functional.QuantState.from_dict({name.removeprefix(key + "."): value for name, value in statistics.items()}, codes.device)
+    state.dtype = dtype
     return functional.dequantize_4bit(codes, state)
 
 

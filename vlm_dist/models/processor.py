@@ -32,7 +32,7 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
         raise ModelError(
             f"model.name: '{name}' has a {type(processor).__name__}, which takes no pictures; use a vision-language checkpoint"
         )
-    processor.chat_template = processor.chat_template or _template_of_tokenizer(processor.tokenizer)
+    processor.chat_template = _one_template(processor.chat_template or getattr(processor.tokenizer, "chat_template", None))
     if processor.chat_template is None:
         raise ModelError(
             f"model.name: the processor of '{name}' has no chat template; use an instruction-tuned checkpoint, "
@@ -42,9 +42,8 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
     return processor
 
 
-def _template_of_tokenizer(tokenizer: Any) -> str | None:
-    """The chat template that stands only in the tokenizer's files; of several the one called "default"."""
-    found = getattr(tokenizer, "chat_template", None)
+def _one_template(found: str | dict[str, str] | None) -> str | None:
+    """Of several chat templates the one called "default"."""
     return found.get("default") if isinstance(found, dict) else found
 
 

@@ -22,15 +22,21 @@ def keep_nf4_layout(module: Any) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def compute_in(module: Any, dtype: torch.dtype) -> None:
+def compute_in(model: Any, dtype: torch.dtype) -> None:
     """A checkpoint that is stored in 4 bit brings its own settings, which win over those that it is loaded with: whoever saved it chose
-    the number type in which its layers compute, and the one that the packed weights are held in (mostly bytes). Both become `dtype` here:
-    a layer then computes as the rest of the model does, wherever it is loaded, and ZeRO-3 can shard the weights."""
-    from bitsandbytes.nn.modules import Linear4bit
+    the number type in which its layers compute, the one that weights are unpacked to, and the one that they are held in (mostly bytes); and its other weights
+    stay in the type that they are stored in (transformers 5.23; their biases do not). All of it becomes `dtype` here: a layer then
+    computes as the rest of the model does, wherever it is loaded, and ZeRO-3 can shard the weights."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    for layer in module.modules():
+    for parameter in model.parameters():
+        if not isinstance(parameter, Params4bit) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            if layer.weight.quant_state is not None:
+                layer.weight.quant_state.dtype = dtype
             if layer.weight.dtype != dtype and layer.weight.nbytes % dtype.itemsize == 0:
                 layer.weight.data = layer.weight.data.flatten().view(dtype).unsqueeze(1)
                 layer.quant_storage = layer.weight.quant_storage = dtype
