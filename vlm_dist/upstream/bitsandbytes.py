@@ -24,9 +24,9 @@ def keep_nf4_layout(module: Any) -> None:
 
 def compute_in(model: Any, dtype: torch.dtype) -> None:
     """A checkpoint that is stored in 4 bit brings its own settings, which win over those that it is loaded with: whoever saved it chose
-    the number type in which its layers compute, the one that weights are unpacked to, and the one that they are held in (mostly bytes); and its other weights
-    stay in the type that they are stored in (transformers 5.23; their biases do not). All of it becomes `dtype` here: a layer then
-    computes as the rest of the model does, wherever it is loaded, and ZeRO-3 can shard the weights."""
+    the number type in which its layers compute, the one that weights are unpacked to, and the one that they are held in (mostly bytes);
+    and its other weights stay in the type that they are stored in (transformers 5.23; their biases do not). All of it becomes `dtype`
+    here: a layer then computes as the rest of the model does, wherever it is loaded, and ZeRO-3 can shard the weights."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for parameter in model.parameters():
