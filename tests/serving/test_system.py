@@ -107,7 +107,7 @@ def test_earlier_starts_count(run):
     state = json.loads((Path(run) / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert state["prompts"] == [SYSTEM]
     prompts = SystemPrompts()
-    prompts.note(Sample("one", [{"role": "system", "content": [{"type": "text", "text": "Another."}]}, *QUESTION], []))
+    prompts.note(Sample("one", "", [{"role": "system", "content": [{"type": "text", "text": "Another."}]}, *QUESTION], []))
     assert only_one(prompts.found) == "Another."
     prompts.restore(state["prompts"])
     assert only_one(prompts.found) is None and copy.deepcopy(prompts) is prompts

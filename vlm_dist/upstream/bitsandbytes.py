@@ -35,8 +35,9 @@ def compute_in(model: Any, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
-            if layer.weight.quant_state is not None:
-                layer.weight.quant_state.dtype = dtype
-            if layer.weight.dtype != dtype and layer.weight.nbytes % dtype.itemsize == 0:
-                layer.weight.data = layer.weight.data.flatten().view(dtype).unsqueeze(1)
-                layer.quant_storage = layer.weight.quant_storage = dtype
+            weight: Any = layer.weight
+            if weight.quant_state is not None:
+                weight.quant_state.dtype = dtype
+            if weight.dtype != dtype and weight.nbytes % dtype.itemsize == 0:
+                weight.data = weight.data.flatten().view(dtype).unsqueeze(1)
+                layer.quant_storage = weight.quant_storage = dtype
