@@ -104,7 +104,7 @@ class Layers:
         self.rounded = _quantised_modules(empty(), family, whole) if onto == "dequantised" and not stored_as_nf4 else set()
         self.unused = {name for name, parameter in self.model.named_parameters() if not parameter.is_meta}
         self.replaced = _base_weights(adapter, self.names)
-        self.untied = tied and (bool(self.replaced) or any(self._is_changed(name) for name in (self.head, self.embedding)))
+        self.untied = tied and any(self._is_changed(name) for name in (self.head, self.embedding))
         """Head and embeddings share their weights in the base, and no more after training: PEFT changes the one that it adapts, so the
         merged checkpoint holds both."""
         self.lacks_head = not any(self._model_name(key)[0] == self.head for file in files for key in _keys(file))
@@ -125,7 +125,7 @@ class Layers:
                 else:
                     yield key, self._merge(key, tensor)
                 if self.untied and self.lacks_head and self._model_name(key)[0] == self.embedding:
-                    yield self.head, self._merge(self.head, tensor)
+                    yield self.head, self._merge(self.head, tensor).clone()
 
     def check_all_used(self) -> None:
         if self.unused:
@@ -173,7 +173,7 @@ class Layers:
         from peft.tuners.lora import LoraLayer
 
         module, whole = self._find(weight.removesuffix(".weight"))
-        return whole is not None or isinstance(module, LoraLayer)
+        return whole is not None or isinstance(module, LoraLayer) or weight in self.replaced
 
     def _model_name(self, key: str) -> tuple[str, bool]:
         """The parameter's name in the model, and whether it is more than renamed there; by transformers' own rules of loading."""
