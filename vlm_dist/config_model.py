@@ -68,7 +68,8 @@ class ModelConfig(Section):
     """Which model is trained, and in which form it is held."""
 
     name: str | None = None
-    """A folder with a Hugging Face checkpoint, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."""
+    """A folder with a Hugging Face checkpoint, a hub id such as Qwen/Qwen2.5-VL-7B-Instruct, or an adapter to go on from: its folder, or
+    the directory of a finished run."""
     scratch: ScratchConfig | None = None
     """Start from random weights of these sizes instead of `name`."""
     mini_vlm: MiniVLMConfig | None = None

@@ -18,6 +18,7 @@ from vlm_dist.families import FAMILIES
 from vlm_dist.models.introspect import infer_family
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora, count_trainable
+from vlm_dist.models.processor import load_processor
 from vlm_dist.testing.parts import CLIP, small_text, small_tokenizer, template
 
 CPU = torch.device("cpu")
@@ -111,6 +112,24 @@ def test_a_processor_without_chat_template(llava, tmp_path):
     folder = copied(llava, tmp_path)
     (folder / "chat_template.jinja").unlink()
     refused(folder, "has no chat template; use an instruction-tuned checkpoint, or add a chat_template.jinja")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "of several", "chat_template.json"])
+def test_a_chat_template_wherever_it_stands(llava, tmp_path, place):
+    """Checkpoints of other years have it in the tokenizer's settings, or in a JSON file of its own."""
+    folder = copied(llava, tmp_path)
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    if place == "chat_template.json":
+        (folder / place).write_text(json.dumps({"chat_template": text}))
+    else:
+        several = [{"name": "default", "template": text}, {"name": "tool_use", "template": "no"}]
+        change_json(folder / "tokenizer_config.json", chat_template=text if place == "tokenizer_config.json" else several)
+    processor = load_processor(ModelConfig(name=str(folder)), str(folder))
+    expected = load_processor(ModelConfig(name=llava), llava)
+    assert processor.chat_template == expected.chat_template == text
+    processor.save_pretrained(tmp_path / "saved")  # as beside an adapter
+    assert load_processor(ModelConfig(name=str(tmp_path / "saved")), str(tmp_path / "saved")).chat_template == text
 
 
 def test_a_chat_template_that_leaves_pictures_out(llava, tmp_path):

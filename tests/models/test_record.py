@@ -15,6 +15,7 @@ from tests.conftest import write_config
 from vlm_dist import FastVisionModel, load_config, train
 from vlm_dist.cli.main import main
 from vlm_dist.errors import ModelError
+from vlm_dist.models.record import read_record
 from vlm_dist.models.trained import load_trained
 from vlm_dist.testing import tiny_checkpoint
 
@@ -80,10 +81,34 @@ def test_the_cards_own_words_work(adapter):
 
 
 def test_another_base_of_the_same_shape_is_refused(adapter, tmp_path):
-    tiny_checkpoint("llava", tmp_path / "other", seed=1)
-    change_json(adapter / "vlm_dist.json", lambda record: record["base"].update(name=str(tmp_path / "other")))
+    """Whether it is given, or written into adapter_config.json."""
+    other = str(tiny_checkpoint("llava", tmp_path / "other", seed=1))
+    with pytest.raises(ModelError, match=r"trained on other weights than '.*other' holds now"):
+        load_trained(str(adapter), CPU, base_model=other)
+    change_json(adapter / "adapter_config.json", lambda config: config.update(base_model_name_or_path=other))
     with pytest.raises(ModelError, match=r"trained on other weights than '.*other' holds now"):
         load_trained(str(adapter), CPU)
+
+
+def test_a_base_that_moved_is_found_by_what_was_corrected(trained, tmp_path):
+    """By hand in adapter_config.json, as with PEFT, or in the run's config.yaml; the record and the other file still name the old place."""
+    from ruamel.yaml import YAML
+
+    run = Path(shutil.copytree(trained.parent, tmp_path / "run", ignore=shutil.ignore_patterns("export", "checkpoints")))
+    base = read_record(trained)["base"]["name"]
+    for path in (run / "adapter" / "vlm_dist.json", run / "adapter" / "adapter_config.json", run / "config.yaml"):
+        path.write_text(path.read_text().replace(base, "/gone/base"))
+    for source in (run, run / "adapter"):
+        with pytest.raises(ModelError, match="its base /gone/base does not exist; say where it is now with --base-model"):
+            load_trained(str(source), CPU)
+    change_json(run / "adapter" / "adapter_config.json", lambda config: config.update(base_model_name_or_path=base))
+    load_trained(str(run), CPU)
+    load_trained(str(run / "adapter"), CPU)
+    change_json(run / "adapter" / "adapter_config.json", lambda config: config.update(base_model_name_or_path="/gone/base"))
+    config = YAML(typ="safe").load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(json.dumps({**config, "model": {**config["model"], "name": base}}))
+    load_trained(str(run), CPU)
+    load_trained(str(run), CPU, base_model=base)
 
 
 def test_other_preprocessing_is_refused_by_name(adapter):

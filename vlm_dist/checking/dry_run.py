@@ -11,13 +11,16 @@ from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout
 from vlm_dist.data.samples import parse_sample
 from vlm_dist.deepspeed_config import check_batches, deepspeed_config, zero_stage
 from vlm_dist.errors import BadSample, DataError
+from vlm_dist.models.adapters import find_adapter
+from vlm_dist.models.going_on import settle
 from vlm_dist.models.source import check_source
 from vlm_dist.scoring.evaluate import check_metrics
 
 
 def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     """Check the configuration, the shards, a sample of each, and the plan, without loading weights."""
-    if config.model.name is not None:
+    config = settle(config)
+    if config.model.name is not None and find_adapter(config.model.name) is None:
         check_source(config.model.name)
     rounds = check_batches(config, world_size)
     check_metrics(config)

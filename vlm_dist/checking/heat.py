@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.data.encode import Encoded
 from vlm_dist.data.view import feature_maps
 from vlm_dist.inputs.opened import Inputs
+from vlm_dist.models.adapters import put_on
 from vlm_dist.models.load import load_weights
 from vlm_dist.planning.flow import tensor_of
 
@@ -31,8 +32,10 @@ class Heat:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         config, self.processor = inputs.config, inputs.processor
         self.model = load_weights(config.model, inputs.source, inputs.family, device, lora=config.lora)
-        self.model.eval()
         self._tower = self.model.get_submodule(inputs.family.vision)
+        if inputs.adapter is not None:
+            self.model = put_on(self.model, inputs.adapter)
+        self.model.eval()
 
     def maps(self, encoded: Encoded) -> list[torch.Tensor]:
         """The norms of one sample's pictures, [rows, columns] of patches each; see `feature_maps`."""

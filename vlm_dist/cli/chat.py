@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.cli.parsers import new_parser
+from vlm_dist.cli.parsers import add_base_model, add_system, new_parser
 from vlm_dist.errors import ConfigError, DataError
 
 HELP = """/image FILE   a picture for the next question (several: one after another)
@@ -23,7 +23,9 @@ def add_parser(commands: Any) -> None:
         "Talk with a trained model about pictures: on a page in the browser, or in the terminal.",
         "vlm-dist chat runs/quickstart",
     )
-    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, a checkpoint folder or a hub id")
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, an adapter folder, a checkpoint folder or a hub id")
+    add_base_model(parser)
+    add_system(parser)
     parser.add_argument("--terminal", action="store_true", help="talk here, without a page")
     parser.add_argument("--host", default="127.0.0.1", help="of the page; whoever reaches it may use the model (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (default 7860)")
@@ -41,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1 or arguments.max_new_tokens < 1:
         raise ConfigError("chat: expected --temperature of 0 or more, --top-p between 0 and 1, --max-new-tokens of 1 or more")
     drawn = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.temperature else {}
-    chat = Chat(arguments.source, arguments.max_new_tokens, **drawn)
+    opened = {"base_model": arguments.base_model, "system": arguments.system, "reasoning": arguments.reasoning}
+    chat = Chat(arguments.source, arguments.max_new_tokens, **opened, **drawn)
     return _in_terminal(chat, arguments) if arguments.terminal else _on_page(chat, arguments)
 
 
@@ -62,6 +65,8 @@ def _in_terminal(chat: Any, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"chat --compare: '{arguments.source}' has no adapter, so there is no base to compare with")
     if sys.stdin.isatty():
         print(HELP)
+        if chat.system:
+            print(f"system prompt: {chat.system}")
     while (line := _read()) is not None:
         command, _, rest = line.partition(" ")
         if command == "/quit":

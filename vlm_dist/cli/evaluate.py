@@ -6,20 +6,21 @@ import argparse
 import json
 from typing import Any
 
-from vlm_dist.cli.parsers import new_parser
+from vlm_dist.cli.parsers import add_base_model, new_parser
 
 
 def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "eval",
-        "Score a finished run on held-out shards.",
+        "Score a finished run, an adapter or a checkpoint on held-out shards.",
         "vlm-dist eval runs/quickstart --data 'data/synthetic/qa-heldout-*.tar'",
     )
-    parser.add_argument("run_dir", metavar="RUN", help="a run directory")
-    parser.add_argument("--data", nargs="+", help="shards to score on (default: the run's data.heldout)")
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, an adapter folder, a checkpoint folder or a hub id")
+    add_base_model(parser)
+    parser.add_argument("--data", nargs="+", help="shards to score on (default: those of the run's data.heldout)")
     parser.add_argument("--samples", type=int, metavar="N", help="use N samples, spread over the shards (default: all)")
-    parser.add_argument("--base", action="store_true", help="leave the run's adapter off: the score before training")
+    parser.add_argument("--base", action="store_true", help="leave the adapter off: the score before training")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -27,7 +28,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.scoring.score import score_run
 
-    scores = score_run(arguments.run_dir, data=arguments.data, samples=arguments.samples, base=arguments.base)
+    options = {"data": arguments.data, "samples": arguments.samples, "base": arguments.base, "base_model": arguments.base_model}
+    scores = score_run(arguments.source, **options)
     if arguments.json:
         print(json.dumps(scores, indent=1))
     else:

@@ -9,21 +9,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.cli.parsers import new_parser
+from vlm_dist.cli.parsers import add_base_model, new_parser
 
 
 def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "export",
-        "Write a run's result for use elsewhere: the adapter, or one merged checkpoint that transformers and vLLM load.",
+        "Write a run's result, or any adapter, for use elsewhere: as it is, or as one merged checkpoint that transformers and vLLM load.",
         "vlm-dist export runs/quickstart --to merged-16bit --out models/quickstart",
     )
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("source", metavar="RUN_OR_ADAPTER", type=Path, help="a run directory or an adapter folder")
+    add_base_model(parser)
     parser.add_argument(
         "--to", required=True, choices=("adapter", "merged-16bit"), help="the adapter alone, or base and adapter as one model"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/export/adapter or RUN/export/merged-16bit")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="default: RUN/export/adapter or RUN/export/merged-16bit; of an adapter folder that is of no run: ADAPTER-merged-16bit",
+    )
     parser.add_argument(
         "--onto",
         choices=("original", "dequantised"),
@@ -39,7 +45,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.serving.export import export_run, push_folder
 
-    result = export_run(arguments.run_dir, arguments.to, arguments.out, onto=arguments.onto, samples=arguments.samples)
+    options = {"onto": arguments.onto, "samples": arguments.samples, "base_model": arguments.base_model}
+    result = export_run(arguments.source, arguments.to, arguments.out, **options)
     if result.warning:
         print(f"note: {result.warning}", file=sys.stderr)
     pushed = push_folder(result.out, arguments.push, private=not arguments.public) if arguments.push else ""

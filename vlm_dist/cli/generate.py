@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.cli.parsers import new_parser
+from vlm_dist.cli.parsers import add_base_model, add_system, new_parser
 
 
 def add_parser(commands: Any) -> None:
@@ -17,7 +17,9 @@ def add_parser(commands: Any) -> None:
         "Ask a trained model about a picture.",
         'vlm-dist generate runs/quickstart --image photo.jpg --prompt "What colour is the circle?"',
     )
-    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, a checkpoint folder or a hub id")
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, an adapter folder, a checkpoint folder or a hub id")
+    add_base_model(parser)
+    add_system(parser)
     parser.add_argument("--image", type=Path, action="append", default=[], help="a JPEG, PNG or WebP file; may be given several times")
     parser.add_argument("--prompt", required=True, help="what to ask")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
@@ -29,7 +31,13 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.serving.answer import answer
 
-    text = answer(arguments.source, arguments.image, arguments.prompt, max_new_tokens=arguments.max_new_tokens, base=arguments.base)
+    options = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "base_model": arguments.base_model,
+        "system": arguments.system,
+        "reasoning": arguments.reasoning,
+    }
+    text = answer(arguments.source, arguments.image, arguments.prompt, base=arguments.base, **options)
     if arguments.json:
         print(json.dumps({"prompt": arguments.prompt, "images": [str(path) for path in arguments.image], "answer": text}))
     else:

@@ -20,6 +20,21 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides such as optim.lr=2e-4")
 
 
+def add_base_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base-model", metavar="FOLDER", help="where an adapter's base is now, if not where the adapter's files say")
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--system", metavar="TEXT", help="the system prompt (default: that of the training, where all samples had the same; '': none)"
+    )
+    parser.add_argument(
+        "--reasoning",
+        action="store_true",
+        help="let the model think first (default: it answers at once, where its chat template can tell it)",
+    )
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Like `parse_args`, and takes overrides and --debug wherever they stand: argparse alone wants all overrides in one place."""
     arguments, rest = parser.parse_known_args(argv)

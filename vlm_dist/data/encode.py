@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from vlm_dist.data.control_tokens import ControlTokens
 from vlm_dist.data.labels import expanded, weights_of
@@ -93,7 +93,7 @@ class Encoder:
         self._quick.tokenizer = RunTokenizer(processor.tokenizer, processor.tokenizer.convert_ids_to_tokens(self._picture_ids.tolist()))
 
     @classmethod
-    def of(cls, processor: Any, config: DataConfig) -> Encoder:
+    def of(cls, processor: Any, config: DataConfig) -> Self:
         """As a configuration says."""
         return cls(
             processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens, config.boxes

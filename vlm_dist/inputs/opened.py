@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from vlm_dist.data.stream import Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.families import Family
 from vlm_dist.inputs.made import model_source
+from vlm_dist.inputs.prompts import NotingEncoder, SystemPrompts
 from vlm_dist.inputs.workload import Workload, measured
+from vlm_dist.models.adapters import base_of, find_adapter, has_processor
+from vlm_dist.models.going_on import settle
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.run_dir import RunDir
@@ -31,13 +34,18 @@ class Inputs:
     """The data sets, and what is measured of them, are opened when they are first asked for."""
 
     config: Config
+    """Settled: see `going_on.settle`."""
     source: str
-    """Where the model lies: a folder or a hub id."""
+    """Where the model lies, of an adapter its base: a folder or a hub id."""
     hf_config: Any
     """The checkpoint's own configuration."""
     family: Family
     processor: Any
     quarantine: Quarantine
+    adapter: Path | None = None
+    """The adapter that training goes on from."""
+    prompts: SystemPrompts = field(default_factory=SystemPrompts)
+    """The system prompts of the samples that the streams have given."""
 
     @property
     def packs(self) -> bool:
@@ -59,9 +67,11 @@ class Inputs:
         return Encoder(self.processor, max_seq_length=2**31)
 
     @cached_property
-    def stream_encoder(self) -> Encoder:
+    def stream_encoder(self) -> NotingEncoder:
         """As samples are encoded to train on them."""
-        return Encoder.of(self.processor, self.config.data)
+        encoder = NotingEncoder.of(self.processor, self.config.data)
+        encoder.prompts = self.prompts
+        return encoder
 
     @cached_property
     def workload(self) -> Workload:
@@ -88,11 +98,13 @@ def open_inputs(config: Config, run: RunDir, ranks: Ranks) -> Inputs:
         ModelError: no such checkpoint, or an architecture or processor that is not supported.
         DataError: a new model needs a tokenizer, and there is no text to train one on.
     """
-    source = model_source(config, run, ranks)
+    config = settle(config)
+    adapter = find_adapter(config.model.name) if config.model.name is not None else None
+    source = str(base_of(adapter).name) if adapter else model_source(config, run, ranks)
     hf_config, family = read_model_config(config.model, source)
-    processor = load_processor(config.model, source)
+    processor = load_processor(config.model, str(adapter) if adapter and has_processor(adapter) else source)
     quarantine = Quarantine(run.quarantine, config.data.max_bad_fraction)
-    return Inputs(config, source, hf_config, family, processor, quarantine)
+    return Inputs(config, source, hf_config, family, processor, quarantine, adapter)
 
 
 @contextmanager

@@ -48,10 +48,27 @@ tags: [vlm_dist, lora]
 # {config.name}
 
 {what} `{base}` ({form} in training), trained by vlm_dist: {length} of {config.training.global_batch} samples,
-{_describe(config.lora)}, learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.seed}.
+{_describe(config.lora)}, learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.seed}.{_start(config, base)}
 
 Data: {sources}; rows of at most {config.data.max_seq_length} tokens{", packed" if config.data.packing else ""}.
 {_scores(scores)}{_examples(examples or [])}
+{_loading(base, merged)}"""
+
+
+def adapter_card(name: str, base: str, *, merged: str | None = None) -> str:
+    """The same for an adapter of which no run is known: what it is of, and how to load it."""
+    what = "A LoRA adapter for" if merged is None else f"A 16-bit model: `{name}` merged into its base. Base:"
+    return f"""---
+base_model: {base}
+library_name: {"peft" if merged is None else "transformers"}
+pipeline_tag: image-text-to-text
+tags: [lora]
+---
+
+# {name}
+
+{what} `{base}`.
+
 {_loading(base, merged)}"""
 
 
@@ -88,6 +105,11 @@ processor = AutoProcessor.from_pretrained("THIS_FOLDER")
 `vlm_dist.json` holds the fingerprints of the base and of the preprocessing that the adapter was trained with, and a probe: logits
 that the trained model gave to drawn pictures. Loading through vlm_dist checks all three.
 """
+
+
+def _start(config: Config, base: str) -> str:
+    start = config.model.name
+    return f" It went on from the adapter in `{start}`." if start is not None and start != base else ""
 
 
 def _describe(lora: LoraConfig) -> str:

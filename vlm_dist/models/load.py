@@ -12,11 +12,13 @@ from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
 from vlm_dist.models.processor import load_processor
 from vlm_dist.models.source import check_source, not_loadable
-from vlm_dist.upstream.bitsandbytes import keep_nf4_layout
+from vlm_dist.upstream.bitsandbytes import compute_in, keep_nf4_layout
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
+
+STORED_IN_4BIT = "bitsandbytes, 4 bit"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -42,7 +44,7 @@ def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
     """The checkpoint's own configuration and its family; loads no weights.
 
     Raises:
-        ModelError: there is no such checkpoint, or its architecture is not supported.
+        ModelError: there is no such checkpoint, its architecture is not supported, or it is quantised and cannot be held as asked.
     """
     from transformers import AutoConfig
 
@@ -53,7 +55,44 @@ def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
         hf_config = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
         raise not_loadable(name, error) from None
-    return hf_config, find_family(hf_config.model_type, hf_config, config.trust_remote_code)
+    family = find_family(hf_config.model_type, hf_config, config.trust_remote_code)
+    _check_quantisation(config, hf_config, name)
+    return hf_config, family
+
+
+def quantised_as(hf_config: Any) -> str:
+    """What a checkpoint says of how its weights are stored: "bitsandbytes, 4 bit", "gptq", ...; empty for one in 16 or 32 bit."""
+    found = getattr(hf_config, "quantization_config", None)
+    if found is None:
+        return ""
+    settings = found if isinstance(found, dict) else found.to_dict()
+    bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else settings.get("bits")
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method") or "bitsandbytes"))
+    return f"{method}, {bits} bit" if bits else method
+
+
+def is_stored_in_4bit(name: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether a checkpoint was saved by bitsandbytes in 4 bit, and so can be held in nothing else.
+
+    Raises:
+        ModelError: as `read_model_config` does.
+    """
+    config = ModelConfig(name=name, revision=revision, trust_remote_code=trust_remote_code)
+    return bool(quantised_as(read_model_config(config, name)[0]))
+
+
+def _check_quantisation(config: ModelConfig, hf_config: Any, name: str) -> None:
+    stored = quantised_as(hf_config)
+    if stored and stored != STORED_IN_4BIT:
+        raise ModelError(
+            f"model.name: '{name}' is quantised ({stored}), and adapters train on bitsandbytes' 4 bit or on 16 bit only; "
+            "give the checkpoint that it was made from"
+        )
+    if stored and not config.load_in_4bit:
+        raise ModelError(
+            f"model.load_in_4bit=false: '{name}' is quantised ({stored}), so its 16-bit weights are not there; "
+            "set model.load_in_4bit: true, or give the checkpoint that it was made from"
+        )
 
 
 def load_model(
@@ -87,6 +126,9 @@ def load_weights(
     from transformers import AutoModelForImageTextToText
 
     dtype = choose_dtype(config.dtype, device)
+    options = {}  # a checkpoint that is stored in 4 bit has its own settings
+    if config.load_in_4bit and not is_stored_in_4bit(name, config.revision, config.trust_remote_code):
+        options["quantization_config"] = nf4_config(family, dtype, trained_whole(family, lora) if lora else ())
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -94,11 +136,11 @@ def load_weights(
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
             attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
-            quantization_config=nf4_config(family, dtype, trained_whole(family, lora) if lora else ()) if config.load_in_4bit else None,
             device_map={"": device} if device.type == "cuda" else None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are told below, by name
             output_loading_info=True,
+            **options,
         )
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise not_loadable(name, error) from None
@@ -106,6 +148,8 @@ def load_weights(
     _check_complete(model, found, family, name)
     if config.load_in_4bit:
         keep_nf4_layout(model)
+        if not options:
+            compute_in(model, dtype)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
     return model
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm_dist.config import ModelConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
+from vlm_dist.models.adapters import WEIGHTS, put_on_shapes
 from vlm_dist.models.load import nf4_config, read_model_config
 from vlm_dist.models.save import fresh_folder, put_in_place
 from vlm_dist.models.source import weight_files
@@ -43,12 +44,13 @@ def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, ont
     stored_as_nf4 = getattr(hf_config, "quantization_config", None) is not None
     if stored_as_nf4 and onto == "original":
         raise ModelError(f"export: '{base.name}' itself is stored in 4 bit, so the original weights are not there; use --onto dequantised")
-    layers = Layers(hf_config, family, adapter, base.trust_remote_code, onto, trained_dtype)
+    files = weight_files(base.name, base.revision)
+    layers = Layers(hf_config, family, adapter, base.trust_remote_code, onto, trained_dtype, files)
     dtype = _sixteen_bit(hf_config)
     temporary = fresh_folder(out)
     index: dict[str, str] = {}
     total = 0
-    for file in weight_files(base.name, base.revision):
+    for file in files:
         from safetensors.torch import save_file
 
         tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in layers.merged(file)}
@@ -59,6 +61,8 @@ def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, ont
     if len(set(index.values())) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n")
+    if layers.untied:
+        hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = False
     hf_config.dtype = dtype
     if stored_as_nf4:
         del hf_config.quantization_config
@@ -71,7 +75,10 @@ def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, ont
 class Layers:
     """The adapted model without its base weights; each layer gets them for the moment of its merging."""
 
-    def __init__(self, hf_config: Any, family: Family, adapter: Path, trust_remote_code: bool, onto: Onto, trained_dtype: torch.dtype):
+    def __init__(
+        self, hf_config: Any, family: Family, adapter: Path, trust_remote_code: bool, onto: Onto, trained_dtype: torch.dtype,
+        files: list[Path],
+    ):  # fmt: skip
         import torch
         from transformers import AutoModelForImageTextToText
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -81,6 +88,11 @@ class Layers:
                 return AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=trust_remote_code)
 
         model = empty()
+        model.tie_weights()
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        self.head = f"{family.head}.weight"
+        self.embedding = next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
         self.names = set(model.state_dict())
         self.prefix = model.base_model_prefix
         self.conversions = get_model_conversion_mapping(model)
@@ -88,8 +100,14 @@ class Layers:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.model = _with_adapter(model, adapter, self.device)
         whole = self.model.peft_config["default"].modules_to_save or ()
-        self.rounded = _quantised_modules(empty(), family, whole) if onto == "dequantised" else set()
+        stored_as_nf4 = getattr(hf_config, "quantization_config", None) is not None  # then what is to be rounded has been
+        self.rounded = _quantised_modules(empty(), family, whole) if onto == "dequantised" and not stored_as_nf4 else set()
         self.unused = {name for name, parameter in self.model.named_parameters() if not parameter.is_meta}
+        self.replaced = _base_weights(adapter, self.names)
+        self.untied = tied and any(self._is_changed(name) for name in (self.head, self.embedding))
+        """Head and embeddings share their weights in the base, and no more after training: PEFT changes the one that it adapts, so the
+        merged checkpoint holds both."""
+        self.lacks_head = not any(self._model_name(key)[0] == self.head for file in files for key in _keys(file))
 
     def merged(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of one file of the base, adapter added, by the file's own keys."""
@@ -103,9 +121,11 @@ class Layers:
                 tensor = stored.get_tensor(key)
                 if key + ".quant_map" in keys:
                     statistics = {other: stored.get_tensor(other) for other in keys if other.startswith(key + ".")}
-                    yield key, self._merge(key, _dequantise(tensor, statistics, key), exact=True)
+                    yield key, self._merge(key, _dequantise(tensor, statistics, key, self.trained_dtype), exact=True)
                 else:
                     yield key, self._merge(key, tensor)
+                if self.untied and self.lacks_head and self._model_name(key)[0] == self.embedding:
+                    yield self.head, self._merge(self.head, tensor).clone()
 
     def check_all_used(self) -> None:
         if self.unused:
@@ -125,6 +145,7 @@ class Layers:
         module, whole = self._find(path)
         if isinstance(whole, ModulesToSaveWrapper):
             return self._trained(module, leaf, key, converted)
+        tensor = self.replaced.get(name, tensor)
         adapted = isinstance(module, LoraLayer)
         parameters: Any = module.get_base_layer() if adapted else module
         own = dict(parameters.named_parameters(recurse=False)) if module is not None else {}
@@ -138,11 +159,21 @@ class Layers:
             raise ModelError(f"export: '{key}' is stored in another layout than the adapted layer '{path}' has; this base cannot be merged")
         self._use(module)
         parameters.weight = torch.nn.Parameter(tensor.float().to(self.device), requires_grad=False)
-        bias, parameters.bias = parameters.bias, None
+        bias = getattr(parameters, "bias", None)
+        if bias is not None:
+            parameters.bias = None
         module.merge()
         merged = parameters.weight.data.cpu()
-        parameters.weight, parameters.bias = torch.nn.Parameter(tensor.to("meta"), requires_grad=False), bias
+        parameters.weight = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
+        if bias is not None:
+            parameters.bias = bias
         return merged
+
+    def _is_changed(self, weight: str) -> bool:
+        from peft.tuners.lora import LoraLayer
+
+        module, whole = self._find(weight.removesuffix(".weight"))
+        return whole is not None or isinstance(module, LoraLayer) or weight in self.replaced
 
     def _model_name(self, key: str) -> tuple[str, bool]:
         """The parameter's name in the model, and whether it is more than renamed there; by transformers' own rules of loading."""
@@ -184,12 +215,9 @@ class Layers:
 def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
     """The model of meta tensors, with the adapter's own parameters real."""
     import torch
-    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights, set_peft_model_state_dict
 
-    config = PeftConfig.from_pretrained(str(adapter))
-    config.inference_mode = False  # then what was trained is what requires a gradient
-    with torch.device("meta"):
-        adapted: Any = PeftModel(model, config)
+    adapted = put_on_shapes(model, adapter)
     for name, parameter in list(adapted.named_parameters()):
         if parameter.requires_grad:
             path, _, leaf = name.rpartition(".")
@@ -200,6 +228,22 @@ def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
     if found.unexpected_keys:
         raise ModelError(f"export: '{found.unexpected_keys[0]}' of {adapter} finds no module in '{model.config.model_type}'")
     return adapted
+
+
+def _base_weights(adapter: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    """What an adapter on the head or the embeddings holds of the base itself, by the model's names; PEFT loads it over the base's."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / WEIGHTS, "pt") as stored:
+        found = {key.removeprefix("base_model.model.").replace(".base_layer.", "."): key for key in stored.keys()}  # noqa: SIM118
+        return {name: stored.get_tensor(key) for name, key in found.items() if name in names}
+
+
+def _keys(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        return list(stored.keys())
 
 
 def _quantised_modules(model: Any, family: Family, whole: Iterable[str]) -> set[str]:
@@ -221,11 +265,12 @@ def _round_to_nf4(weight: torch.Tensor, dtype: torch.dtype, device: torch.device
     return functional.dequantize_4bit(codes, state).cpu()
 
 
-def _dequantise(codes: torch.Tensor, statistics: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """A weight that is stored in 4 bit."""
+def _dequantise(codes: torch.Tensor, statistics: dict[str, torch.Tensor], key: str, dtype: torch.dtype) -> torch.Tensor:
+    """A weight that is stored in 4 bit, as the training met it."""
     from bitsandbytes import functional
 
     state = functional.QuantState.from_dict({name.removeprefix(key + "."): value for name, value in statistics.items()}, codes.device)
+    state.dtype = dtype
     return functional.dequantize_4bit(codes, state)
 
 

@@ -33,6 +33,7 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
         raise ModelError(
             f"model.name: '{name}' has a {type(processor).__name__}, which takes no pictures; use a vision-language checkpoint"
         )
+    processor.chat_template = _one_template(processor.chat_template or getattr(processor.tokenizer, "chat_template", None))
     if processor.chat_template is None:
         raise ModelError(
             f"model.name: the processor of '{name}' has no chat template; use an instruction-tuned checkpoint, "
@@ -43,6 +44,11 @@ def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
         check_settings(config.processor, plain, name)
     _check_pictures(processor, name)
     return processor
+
+
+def _one_template(found: str | dict[str, str] | None) -> str | None:
+    """Of several chat templates the one called "default"."""
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _check_pictures(processor: Any, name: str) -> None:

@@ -25,13 +25,20 @@ QUESTIONS = ("Describe the picture.", "What is in the middle?")
 UNSTEADY = ("_name_or_path", "transformers_version", "processor_class", "auto_map")  # change without changing what the model sees
 
 
-def make_record(model: Any, processor: Any, base: ModelConfig, fingerprint_of_base: str) -> dict[str, Any]:
-    """The record of a trained model. On several ranks, all must call it: the probe runs the model."""
+def make_record(
+    model: Any, processor: Any, base: ModelConfig, fingerprint_of_base: str, system_prompt: str | None = None
+) -> dict[str, Any]:
+    """The record of a trained model. On several ranks, all must call it: the probe runs the model.
+
+    Args:
+        system_prompt: what every sample of the training began with, if all had the same.
+    """
     return {
         "version": 1,
         "base": {**base.model_dump(mode="json", include={"name", "revision", "load_in_4bit", "dtype"}), "fingerprint": fingerprint_of_base},
         "preprocessing": describe_processor(processor),
         "probe": probe(model, processor),
+        "system_prompt": system_prompt,
     }
 
 
@@ -45,13 +52,26 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     Raises:
         ModelError: it is damaged.
     """
+    return _read(folder, "base", "preprocessing", "probe")
+
+
+def read_system_prompt(folder: Path) -> str | None:
+    """The one system prompt that an adapter or model was trained with, if its folder remembers any.
+
+    Raises:
+        ModelError: the record is damaged.
+    """
+    return (_read(folder) or {}).get("system_prompt")
+
+
+def _read(folder: Path, *needed: str) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("base", "preprocessing", "probe")}
-    except (ValueError, KeyError, TypeError) as error:
+        return {"system_prompt": record.get("system_prompt"), **{name: record[name] for name in needed}}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: is damaged ({error}); export the run again, or delete this file to load without checks") from None
 
 
@@ -76,7 +96,14 @@ def check_processor(record: dict[str, Any], processor: Any) -> None:
 
 
 def check_probe(record: dict[str, Any], model: Any, processor: Any) -> None:
-    """Raises ModelError where the loaded model gives other logits than the trained one did."""
+    """Raises ModelError where the loaded model gives other logits than the trained one did, by more than the number type explains.
+
+    Both computed in one type: a base held in 4 bit computes in model.dtype whatever it was saved with (`compute_in`). Then only the
+    order of sums differs (kernels, another machine), which moves the logits by about sqrt(2 N) e of their norm, with e the root mean
+    square of one rounding and N roundings one after another, some 12 a layer, in each of two models. bfloat16 (e = 2e-3, half of 2^-8):
+    sqrt(2 x 12 x 100) e = 10 % after 100 layers; the limit is half as much again. float32 (e = 3e-8): 2e-6; what an adapter learns is
+    seldom below a hundredth of the norm, so a limit of 1 % tells it apart and still forgives a lot.
+    """
     difference = compare_probes(record["probe"], probe(model, processor))
     limit = 0.01 if record["probe"]["dtype"] == "float32" and str(model.dtype) == "torch.float32" else 0.15
     if difference > limit:

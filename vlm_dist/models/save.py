@@ -26,11 +26,12 @@ def save_adapter(model: Any, weights: dict[str, Any], processor: Any, out: Path,
     put_in_place(temporary, out)
 
 
-def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path) -> None:
+def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path, system_prompt: str | None = None) -> None:
     """A transformers checkpoint folder with the processor in it; whole or not there.
 
     Args:
         weights: the trainable parameters by name, complete, on the CPU; frozen ones are taken from the model.
+        system_prompt: what every sample of the training began with, if all had the same.
     """
     import torch
 
@@ -40,6 +41,7 @@ def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path) -
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.save_pretrained(temporary, state_dict=state)
     processor.save_pretrained(temporary)
+    write_record({"version": 1, "system_prompt": system_prompt}, temporary)
     put_in_place(temporary, out)
 
 

@@ -27,6 +27,11 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or os.path.exists(name)
 
 
+def is_there(name: str, revision: str | None = None) -> bool:
+    """Whether a folder or hub id is there, or can be had from the hub."""
+    return Path(name).exists() if looks_like_path(name) else _cached(name, "config.json", revision) is not None
+
+
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
     """The safetensors files of a folder, or of a hub id (from the local cache, else downloaded).
 

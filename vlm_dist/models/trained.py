@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.config import LoraConfig, ModelConfig
+from vlm_dist.config import ModelConfig
 from vlm_dist.config_load import load_config
 from vlm_dist.errors import ModelError
-from vlm_dist.models.load import load_model
+from vlm_dist.models.adapters import base_of, find_adapter, has_processor, not_quantised_under, put_on
+from vlm_dist.models.load import is_stored_in_4bit, load_model
 from vlm_dist.models.processor import load_processor
-from vlm_dist.models.record import check_base, check_probe, check_processor, read_record
+from vlm_dist.models.record import check_base, check_probe, check_processor, read_record, read_system_prompt
 from vlm_dist.run_dir import RunDir
 
 
-def load_trained(source: str, device: Any, *, base: bool = False) -> tuple[Any, Any]:
+def load_trained(source: str, device: Any, *, base: bool = False, base_model: str | None = None) -> tuple[Any, Any]:
     """Load what a run produced (its adapter on its base, or its model), an adapter folder, or any checkpoint.
 
     Args:
         base: leave the adapter off.
+        base_model: where the adapter's base is now, if not where its files say.
 
     Returns:
         (model, processor)
@@ -27,99 +28,51 @@ def load_trained(source: str, device: Any, *, base: bool = False) -> tuple[Any, 
     Raises:
         ModelError: the run is not finished, there is no such checkpoint, or the adapter does not fit what it is put on.
     """
+    adapter = find_adapter(source)
+    if adapter is not None:
+        return load_adapter(adapter, base_of(adapter, base_model), device, base=base)
+    if base_model is not None:
+        raise ModelError(f"--base-model: '{source}' is no adapter, so it has no base; leave the option away")
     run = RunDir(Path(source))
-    if not run.config.exists():
-        if is_adapter(Path(source)):
-            return load_adapter(Path(source), base_of(Path(source)), device, base=base)
-        model, processor, _ = load_model(ModelConfig(name=source, load_in_4bit=False), source, device)
-        return model, processor
-    config = load_config(run.config)
-    if run.model.exists():
-        model, processor, _ = load_model(
-            ModelConfig(name=str(run.model), load_in_4bit=False, dtype=config.model.dtype), str(run.model), device
-        )
-        return model, processor
-    if not run.adapter.exists():
-        raise ModelError(f"{run.path}: has no trained model yet; finish it with `vlm-dist train {run.config}`")
-    return load_adapter(run.adapter, trained_base(run), device, lora=config.lora, base=base)
+    name = str(run.model) if run.config.exists() else source
+    dtype = load_config(run.config).model.dtype if run.config.exists() else "auto"
+    model, processor, _ = load_model(ModelConfig(name=name, load_in_4bit=is_stored_in_4bit(name), dtype=dtype), name, device)
+    return model, processor
 
 
-def trained_base(run: RunDir) -> ModelConfig:
-    """How a run loaded its base."""
-    model = load_config(run.config).model
-    return model if model.name is not None else model.model_copy(update={"name": str(run.initial_model), "mini_vlm": None})
+def system_prompt_of(source: str) -> str | None:
+    """The system prompt that every sample of the training had, as its result remembers it; None: there was none, or several.
+
+    Raises:
+        ModelError: the run is not finished, or the record is damaged.
+    """
+    run = RunDir(Path(source))
+    return read_system_prompt(find_adapter(source) or (run.model if run.config.exists() else run.path))
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-
-
-def base_of(folder: Path, **changes: Any) -> ModelConfig:
-    """How the base of an adapter folder was loaded: by its record, else by PEFT's adapter_config.json."""
-    record = read_record(folder)
-    if record is not None:
-        base = {name: record["base"][name] for name in ("name", "revision", "load_in_4bit", "dtype")}
-    else:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not name:
-            raise ModelError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path); add it there")
-        base = {"name": name}
-    return ModelConfig(**{**base, **changes})
-
-
-def load_adapter(
-    folder: Path, base_model: ModelConfig, device: Any, *, lora: LoraConfig | None = None, base: bool = False
-) -> tuple[Any, Any]:
+def load_adapter(folder: Path, base_model: ModelConfig, device: Any, *, base: bool = False) -> tuple[Any, Any]:
     """An adapter on its base, with the processor that was saved beside it; checked against its record where there is one.
 
     Raises:
         ModelError: another base, another preprocessing, a key of the adapter without a module, or other logits than in training.
     """
-    from peft import PeftModel
-
     assert base_model.name is not None
     record = read_record(folder)
     if record is not None:
         check_base(record, base_model.name, base_model.revision)
-    lora = lora or _trained_whole(folder)
-    model, processor, _ = load_model(base_model, base_model.name, device, lora=lora)
-    if (folder / "processor_config.json").exists() or (folder / "preprocessor_config.json").exists():
+    model, processor, _ = load_model(base_model, base_model.name, device, lora=not_quantised_under(folder))
+    if has_processor(folder):
         processor = load_processor(ModelConfig(name=str(folder)), str(folder))
     if record is not None:
         check_processor(record, processor)
     if base:
         return model, processor
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    check_keys(adapted, folder)
-    same_form = record is not None and (record["base"]["load_in_4bit"], record["base"]["dtype"]) == (
-        base_model.load_in_4bit,
-        base_model.dtype,
-    )
-    if record is not None and same_form:
+    adapted = put_on(model, folder)
+    if record is not None and in_the_form_of(record, base_model):
         check_probe(record, adapted, processor)
     return adapted, processor
 
 
-def check_keys(model: Any, folder: Path) -> None:
-    """Every stored tensor must have gone into a module, and every adapter of the model must have been stored.
-
-    Raises:
-        ModelError: names the first that did not. (PEFT only warns, or says nothing: colpali#424.)
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        stored = set(file.keys())
-    loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    remedy = "load it with the version of transformers that trained it, or train again"
-    if odd := sorted(stored - loaded):
-        raise ModelError(f"{folder}: {len(odd)} of the adapter's {len(stored)} tensors fit no module of the model, e.g. {odd[0]}; {remedy}")
-    if lacking := sorted(loaded - stored):
-        raise ModelError(f"{folder}: {len(lacking)} tensors are missing in adapter_model.safetensors, e.g. {lacking[0]}; {remedy}")
-
-
-def _trained_whole(folder: Path) -> LoraConfig | None:
-    """What must not be quantised under this adapter."""
-    whole = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("modules_to_save")
-    return LoraConfig(modules_to_save=whole) if whole else None
+def in_the_form_of(record: dict[str, Any], base_model: ModelConfig) -> bool:
+    """Whether the base is held as it was in training, so that the logits must be those of then."""
+    return (record["base"]["load_in_4bit"], record["base"]["dtype"]) == (base_model.load_in_4bit, base_model.dtype)

@@ -10,6 +10,7 @@ import torch
 
 from vlm_dist.config import Config
 from vlm_dist.families import Family
+from vlm_dist.models.adapters import find_adapter, put_on_shapes
 from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.load import nf4_config
 from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
@@ -56,6 +57,9 @@ def _skeleton(config: Config, hf_config: Any, family: Family, dtype: torch.dtype
         settings = nf4_config(family, dtype, trained_whole(family, config.lora) if config.lora else ())
         replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
         model.is_loaded_in_4bit = True
+    adapter = find_adapter(config.model.name) if config.model.name is not None else None
+    if adapter is not None:
+        return put_on_shapes(model, adapter)
     if config.lora is not None:
         return add_lora(model, family, config.lora)
     freeze_sides(model, family, config.model.freeze)

@@ -1,45 +1,72 @@
-"""Scores of a finished run on any held-out shards."""
+"""Scores of a finished run, an adapter or a checkpoint on any held-out shards."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from vlm_dist import distributed
+from vlm_dist.config import DataConfig, EvaluationConfig
 from vlm_dist.config_load import load_config
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.heldout import read_heldout
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.errors import ConfigError, DataError
+from vlm_dist.models.adapters import is_adapter, run_of
+from vlm_dist.models.source import looks_like_path
 from vlm_dist.models.trained import load_trained
 from vlm_dist.run_dir import RunDir
 from vlm_dist.scoring.evaluate import evaluate
 
 
-def score_run(run_dir: str, *, data: list[str] | None = None, samples: int | None = None, base: bool = False) -> dict[str, Any]:
+def score_run(
+    source: str, *, data: list[str] | None = None, samples: int | None = None, base: bool = False, base_model: str | None = None
+) -> dict[str, Any]:
     """Generate answers and compare them with the truth, as training does.
 
     Args:
+        source: a run directory; or an adapter folder, a checkpoint folder or a hub id, which are scored with the default settings.
         data: shards; None: the run's own data.heldout.
         samples: how many, spread evenly; None: all.
-        base: leave the run's adapter off.
+        base: leave the adapter off.
+        base_model: where the adapter's base is now, if not where its files say.
+
+    Raises:
+        ConfigError: no run, and no shards to score on.
+        DataError: there is no held-out sample.
+        ModelError: the model cannot be loaded.
     """
-    run = RunDir(Path(run_dir))
+    run = RunDir(Path(source))
     if not run.config.exists():
-        raise ConfigError(f"{run_dir}: no run directory (no config.yaml in it); give one such as runs/quickstart")
-    config = load_config(run.config)
-    if data is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"heldout": data})})
+        run = run_of(Path(source)) or run
+    settings, evaluation = _settings(run, source, data)
     ranks = distributed.start()
-    quarantine = Quarantine(run.quarantine, config.data.max_bad_fraction)
-    heldout = read_heldout(config.data, samples, quarantine)
-    if not heldout:
-        raise DataError("no held-out sample to score; name shards with --data")
-    model, processor = load_trained(run_dir, ranks.device, base=base)
-    found = evaluate(model, Encoder.of(processor, config.data), heldout, config.evaluation, ranks)
-    for shard, key, reason in found.refused:
-        quarantine.note({"__url__": shard, "__key__": key}, reason)
+    with tempfile.TemporaryDirectory() as folder:  # unusable samples are named in the run's own list, if there is a run
+        listed = run.quarantine if run.config.exists() else Path(folder) / run.quarantine.name
+        quarantine = Quarantine(listed, settings.max_bad_fraction)
+        heldout = read_heldout(settings, samples, quarantine)
+        if not heldout:
+            raise DataError("no held-out sample to score; name shards with --data")
+        model, processor = load_trained(source, ranks.device, base=base, base_model=base_model)
+        found = evaluate(model, Encoder.of(processor, settings), heldout, evaluation, ranks)
+        for shard, key, reason in found.refused:
+            quarantine.note({"__url__": shard, "__key__": key}, reason)
     if not found.rows:
         _, key, reason = found.refused[0]
         raise DataError(f"none of the {len(heldout)} held-out samples can be asked; the first ({key}): {reason}")
     return found.scores
+
+
+def _settings(run: RunDir, source: str, data: list[str] | None) -> tuple[DataConfig, EvaluationConfig]:
+    """Those of the run, or the default ones."""
+    if run.config.exists():
+        config = load_config(run.config)
+        return config.data if data is None else config.data.model_copy(update={"heldout": data}), config.evaluation
+    if looks_like_path(source) and not is_adapter(run.path) and not (run.path / "config.json").exists():
+        raise ConfigError(
+            f"{source}: no run directory (no config.yaml in it), no adapter and no checkpoint; give one such as runs/quickstart"
+        )
+    if data is None:
+        raise ConfigError(f"{source}: is no run, so it names no held-out shards; give some with --data")
+    return DataConfig(train=data, heldout=data, max_seq_length=2**31), EvaluationConfig()

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_dist.data.encode import Encoder
 from vlm_dist.data.pictures import decode_picture
 from vlm_dist.errors import BadSample, DataError
 from vlm_dist.models.generate import generate
-from vlm_dist.models.trained import load_trained
+from vlm_dist.serving.trained import open_trained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,26 +17,31 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64_000_000
 
 
-def answer(source: str, images: Sequence[Path], prompt: str, *, max_new_tokens: int = 128, base: bool = False) -> str:
+def answer(
+    source: str, images: Sequence[Path], prompt: str, *, max_new_tokens: int = 128, base: bool = False, base_model: str | None = None,
+    system: str | None = None, reasoning: bool = False,
+) -> str:  # fmt: skip
     """The model's answer, greedily.
 
     Args:
-        source: a run directory, a checkpoint folder or a hub id.
-        base: leave the run's adapter off.
+        source: a run directory, an adapter folder, a checkpoint folder or a hub id.
+        base: leave the adapter off.
+        base_model: where the adapter's base is now, if not where its files say.
+        system: the system prompt; None: that of the training, where all samples had the same; "": none.
+        reasoning: let the model think first, where its chat template begins a thought.
 
     Raises:
         DataError: a picture cannot be read.
-        ModelError: there is no such model.
+        ModelError: there is no such model, or its chat template takes no system prompt.
     """
     import torch
 
     pictures = [open_picture(path) for path in images]
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model, processor = load_trained(source, device, base=base)
+    trained = open_trained(source, base=base, base_model=base_model, system=system, reasoning=reasoning)
     content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-    encoded = Encoder(processor, max_seq_length=2**31).encode_prompt([{"role": "user", "content": content}], pictures)
+    encoded = trained.encode([{"role": "user", "content": content}], pictures)
     inputs = {**encoded.inputs, "attention_mask": torch.ones_like(encoded.inputs["input_ids"])}
-    return generate(model, processor, inputs, max_new_tokens)[0]
+    return generate(trained.model, trained.processor, inputs, max_new_tokens)[0]
 
 
 def open_picture(path: Path) -> Image:

@@ -6,34 +6,45 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.encode import Encoder
 from vlm_dist.models.generate import generate
-from vlm_dist.models.trained import load_trained
 from vlm_dist.serving.answer import open_picture
+from vlm_dist.serving.trained import open_trained
 
 
 class Chat:
     """One conversation about pictures.
 
     Args:
-        source: a run directory, a checkpoint folder or a hub id.
+        source: a run directory, an adapter folder, a checkpoint folder or a hub id.
+        base_model: where an adapter's base is now, if not where its files say.
+        system: the system prompt; None: that of the training, where all samples had the same; "": none.
         options: transformers' generation settings, e.g. do_sample=True, temperature=0.7; greedy without any.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or its chat template takes no system prompt.
     """
 
-    def __init__(self, source: str, max_new_tokens: int = 256, **options: Any):
-        import torch
-
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.model, self.processor = load_trained(source, device)
-        self.encoder = Encoder(self.processor, max_seq_length=2**31)
+    def __init__(
+        self, source: str, max_new_tokens: int = 256, *, base_model: str | None = None, system: str | None = None,
+        reasoning: bool = False, **options: Any,
+    ):  # fmt: skip
+        self.trained = open_trained(source, base_model=base_model, system=system, reasoning=reasoning)
+        self.model, self.processor = self.trained.model, self.trained.processor
         self.max_new_tokens, self.options = max_new_tokens, options
         self.forget()
+
+    @property
+    def system(self) -> str:
+        """The system prompt of this conversation; empty: none."""
+        return self.trained.system
+
+    @system.setter
+    def system(self, text: str) -> None:
+        self.trained = replace(self.trained, system=text)
 
     @property
     def has_adapter(self) -> bool:
@@ -85,7 +96,7 @@ class Chat:
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        encoded = self.encoder.encode_prompt(messages, pictures)
+        encoded = self.trained.encode(messages, pictures)
         inputs = {**encoded.inputs, "attention_mask": torch.ones_like(encoded.inputs["input_ids"])}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         problems: list[BaseException] = []

@@ -49,9 +49,11 @@ def build_page(chat: Chat, name: str) -> Any:
             longest = gradio.Slider(
                 1, LONGEST_ANSWER, value=min(chat.max_new_tokens, LONGEST_ANSWER), step=1, label="longest answer, tokens"
             )
+            system = gradio.Textbox(chat.system, label="system prompt", info="said before every conversation", lines=2, elem_id="system")
         session = gradio.State(None)
         answering = question.submit(
-            _answer_of(chat), [question, trained, base, session, compare, temperature, top_p, longest], [trained, base, question, session],
+            _answer_of(chat), [question, trained, base, session, compare, temperature, top_p, longest, system],
+            [trained, base, question, session],
             concurrency_limit=1, concurrency_id="model",
         )  # fmt: skip
         question.stop(None, cancels=[answering])
@@ -83,10 +85,12 @@ def _answer_of(chat: Chat) -> Any:
 
     def answer(
         question: dict[str, Any], trained: list, base: list, session: Chat | None, compare: bool, temperature: float, top_p: float,
-        longest: int,
+        longest: int, system: str | None = None,
     ) -> Iterator[tuple]:  # fmt: skip
         session = session or chat.another()
         session.max_new_tokens = int(longest)
+        if system is not None:
+            session.system = system.strip()
         session.options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
         text, files = (question.get("text") or "").strip(), question.get("files") or []
         asked = [{"role": "user", "content": content} for content in [*({"path": file} for file in files), text]]

@@ -1,24 +1,28 @@
-"""A finished run -> a folder for use elsewhere."""
+"""A finished run, or an adapter -> a folder for use elsewhere."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vlm_dist import distributed
-from vlm_dist.config import Config
+from vlm_dist.config import Config, ModelConfig
 from vlm_dist.config_load import load_config
 from vlm_dist.data.heldout import read_heldout
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.errors import ConfigError, DataError, ModelError
-from vlm_dist.models.card import Example, model_card
+from vlm_dist.models.adapters import base_of, find_adapter, has_processor, is_adapter, run_of
+from vlm_dist.models.card import Example, adapter_card, model_card
 from vlm_dist.models.export import Comparison, export_merged
 from vlm_dist.models.introspect import family_of
 from vlm_dist.models.merge import Onto
+from vlm_dist.models.record import read_system_prompt, write_record
 from vlm_dist.models.save import fresh_folder, put_in_place
-from vlm_dist.models.trained import load_trained, trained_base
+from vlm_dist.models.trained import load_adapter
 from vlm_dist.run_dir import RunDir, read_jsonl
 from vlm_dist.scoring.evaluate import question_of
 
@@ -34,42 +38,96 @@ class Exported:
 
 
 def export_run(
-    run_dir: Path, to: Literal["adapter", "merged-16bit"], out: Path | None = None, *, onto: Onto | None = None, samples: int = 8
-) -> Exported:
-    """Write the adapter, checked, or the merged model, compared with the trained one on the run's held-out samples; with a README.md made
-    from the run.
+    source: Path, to: Literal["adapter", "merged-16bit"], out: Path | None = None, *, onto: Onto | None = None, samples: int = 8,
+    base_model: str | None = None,
+) -> Exported:  # fmt: skip
+    """Write the adapter, checked, or the merged model, compared with the trained one on the run's held-out samples (of an adapter that is
+    of no run, on two drawn pictures); with a README.md that says what it is made from.
 
     Args:
-        out: a folder that does not exist yet; None: below the run directory, replaced if it is there.
+        source: a run directory or an adapter folder.
+        out: a folder that does not exist yet; None: below the run directory, replaced if it is there; or beside the adapter folder.
+        base_model: where the base is now, if not where the adapter's files say.
 
     Raises:
-        ConfigError: no run, a run without adapter, or `out` is taken.
-        ModelError: the run is not finished, or its adapter does not fit.
+        ConfigError: no run and no adapter, a run without adapter, or `out` is taken.
+        ModelError: the run is not finished, or the adapter does not fit its base.
     """
-    run = RunDir(run_dir)
-    if not run.config.exists():
-        raise ConfigError(f"{run_dir}: no run directory (no config.yaml in it); give one such as runs/quickstart")
-    config = load_config(run.config)
-    if config.lora is None:
-        raise ConfigError(f"{run_dir}: trained every weight, so there is nothing to merge; its model is {run.model}")
+    made = _find(source)
+    if out is None and not made.is_result:
+        out = made.adapter.with_name(f"{made.adapter.resolve().name}-{to}")
     if out is not None and out.exists():
         raise ConfigError(f"--out: '{out}' exists already; give a new folder")
-    out = out or run.path / "export" / to
+    out = out or RunDir(made.adapter.parent).path / "export" / to
     ranks = distributed.start()
-    model, processor = load_trained(str(run_dir), ranks.device)  # checks the adapter against its record
+    base = base_of(made.adapter, base_model)
+    model, processor = load_adapter(made.adapter, base, ranks.device)  # checks the adapter against its record
     comparison, warning = None, ""
     if to == "adapter":
-        temporary = fresh_folder(out)
-        shutil.copytree(run.adapter, temporary, dirs_exist_ok=True)
-        put_in_place(temporary, out)
+        _copy(made.adapter, processor, out, base_model)
         warning = _what_servers_leave_out(model)
     else:
-        comparison = _merge(config, run, model, processor, out, onto, samples)
-    base, evaluations = trained_base(run).name or "", (run.read_summary() or {}).get("eval") or {}
-    words = str(comparison) if comparison else None
-    card = model_card(config, base, evaluations, merged=words, examples=_examples(run, out))
-    (out / "README.md").write_text(card, encoding="utf-8")
+        comparison = _merge(made, model, processor, base, out, onto, samples)
+        if (system := read_system_prompt(made.adapter)) is not None:
+            write_record({"version": 1, "system_prompt": system}, out)
+    _write_card(made, base.name or "", comparison, out)
     return Exported(out, comparison, warning)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is exported, and the run that it is of, if it is of one."""
+
+    adapter: Path
+    run: RunDir | None
+    config: Config | None
+
+    @property
+    def is_result(self) -> bool:
+        """The run's own adapter, not one of its checkpoints."""
+        return self.run is not None and self.adapter.name == self.run.adapter.name
+
+
+def _find(source: Path) -> _Made:
+    run = RunDir(source)
+    if not run.config.exists():
+        if not is_adapter(source):
+            raise ConfigError(
+                f"{source}: no run directory (no config.yaml in it) and no adapter (no adapter_config.json); "
+                "give one such as runs/quickstart or runs/quickstart/adapter"
+            )
+        of_run = run_of(source)
+        return _Made(source, of_run, load_config(of_run.config) if of_run else None)
+    config = load_config(run.config)
+    if config.lora is None:
+        raise ConfigError(f"{source}: trained every weight, so there is nothing to merge; its model is {run.model}")
+    adapter = find_adapter(str(source))
+    assert adapter is not None
+    return _Made(adapter, run, config)
+
+
+def _copy(adapter: Path, processor: Any, out: Path, base_model: str | None) -> None:
+    """The adapter folder, with a processor in it, and naming the base where it is now."""
+    temporary = fresh_folder(out)
+    shutil.copytree(adapter, temporary, dirs_exist_ok=True)
+    if not has_processor(adapter):
+        processor.save_pretrained(temporary)
+    if base_model is not None:
+        path = temporary / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base_model}, indent=2) + "\n")
+    put_in_place(temporary, out)
+
+
+def _write_card(made: _Made, base: str, comparison: Comparison | None, out: Path) -> None:
+    words = str(comparison) if comparison else None
+    if made.run is not None and made.config is not None:
+        evaluations = (made.run.read_summary() or {}).get("eval") or {}
+        card = model_card(made.config, base, evaluations, merged=words, examples=_examples(made.run, out))
+    elif words is None and (out / "README.md").exists():
+        return  # its own says more
+    else:
+        card = adapter_card(made.adapter.resolve().name, base, merged=words)
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def push_folder(folder: Path, repository: str, *, private: bool) -> str:
@@ -124,11 +182,11 @@ def _examples(run: RunDir, out: Path) -> list[Example]:
     return found
 
 
-def _merge(config: Config, run: RunDir, model: Any, processor: Any, out: Path, onto: Onto | None, samples: int) -> Comparison:
-    try:
-        heldout = read_heldout(config.data, samples, Quarantine(run.quarantine, config.data.max_bad_fraction))
-    except DataError:
-        heldout = []  # the shards are gone: the probe's pictures serve instead
+def _merge(made: _Made, model: Any, processor: Any, base: ModelConfig, out: Path, onto: Onto | None, samples: int) -> Comparison:
+    heldout = []
+    if made.run is not None and made.config is not None:
+        data = made.config.data
+        with suppress(DataError):  # the shards are gone: the probe's pictures serve instead
+            heldout = read_heldout(data, samples, Quarantine(made.run.quarantine, data.max_bad_fraction))
     cases = [(question_of(sample), sample.images) for sample in heldout] or None
-    base = trained_base(run)
-    return export_merged(model, processor, base, out, adapter=run.adapter, onto=onto, cases=cases)
+    return export_merged(model, processor, base, out, adapter=made.adapter, onto=onto, cases=cases)

@@ -156,12 +156,14 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
     """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
     from vlm_dist.checkpoints.form import MAKE_ROOM, why_not_written
     from vlm_dist.checkpoints.snapshot import gather_weights
+    from vlm_dist.inputs.prompts import only_one
     from vlm_dist.models.card import model_card
     from vlm_dist.models.record import make_record
 
     weights = gather_weights(engine, keep=ranks.is_first)
     base = loaded.model.get_base_model().loaded_as if config.lora is not None else None
-    record = make_record(engine.module, loaded.processor, base, loaded.fingerprint) if base is not None else None
+    system = only_one(loaded.prompts.over_ranks(ranks))
+    record = make_record(engine.module, loaded.processor, base, loaded.fingerprint, system) if base is not None else None
     if not ranks.is_first:
         return
     from safetensors import SafetensorError
@@ -171,7 +173,7 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
     out = run.model if record is None else run.adapter
     try:
         if record is None or base is None:
-            save_model(engine.module, weights, loaded.processor, out)
+            save_model(engine.module, weights, loaded.processor, out, system)
         else:
             card = model_card(config, base.name, log.evaluations())
             save_adapter(engine.module, weights, loaded.processor, out, record, card)

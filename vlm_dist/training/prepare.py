@@ -10,6 +10,7 @@ from vlm_dist.data.stream import Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.families import Family
 from vlm_dist.inputs.opened import Inputs
+from vlm_dist.inputs.prompts import SystemPrompts
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +29,18 @@ class Loaded:
     fingerprint: str
     kernels: str
     """What was put into the model, in words."""
+    prompts: SystemPrompts
+    """The system prompts of the samples, as they are trained on."""
     rehearsal: str = ""
     """What its fullest micro-batch took, in words; nothing where it was not tried."""
 
 
 def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
-    """Load the base, and choose what trains: adapters (lora) or the weights themselves (lora: null)."""
+    """Load the base, and choose what trains: adapters (lora), new ones or those to go on from, or the weights themselves (lora: null).
+
+    Raises:
+        ModelError: the weights cannot be loaded, or the adapter to go on from does not fit them.
+    """
     import torch
 
     from vlm_dist.models.checkpointing import checkpoint_gradients
@@ -46,14 +53,41 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     torch.manual_seed(config.seed)
     model: Any = load_weights(config.model, inputs.source, family, ranks.device, lora=config.lora)
     torch.manual_seed(config.seed)  # adapters start alike whatever loading drew
-    if config.lora is not None:
+    if inputs.adapter is not None:
+        model = _go_on(model, inputs)
+    elif config.lora is not None:
         model = add_lora(model, family, config.lora)
     else:
         freeze_sides(model, family, config.model.freeze)
     checkpoint_gradients(model, family, config.model.gradient_checkpointing)
     dtype = choose_dtype(config.model.dtype, ranks.device)
     patches = patch_model(model, config.kernels)
-    return Loaded(model, inputs.processor, family, dtype, fingerprint(inputs.source, config.model.revision), str(patches))
+    of_base = fingerprint(inputs.source, config.model.revision)
+    return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts)
+
+
+def _go_on(model: Any, inputs: Inputs) -> Any:
+    """The adapter of an earlier training on its base, with the dropout of this one; checked as for use."""
+    from vlm_dist.models.adapters import put_on
+    from vlm_dist.models.record import check_base, check_probe, check_processor, read_record
+    from vlm_dist.models.trained import in_the_form_of
+
+    config, folder = inputs.config.model, inputs.adapter
+    assert folder is not None
+    record = read_record(folder)
+    if record is not None:
+        check_base(record, inputs.source, config.revision)
+        if not config.processor:
+            check_processor(record, inputs.processor)
+    assert inputs.config.lora is not None
+    model = put_on(model, folder, trainable=True, dropout=inputs.config.lora.dropout)
+    if record is not None and in_the_form_of(record, config) and not config.processor:
+        check_probe(record, model, inputs.processor)
+    elif record is not None and record["base"]["load_in_4bit"] != config.load_in_4bit:
+        logger.warning(
+            "model.load_in_4bit=%s: not so when '%s' was trained; it begins elsewhere than it ended", config.load_in_4bit, folder
+        )
+    return model
 
 
 def open_training_stream(inputs: Inputs, model: Any, ranks: Ranks) -> Stream:

@@ -74,6 +74,7 @@ class Session:
         state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
         self.stream.restore(state["data"])
         self.health.restore(state["health"])
+        self.loaded.prompts.restore(state.get("prompts", []))
         self.patience.restore(state["patience"])
         self._end_early(state["step"])
         self.log.rewind(state["step"])
@@ -109,6 +110,7 @@ class Session:
             "progress": vars(progress),
             "data": merge_states(self.ranks.gather(self.stream.state())),
             "health": self.health.state(),
+            "prompts": self.loaded.prompts.over_ranks(self.ranks),
             "patience": self.patience.state(),
             "scores": self._scores[1] if self._scores and self._scores[0] == progress.step else None,
             "rng": {"rule": "seeded by (seed, data_step, rank) at each step", "seed": self.config.seed},

@@ -13,6 +13,7 @@ from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.environment import write_environment
 from vlm_dist.errors import UserError
 from vlm_dist.inputs.opened import open_inputs
+from vlm_dist.models.going_on import settle
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.planning.fits import check_fits
 from vlm_dist.quiet import quiet_libraries
@@ -43,6 +44,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
 
     quiet_libraries()
     ranks = distributed.start()
+    config = settle(config)
     check_batches(config, ranks.world_size)
     check_metrics(config)
     run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)

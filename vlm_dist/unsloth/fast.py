@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import LoraConfig, ModelConfig
@@ -28,13 +27,15 @@ class FastVisionModel:
         trust_remote_code: bool = False,
         revision: str | None = None,
         use_gradient_checkpointing: bool | str = False,
+        base_model: str | None = None,
     ) -> tuple[Any, Any]:
-        """Load a checkpoint folder or hub id.
+        """Load a checkpoint folder or hub id; of an adapter folder or a finished run, the adapter on its base.
 
         Args:
             max_seq_length: longest sample in tokens; kept as `processor.tokenizer.model_max_length`.
             dtype: None (bfloat16 where the GPU has it, else float32), torch.bfloat16 or torch.float32.
             use_gradient_checkpointing: True or "unsloth" recompute activations in the backward pass.
+            base_model: where an adapter's base is now, if not where its files say.
 
         Returns:
             (model, processor)
@@ -45,9 +46,10 @@ class FastVisionModel:
         """
         import torch
 
+        from vlm_dist.models.adapters import base_of, find_adapter
         from vlm_dist.models.export import allow_merging
         from vlm_dist.models.load import load_model
-        from vlm_dist.models.trained import base_of, is_adapter, load_adapter
+        from vlm_dist.models.trained import load_adapter
 
         names = {None: "auto", torch.bfloat16: "bfloat16", torch.float32: "float32", "bfloat16": "bfloat16", "float32": "float32"}
         if dtype not in names:
@@ -58,8 +60,8 @@ class FastVisionModel:
             "dtype": names[dtype],
             "trust_remote_code": trust_remote_code,
         }
-        if is_adapter(Path(model_name)):
-            model, processor = load_adapter(Path(model_name), base_of(Path(model_name), **settings), device)
+        if (adapter := find_adapter(model_name)) is not None:
+            model, processor = load_adapter(adapter, base_of(adapter, base_model, **settings), device)
             model = allow_merging(model)
         else:
             model, processor, _ = load_model(ModelConfig(name=model_name, revision=revision, **settings), model_name, device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SEEN = "0.50.2"
 NAMES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.functional.QuantState")
@@ -17,3 +20,24 @@ def keep_nf4_layout(module: Any) -> None:
     for layer in module.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
+
+
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """A checkpoint that is stored in 4 bit brings its own settings, which win over those that it is loaded with: whoever saved it chose
+    the number type in which its layers compute, the one that weights are unpacked to, and the one that they are held in (mostly bytes);
+    and its other weights stay in the type that they are stored in (transformers 5.23; their biases do not). All of it becomes `dtype`
+    here: a layer then computes as the rest of the model does, wherever it is loaded, and ZeRO-3 can shard the weights."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    for parameter in model.parameters():
+        if not isinstance(parameter, Params4bit) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            weight: Any = layer.weight
+            if weight.quant_state is not None:
+                weight.quant_state.dtype = dtype
+            if weight.dtype != dtype and weight.nbytes % dtype.itemsize == 0:
+                weight.data = weight.data.flatten().view(dtype).unsqueeze(1)
+                layer.quant_storage = weight.quant_storage = dtype
