@@ -189,6 +189,6 @@ def test_an_outline_tells_what_decoding_would_give():
     raw = {"__key__": "k", "0.png": picture(size=(30, 20)), "1.jpg": buffer.getvalue(), "txt": b"two"}
     raw["json"] = as_json({"messages": TURNS})
     raw = {name: value for name, value in raw.items() if name != "txt"}
-    messages, sizes, _ = outline(raw, max_image_pixels=10_000, caption_prompt="")
+    messages, sizes, *_ = outline(raw, max_image_pixels=10_000, caption_prompt="")
     sample = parse_sample(raw, max_image_pixels=10_000, caption_prompt="")
     assert messages == sample.messages and sizes == [image.size for image in sample.images] == [(30, 20), (6, 8)]
