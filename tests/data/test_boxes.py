@@ -182,6 +182,23 @@ def test_where_the_middle_is_cut_out(processor_of, size):
         CONVENTIONS["unit"].place(gone, "bbox", frame)
 
 
+@pytest.mark.parametrize("size", [(100, 60), (61, 97)])
+def test_where_it_is_filled_up_to_a_square(processor_of, size):
+    """LLaVA's processor with do_pad, as its makers trained it; OneVision's where there are several pictures."""
+    from transformers import LlavaImageProcessor
+
+    processor = LlavaImageProcessor(do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    onevision = processor_of("llava_onevision").image_processor
+    box = tuple(round(share * side) for share, side in zip(SHARES, size * 2, strict=True))
+    padded = processor(images=[drawn(size, box)], return_tensors="pt")["pixel_values"][0, 1]
+    tiles = onevision(images=[[drawn(size, box), drawn((9, 9), (1, 1, 3, 3))]], return_tensors="pt")["pixel_values"][0, 0, 1]
+    for frame, pixels in ((Frames(processor).of(size), padded), (Frames(onevision).of(size, True), tiles)):
+        red = (pixels < pixels.min() + 0.2).nonzero()
+        seen = [int(edge) / pixels.shape[0] for edge in (red[:, 1].min(), red[:, 0].min(), red[:, 1].max() + 1, red[:, 0].max() + 1)]
+        text = CONVENTIONS["unit"].place(read({"bbox": box}, size=size)[0], "bbox", frame)
+        assert json.loads(text) == pytest.approx(seen, abs=0.006 + 1.01 / pixels.shape[0])
+
+
 WRITTEN = {
     "absolute": '[{"bbox_2d": [20, 40, 60, 80], "label": "cat"}, {"point_2d": [100, 10], "label": "a \\"b\\""}]',
     "thousand": '[{"bbox_2d": [100, 333, 300, 667], "label": "cat"}, {"point_2d": [500, 83], "label": "a \\"b\\""}]',
@@ -220,6 +237,16 @@ def test_lists_as_each_convention_writes_them(name):
 def test_answers_that_are_odd(name, answer, expected):
     found = CONVENTIONS[name].read(answer, [Frame(0, 0, 100, 60)])
     assert [one.box for one in found] == [pytest.approx(box, abs=0.01) for box in expected]
+
+
+def test_labels_are_found_without_special_tokens():
+    """`generate` gives answers without them."""
+    for name in ("qwen2", "internvl"):
+        text = WRITTEN[name]
+        for token in CONVENTIONS[name].tokens:
+            text = text.replace(token, "")
+        back = CONVENTIONS[name].read(text, [Frame(0, 0, 100, 60)])
+        assert [(one.kind, one.label) for one in back] == [("bbox", "cat"), ("point", 'a "b"')]
 
 
 def chat(question, answer) -> list[dict]:
@@ -295,6 +322,10 @@ def test_what_is_not_read_is_noted():
     assert ("key", "objects (no list of {bbox | point | polygon, label})") in parse_sample(
         raw({"objects": ["cat"], "messages": chat("?", "a")}), **OPTIONS
     ).notes
+    with pytest.raises(BadSample, match="the text has <bbox>, and 'objects' is no list"):
+        parse_sample(raw({"objects": {"bbox": [[1, 2, 3, 4]], "category": [1]}, "messages": chat("Where?", "<bbox>")}), **OPTIONS)
+    none = parse_sample(raw({"objects": [], "messages": chat("Any cats?", "None.")}), **OPTIONS)
+    assert not none.notes and not none.objects
     assert ("placeholder", "<bbox>") in parse_sample(raw({"messages": chat("Where?", "<bbox>")}), **OPTIONS).notes
     assert parse_sample(raw({"objects": [CAT], "objects_size": [100, 60]}), **OPTIONS).notes == set()
 
@@ -333,3 +364,19 @@ def test_several_pictures_of_several_sizes(processor_of):
     assert [one.image for one in back] == [1, 0]
     for found, truth in zip(back, sample.objects, strict=True):
         assert found.box == pytest.approx(truth.box, abs=1.5) and found.label == truth.label
+
+
+def test_a_packed_stream_of_boxes(settings, tmp_path):
+    """Lengths measured for packing are those of what is encoded, from shards, in several threads."""
+    from tests.conftest import write_config
+    from vlm_dist import load_config
+    from vlm_dist.data.synthetic import synthesise
+    from vlm_dist.inputs.opened import inputs_apart
+
+    made = synthesise(tmp_path / "boxes", train=24, heldout=1, tasks=("boxes",), size=48)
+    settings["data"] |= {"train": str(made["boxes-train"][0]), "heldout": [], "packing": True, "max_seq_length": 256}
+    with inputs_apart(load_config(write_config(settings, tmp_path))) as inputs:
+        stream = inputs.stream()
+        rows = [next(iter(stream.preview())) for _ in range(2)]
+        slots = [pair for row in rows for pair in row]
+    assert slots and all(encoded is not None and slot.length.tokens == encoded.length for slot, encoded in slots)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from vlm_dist.data.messages import text_of
 from vlm_dist.data.pictures import TURNED, Size
 from vlm_dist.errors import BadSample
 
@@ -100,7 +101,7 @@ def read_objects(record: dict[str, Any], sizes: Sequence[Size], orientation: Ori
 
 def _read(one: dict[str, Any], number: int, given: Any, sizes: Sequence[Size], orientation: Orientation) -> Marked:
     where = f"objects[{number}]"
-    kinds = [kind for kind in KINDS if one.get(kind) is not None]
+    kinds: list[Kind] = [kind for kind in KINDS if one.get(kind) is not None]
     if len(kinds) != 1:
         raise BadSample(f"{where}: has {' and '.join(kinds) or 'no place'}; expected one of bbox, point and polygon")
     label, image = one.get("label", ""), one.get("image", 0)
@@ -119,7 +120,7 @@ def _read(one: dict[str, Any], number: int, given: Any, sizes: Sequence[Size], o
     if any(abs(x - x_in) > SLACK or abs(y - y_in) > SLACK for (x, y), (x_in, y_in) in zip(points, clipped, strict=True)):
         of = f" of {other[0]} x {other[1]}" if other is not None else ""
         raise BadSample(f"{where}: {kind} {str(one[kind])[:80]}{of} lies outside of its picture, which has {size[0]} x {size[1]} pixels")
-    return Marked(kind, tuple(clipped), label.strip(), image)
+    return Marked(kind, tuple(clipped), text_of(label.strip()), image)
 
 
 def _numbers(value: Any, kind: Kind, where: str) -> list[Point]:

@@ -13,7 +13,7 @@ MOST_KNOWN = 100_000  # sizes that are remembered
 
 
 class Frame(NamedTuple):
-    """What is shown of a picture, in its own pixels; all of it, but for processors that cut the middle out."""
+    """What is shown of a picture, in its own pixels; all of it, but for processors that cut the middle out, or fill it up to a square."""
 
     left: float
     top: float
@@ -35,7 +35,7 @@ class Frames:
 
     def __init__(self, image_processor: Any, *, absolute: bool = False):
         self._processor = image_processor
-        self._known: dict[Size, Frame] = {}
+        self._known: dict[tuple[Size, bool], Frame] = {}
         self._by_rule = False
         if absolute and not hasattr(image_processor, "merge_size"):
             raise ConfigError(
@@ -45,23 +45,28 @@ class Frames:
         if absolute:
             self._by_rule = all(_by_rule(image_processor, size) == _by_trying(image_processor, size) for size in PROBES)
 
-    def of(self, size: Size) -> Frame:
-        """Of a picture of (width, height)."""
-        if size not in self._known:
+    def of(self, size: Size, several: bool = False) -> Frame:
+        """Of a picture of (width, height), alone or one of several."""
+        if (size, several) not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            whole = _visible(self._processor, size)
+            frame = _visible(self._processor, size, several)
             rule = _by_rule if self._by_rule else _by_trying
-            self._known[size] = whole._replace(shown=rule(self._processor, size)) if self._absolute else whole
-        return self._known[size]
+            self._known[size, several] = frame._replace(shown=rule(self._processor, size)) if self._absolute else frame
+        return self._known[size, several]
 
 
-def _visible(processor: Any, size: Size) -> Frame:
-    """All of it; or what CLIP's processor leaves, which cuts the middle out of the resized picture. LLaVA-NeXT's cuts tiles, of which one
-    is the whole picture."""
+def _visible(processor: Any, size: Size, several: bool) -> Frame:
+    """All of it; or what CLIP's processor leaves, which cuts the middle out of the resized picture; or the square that LLaVA's fill it up
+    to. Those of LLaVA-NeXT and OneVision cut tiles, of which one is the whole picture; OneVision's fills up instead where there are
+    several."""
     width, height = size
+    cuts_tiles = hasattr(processor, "image_grid_pinpoints")
+    if hasattr(processor, "pad_to_square") and (several if cuts_tiles else processor.do_pad):
+        side = max(size)
+        return Frame(-((side - width) // 2), -((side - height) // 2), side, side)
     crop = getattr(processor, "crop_size", None)
-    if not getattr(processor, "do_center_crop", False) or not crop or hasattr(processor, "image_grid_pinpoints"):
+    if not getattr(processor, "do_center_crop", False) or not crop or cuts_tiles:
         return Frame(0, 0, width, height)
     resized = _resized(processor, size)
     kept = (crop["width"], crop["height"])
@@ -76,8 +81,9 @@ def _resized(processor: Any, size: Size) -> Size:
         return size
     if wanted.get("shortest_edge"):
         short, long = sorted(size)
-        sides = wanted["shortest_edge"], int(wanted["shortest_edge"] * long / short)
-        return sides if size[0] <= size[1] else sides[::-1]
+        edge = wanted["shortest_edge"]
+        far = int(edge * long / short)
+        return (edge, far) if size[0] <= size[1] else (far, edge)
     return wanted["width"], wanted["height"]
 
 

@@ -54,7 +54,7 @@ def check_placeholders(messages: Messages, objects: Sequence[Marked]) -> None:
     Raises:
         BadSample: they do not, or a label is asked of an object that has none.
     """
-    found = [one for message in messages for one in _placeholders(message)]
+    found = placeholders_of(messages)
     places, labels = sum(one in PLACES for one in found), found.count(LABEL)
     if places not in (0, len(objects)):
         raise BadSample(f"the text has {places} of {', '.join(PLACES)}; 'objects' has {len(objects)}")
@@ -65,18 +65,21 @@ def check_placeholders(messages: Messages, objects: Sequence[Marked]) -> None:
         raise BadSample(f"the text has {LABEL}, and an object has no label")
 
 
+def placeholders_of(messages: Messages) -> list[str]:
+    """All of them, in order."""
+    return [one for message in messages for one in _placeholders(message)]
+
+
 def objects_answered(messages: Messages, objects: Sequence[Marked]) -> list[Marked]:
     """Those that the last answer is to give: what its placeholders stand for; all of them where no text has any.
 
     Args:
         messages: as `parse_sample` gives them, not yet written.
     """
-    before, answer = 0, None
     last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    for message in messages[:last]:
-        before += sum(one in PLACES for one in _placeholders(message))
+    before = sum(one in PLACES for one in placeholders_of(messages[:last]))
     answer = _placeholders(messages[last])
-    if LIST in answer or not any(_placeholders(message) for message in messages):
+    if LIST in answer or not placeholders_of(messages):
         return list(objects)
     return list(objects[before : before + sum(one in PLACES for one in answer)])
 
@@ -98,7 +101,7 @@ class Placing:
 
     def frames(self, sizes: Sequence[Size]) -> list[Frame]:
         """What is shown of pictures of these (width, height)."""
-        return [self._both[1].of(size) for size in sizes]
+        return [self._both[1].of(size, len(sizes) > 1) for size in sizes]
 
     def written(self, messages: Messages, objects: Sequence[Marked], sizes: Sequence[Size]) -> Messages:
         """The conversation with objects in the place of placeholders.

@@ -18,10 +18,12 @@ from vlm_dist.data.boxes import Marked, are_objects, read_objects
 from vlm_dist.data.layouts import canonical
 from vlm_dist.data.messages import check_messages, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
-from vlm_dist.data.placing import PLACEHOLDER, asked_for, check_placeholders, size_of
+from vlm_dist.data.placing import asked_for, check_placeholders, placeholders_of, size_of
 from vlm_dist.data.tally import Note
 from vlm_dist.errors import BadSample
 
+NO_OBJECTS = "no list of {bbox | point | polygon, label}"
+PLACEHOLDERS = ("<bbox>", "<ref-object>", "<objects>")  # what is no word of any other markup
 PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
 TEXT_MEMBERS = ("txt", "text", "caption")
 METADATA = {
@@ -153,12 +155,15 @@ def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, 
 
 
 def _objects(raw: dict[str, Any], record: dict[str, Any], messages: list[dict], sizes: list[Size]) -> list[Marked]:
-    if record.get("objects") is None:
+    if not record.get("objects"):
+        return []
+    if not are_objects(record["objects"]):
+        if found := placeholders_of(messages):
+            raise BadSample(f"json: the text has {found[0]}, and 'objects' is {NO_OBJECTS}")
         return []
     members = picture_members(raw)
     objects = read_objects(record, sizes, lambda image: picture_orientation(raw[members[image]]))
-    if objects:
-        check_placeholders(messages, objects)
+    check_placeholders(messages, objects)
     return objects
 
 
@@ -207,8 +212,8 @@ def _notes(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
     notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name)}
     notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in METADATA and value is not None}
-    if (objects := record.get("objects")) is not None and not are_objects(objects):
-        notes.add(("key", "objects (no list of {bbox | point | polygon, label})"))
-    elif objects is None and b"<bbox>" in raw.get("json", b"") and (found := PLACEHOLDER.search(raw["json"].decode(errors="replace"))):
-        notes.add(("placeholder", found[0]))
+    if (objects := record.get("objects")) and not are_objects(objects):
+        notes.add(("key", f"objects ({NO_OBJECTS})"))
+    elif not objects and (found := next((one for one in PLACEHOLDERS if one.encode() in raw.get("json", b"")), None)):
+        notes.add(("placeholder", found))
     return notes | {("turn key", key) for key in unread_keys(record.get("messages") or ())}

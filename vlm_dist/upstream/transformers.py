@@ -10,6 +10,7 @@ NAMES = (
     "transformers.ProcessorMixin",
     "transformers.LlavaProcessor._get_num_multimodal_tokens",
     "transformers.Qwen2_5_VLProcessor._get_num_multimodal_tokens",
+    "transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES",
     "transformers.AutoModelForImageTextToText._model_mapping",
     "transformers.AutoModelForCausalLM._model_mapping",
     "transformers.PretrainedConfig._attn_implementation",
@@ -26,9 +27,10 @@ def picture_token_rule(processor: Any) -> Callable[[int, int], int] | None:
 
 def model_types_of(processor: Any) -> list[str]:
     """The architectures that come with a processor of this class; several may."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
-    return [model_type for model_type, name in PROCESSOR_MAPPING_NAMES.items() if name == type(processor).__name__]
+    names = processing_auto.PROCESSOR_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+    return [model_type for model_type, name in names.items() if name == type(processor).__name__]
 
 
 def takes_pictures(hf_config: Any) -> bool:
