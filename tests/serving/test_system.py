@@ -23,6 +23,7 @@ from vlm_dist.serving.chat import Chat
 from vlm_dist.serving.chat_page import _answer_of
 from vlm_dist.serving.trained import open_trained
 
+pytestmark = pytest.mark.slow
 SYSTEM = "You look at shapes."
 QUESTION = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
 

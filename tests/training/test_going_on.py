@@ -24,6 +24,7 @@ from vlm_dist.models.trained import load_trained
 
 CPU = torch.device("cpu")
 STEPS = 3
+pytestmark = pytest.mark.slow
 REORDERED = 1e-6  # a mean over 4 samples in float32, added in another order: 4 roundings of 6e-8 each, and as many in the rest
 
 
