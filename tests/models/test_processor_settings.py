@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+import torch
 from PIL import Image
 
 from vlm_dist.config import ModelConfig
 from vlm_dist.errors import ModelError
+from vlm_dist.models.load import load_model
 from vlm_dist.models.processor import load_processor
 from vlm_dist.models.processor_settings import known_settings
 
@@ -43,3 +47,20 @@ def test_sizes_of_others(checkpoint):
     assert load(checkpoint("gemma3"), do_pan_and_scan=True).image_processor.do_pan_and_scan
     with pytest.raises(ModelError, match="'size' has no effect"):
         load(checkpoint("gemma4"), size={"height": 64, "width": 64})
+
+
+def test_tokens_without_a_row_of_the_embedding(checkpoint, tmp_path, caplog):
+    from transformers import AutoProcessor
+
+    shutil.copytree(checkpoint("llava"), tmp_path / "more")
+    processor = AutoProcessor.from_pretrained(tmp_path / "more")
+    tokens = len(processor.tokenizer)
+    processor.tokenizer.add_tokens([f"<more{number}>" for number in range(60)])
+    processor.save_pretrained(tmp_path / "more")
+    load_model(ModelConfig(name=str(tmp_path / "more")), str(tmp_path / "more"), torch.device("cpu"))
+    assert "samples with such tokens cannot be trained on" in caplog.text
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<last>"]}, replace_extra_special_tokens=False)
+    processor.save_pretrained(tmp_path / "more")
+    words = rf"has {tokens + 61} tokens, the embedding \d+ rows; '<more\d+>' is number \d+; use the tokenizer"
+    with pytest.raises(ModelError, match=words):
+        load_model(ModelConfig(name=str(tmp_path / "more")), str(tmp_path / "more"), torch.device("cpu"))

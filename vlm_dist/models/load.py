@@ -10,7 +10,7 @@ from vlm_dist.errors import MachineError, ModelError
 from vlm_dist.families import Family
 from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
-from vlm_dist.models.processor import load_processor
+from vlm_dist.models.processor import check_vocabulary, load_processor
 from vlm_dist.models.source import check_source, not_loadable
 from vlm_dist.upstream.bitsandbytes import compute_in, keep_nf4_layout
 
@@ -107,7 +107,9 @@ def load_model(
     choose_dtype(config.dtype, device)
     _, family = read_model_config(config, name)
     processor = load_processor(config, name)
-    return load_weights(config, name, family, device, lora=lora), processor, family
+    model = load_weights(config, name, family, device, lora=lora)
+    check_vocabulary(processor, model, name)
+    return model, processor, family
 
 
 def load_weights(

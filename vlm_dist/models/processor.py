@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import ModelConfig
@@ -11,6 +12,8 @@ from vlm_dist.models.source import not_loadable
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
+
+logger = logging.getLogger(__name__)
 
 
 def load_processor(config: ModelConfig, name: str) -> ProcessorMixin:
@@ -73,3 +76,19 @@ def _check_pictures(processor: Any, name: str) -> None:
             f"model.name: the chat template of '{name}' puts no picture token into the text; "
             "its chat_template.jinja must write one for a part of type image"
         )
+
+
+def check_vocabulary(processor: Any, model: Any, name: str) -> None:
+    """Tokens need a row of the embedding each; a sample that has one without would end the run with an index error.
+
+    Raises:
+        ModelError: a special token has none.
+    """
+    tokenizer, rows = processor.tokenizer, model.get_input_embeddings().num_embeddings
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if not beyond:
+        return
+    words = f"the tokenizer of '{name}' has {len(tokenizer)} tokens, the embedding {rows} rows; {beyond[0][1]!r} is number {beyond[0][0]}"
+    if any(token in tokenizer.all_special_tokens for _, token in beyond):
+        raise ModelError(f"model.name: {words}; use the tokenizer that the weights were saved with, or enlarge the embedding")
+    logger.warning("model.name: %s; samples with such tokens cannot be trained on", words)

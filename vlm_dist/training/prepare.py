@@ -47,11 +47,13 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.load import choose_dtype, load_weights
     from vlm_dist.models.lora import add_lora, freeze_sides
     from vlm_dist.models.patching import patch_model
+    from vlm_dist.models.processor import check_vocabulary
     from vlm_dist.models.source import fingerprint
 
     config, family = inputs.config, inputs.family
     torch.manual_seed(config.seed)
     model: Any = load_weights(config.model, inputs.source, family, ranks.device, lora=config.lora)
+    check_vocabulary(inputs.processor, model, inputs.source)
     torch.manual_seed(config.seed)  # adapters start alike whatever loading drew
     if inputs.adapter is not None:
         model = _go_on(model, inputs)
