@@ -359,7 +359,7 @@ def test_several_pictures_of_several_sizes(processor_of):
     record = {"objects": [{**CAT, "image": 1}, DOG]}
     one = raw(record)
     sample = parse_sample({"0.png": one.pop("png"), "1.png": buffer.getvalue(), **one}, **OPTIONS)
-    answer = said(Sample("k", "s", encoder.written(sample), []))[1]
+    answer = said(Sample("k", "s", encoder.placing.written(sample.messages, sample.objects, sample.sizes), []))[1]
     back = encoder.placing.read(answer, sample.sizes, [1, 0])
     assert [one.image for one in back] == [1, 0]
     for found, truth in zip(back, sample.objects, strict=True):

@@ -123,7 +123,7 @@ class Encoder:
         """
         import torch
 
-        messages, notes = self._plain_text(self.written(sample))
+        messages, notes = self._plain_text(self.placing.written(sample.messages, sample.objects, sample.sizes))
         if sample.objects:
             notes -= {("kept", token) for token in self.placing.convention.tokens}
         text = self._render(messages, tools=sample.tools)
@@ -141,10 +141,6 @@ class Encoder:
         if not (encoded.labels[:, 1:] != IGNORED).any():
             raise BadSample("no supervised token: the assistant says nothing, its turns count for nothing, or all of it was cut")
         return encoded
-
-    def written(self, sample: Sample) -> list[dict]:
-        """Its conversation, with objects where placeholders stand."""
-        return self.placing.written(sample.messages, sample.objects, sample.sizes) if sample.objects else sample.messages
 
     def encode_prompt(
         self, messages: list[dict], images: list[Any], key: str = "", *, tools: Tools = None, reasoning: bool = False

@@ -109,7 +109,7 @@ def _prompt(encoder: Encoder, sample: Sample) -> Encoded:
     if not question:
         raise BadSample("no question stands before the answer")
     thinks = has_reasoning(sample.messages[len(question)])
-    question = encoder.placing.written(sample.messages, sample.objects, sample.sizes)[: len(question)] if sample.objects else question
+    question = encoder.placing.written(sample.messages, sample.objects, sample.sizes)[: len(question)]
     return encoder.encode_prompt(question, sample.images, sample.key, tools=sample.tools, reasoning=thinks)
 
 
@@ -185,7 +185,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _row(encoder: Encoder, given: Sample, answer: str, metrics: dict[str, Metric]) -> dict[str, Any]:
-    sample = replace(given, messages=encoder.written(given))
+    sample = replace(given, messages=encoder.placing.written(given.messages, given.objects, given.sizes))
     question, truths, answer = question_of(sample), right_answers(sample), without_reasoning(answer)
     if given.objects:
         truths = [encoder.placing.as_generated(truth) for truth in truths]
