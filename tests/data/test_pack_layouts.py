@@ -14,6 +14,7 @@ from PIL import Image
 
 from scripts import layouts_page
 from vlm_dist.cli.main import main
+from vlm_dist.data.samples import outline
 from vlm_dist.data.shards import read_in_order, write_shards
 
 Q, A = "Which colour?", "red"
@@ -248,6 +249,7 @@ def test_coco(folder, capsys):
             {"image_id": 1, "category_id": 5, "bbox": [1, 2, 4, 4.5], "segmentation": [[1]]},
             {"image_id": 1, "category_id": 5, "bbox": [0, 0, 8, 8], "iscrowd": 1},
             {"image_id": 9, "category_id": 5, "bbox": [0, 0, 8, 8]},
+            {"image_id": 1, "category_id": 5, "bbox": [3, 3, 0, 2]},
         ],
         "categories": [{"id": 5, "name": "cat"}],
     }
@@ -257,11 +259,16 @@ def test_coco(folder, capsys):
     assert jsons(folder / "out") == [{"objects": boxes, "width": 16, "height": 12, "image_id": 1}]
     left = (folder / "out" / "left_out.jsonl").read_text()
     assert "picture 'none.jpg' has no annotation" in left and "the picture '9', which 'images' does not have" in left
+    assert "picture '1': a box is [3, 3, 0, 2], which is empty" in left
     assert (
         pack(folder / "i.json", folder / "small", "--max-side", "8") == 0
-        and "boxes of 1 pictures made smaller are scaled" in capsys.readouterr().out
+        and "1 records whose pictures were made smaller keep the numbers of their objects" in capsys.readouterr().out
     )
-    assert jsons(folder / "small")[0]["objects"][0]["bbox"] == [0.5, 1.0, 2.5, 3.25]
+    (small,) = jsons(folder / "small")
+    assert small["objects"] == boxes and small["objects_size"] == [16, 12]
+    (raw,) = packed(folder / "small")
+    found = outline(raw, max_image_pixels=10**6, caption_prompt="")
+    assert found.sizes == [(8, 6)] and found.objects[0].points == ((0.5, 1.0), (2.5, 3.25))
 
 
 def test_addresses_are_named_and_tools_go_in(folder, capsys):

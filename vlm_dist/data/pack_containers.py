@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def coco_records(value: dict[str, Any]) -> Iterator[Any]:
             continue
         file, facts = _file_of(image)
         try:
-            _add(annotation, gathered.setdefault(number, {}), names, lambda more, file=file: others.append({**more, "image": file}))
+            _add(annotation, gathered.setdefault(number, {}), names, partial(_keep, others, file))
         except BadSample as reason:
             gathered.setdefault(number, {}).setdefault("bad", reason)
         if gathered[number]:
@@ -138,6 +139,11 @@ def _file_of(image: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return file, {key: image[key] for key in ("width", "height") if key in image} | {"image_id": image["id"]}
 
 
+def _keep(others: list[Any], file: Any, annotation: Any) -> None:
+    """What belongs to no picture's record, as a record of its own."""
+    others.append(annotation if isinstance(annotation, BadSample) else {**annotation, "image": file})
+
+
 def _add(annotation: dict[str, Any], record: dict[str, Any], names: dict[Any, Any], otherwise: Any) -> None:
     """An annotation to its picture's record."""
     if isinstance(annotation.get("caption"), str) and "bbox" not in annotation:
@@ -148,6 +154,11 @@ def _add(annotation: dict[str, Any], record: dict[str, Any], names: dict[Any, An
         if label is None:
             raise BadSample(f"a box of the category {str(number)[:40]!r}, which 'categories' does not have")
         crowd = {"iscrowd": 1} if annotation.get("iscrowd") else {}
-        record.setdefault("objects", []).append({"bbox": corners_of(annotation["bbox"]), "label": str(label), **crowd})
+        try:
+            corners = corners_of(annotation["bbox"])
+        except BadSample as reason:  # the picture's other boxes stay
+            otherwise(BadSample(f"picture {str(annotation.get('image_id'))[:40]!r}: {reason}"))
+            return
+        record.setdefault("objects", []).append({"bbox": corners, "label": str(label), **crowd})
     else:
         otherwise(annotation)

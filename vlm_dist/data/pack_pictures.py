@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.config import DataConfig
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.picture_sources import name_of, read_source
-from vlm_dist.data.pictures import as_rgb, decode_picture, frames_of, picture_extension, readable_formats
+from vlm_dist.data.pictures import Size, as_rgb, decode_picture, frames_of, picture_extension, readable_formats
 from vlm_dist.errors import BadSample
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Pictures:
     """Of http(s) addresses; None: they are not fetched."""
 
 
-def read_picture(pictures: Pictures, source: Any, notes: Counter[str]) -> tuple[str, bytes, float]:
-    """(extension by what the bytes are, bytes, side as a share of what it was) of a picture's source.
+def read_picture(pictures: Pictures, source: Any, notes: Counter[str]) -> tuple[str, bytes, Size | None]:
+    """(extension by what the bytes are, bytes, its size before where it was made smaller) of a picture's source.
 
     Args:
         notes: what was converted is counted here.
@@ -62,28 +62,32 @@ def read_picture(pictures: Pictures, source: Any, notes: Counter[str]) -> tuple[
     if data and kind != "jpg" and frames_of(data) > 1:
         notes["frames"] += 1
     if kind and not is_smaller and pictures.format is None:
-        return kind, data, 1.0
-    before = max(picture.size)
+        return kind, data, None
+    before = picture.size
     if is_smaller:
         picture.thumbnail((limit, limit), Image.Resampling.LANCZOS)
     if what:
         notes[f"from {what}"] += 1
     kind, buffer = pictures.format or kind or "png", io.BytesIO()
     picture.save(buffer, FORMATS[kind], **({} if kind == "png" else {"quality": pictures.quality}))
-    return kind, buffer.getvalue(), max(picture.size) / before
+    return kind, buffer.getvalue(), before if is_smaller else None
 
 
-def scaled(objects: Any, share: float, notes: Counter[str]) -> Any:
-    """Objects of a picture that became smaller: `[{"bbox": [x1, y1, x2, y2], ...}]` in its new pixels; any other form stays, and is
-    counted."""
-    if share == 1.0 or not objects:
-        return objects
-    boxes = [item.get("bbox") if isinstance(item, dict) else None for item in objects] if isinstance(objects, list) else [None]
-    if not all(isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box) for box in boxes):
-        notes["unscaled"] += 1
-        return objects
-    notes["scaled"] += 1
-    return [{**item, "bbox": [round(side * share, 2) for side in item["bbox"]]} for item in objects]
+def with_sizes(made: dict[str, Any], before: list[Size | None], notes: Counter[str]) -> dict[str, Any]:
+    """A record with objects whose pictures were made smaller: their numbers stay, and `objects_size`, of several pictures each object's
+    `size`, says what they refer to."""
+    if not made.get("objects") or not any(before) or "objects_size" in made:
+        return made
+    if len(before) == 1:
+        notes["sized"] += 1
+        return {**made, "objects_size": list(before[0] or ())}
+    objects = made["objects"]
+    if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
+        raise BadSample("'objects' of several pictures that are made smaller; expected a list of {bbox | point | polygon, label, image}")
+    numbers = [one.get("image", 0) for one in objects]
+    sizes = [before[number] if isinstance(number, int) and 0 <= number < len(before) else None for number in numbers]
+    notes["sized"] += 1
+    return {**made, "objects": [one if size is None else {"size": list(size), **one} for one, size in zip(objects, sizes, strict=True)]}
 
 
 def in_words(notes: Counter[str], kind: str | None) -> list[str]:
@@ -95,10 +99,8 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
         lines.append(f"{sum(formats.values()):,} pictures converted to {kind or 'png'}: {each}")
     if notes["frames"]:
         lines.append(f"{notes['frames']:,} pictures have several frames or pages; the first is learnt from")
-    if notes["scaled"]:
-        lines.append(f"the boxes of {notes['scaled']:,} pictures made smaller are scaled with them")
-    if notes["unscaled"]:
-        lines.append(f"the objects of {notes['unscaled']:,} pictures made smaller are as they were: no list of bbox with four numbers")
+    if notes["sized"]:
+        lines.append(f"{notes['sized']:,} records whose pictures were made smaller keep the numbers of their objects, with the size before")
     for name, count in sorted(notes.items()):
         if name.startswith("key "):
             lines.append(f"'{name.removeprefix('key ')}' is left out of {count:,} records: it is no text, number or list of them")

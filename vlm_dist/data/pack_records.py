@@ -20,7 +20,7 @@ from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import Columns, canonical
 from vlm_dist.data.messages import check_messages, read_messages
 from vlm_dist.data.pack_look import first_look
-from vlm_dist.data.pack_pictures import Pictures, read_picture, scaled
+from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
@@ -257,8 +257,7 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
         check_messages(read_messages(made["messages"]), len(pictures))  # as training will
     elif len(pictures) != 1:
         raise BadSample(f"no text with turns, and {len(pictures)} pictures; expected one picture with its captions or objects")
-    if "objects" in made and len(pictures) == 1:
-        made["objects"] = scaled(made["objects"], pictures[0][2], notes)
+    made = with_sizes(made, [before for _, _, before in pictures], notes)
     if "messages" not in made and len(made.get("captions", ())) == 1:
         made["caption"] = made.pop("captions")[0]
     several = len(pictures) > 1
