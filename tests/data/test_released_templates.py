@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-import trl
 from PIL import Image
 
+from scripts.templates_table import BEGIN, END, PICTURE, RELEASED, TOOLS, assistant, table, template, user
+from tests.conftest import ROOT
 from vlm_dist.data.encode import IGNORED, Encoder
 from vlm_dist.data.messages import read_messages
 from vlm_dist.data.samples import Sample
 from vlm_dist.errors import BadSample
 
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-RELEASED = {
-    "gemma3": ["gemma3"],
-    "gemma4": ["gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"],
-    "idefics3": ["idefics3"],
-    "llava_next": ["llava_next"],
-    "qwen2_5_vl": ["qwen2_5_vl"],
-    "qwen2_vl": ["qwen2_5_vl"],
-    "qwen3_5": ["qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"],
-    "qwen3_vl": ["qwen3_vl"],
-    "smolvlm": ["smolvlm"],
-}
 ENDS = {
     "gemma3": "<end_of_turn>",
     "gemma4": "<turn|>",
@@ -36,16 +24,6 @@ ENDS = {
 PAIRS = [(family, name) for family, names in RELEASED.items() for name in names]
 ALTERNATE = {"gemma3"}  # templates that take only user, assistant, user, ...
 WITH_TOOLS = {"gemma4", "qwen3_5", "qwen3_vl"}
-PICTURE = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
-TOOLS = [{"type": "function", "function": {"name": "zoom", "description": "Look.", "parameters": {"type": "object", "properties": {}}}}]
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **more) -> dict:
-    return {"role": "assistant", "content": content, **more}
 
 
 @pytest.fixture(params=PAIRS, ids=[name if family in name else f"{family}-{name}" for family, name in PAIRS])
@@ -54,7 +32,7 @@ def released(request, checkpoint) -> tuple[str, str, Encoder]:
 
     family, name = request.param
     processor = AutoProcessor.from_pretrained(checkpoint(family))
-    processor.chat_template = (FOLDER / f"{name}.jinja").read_text()
+    processor.chat_template = template(name)
     return family, name, Encoder(processor, 8192)
 
 
@@ -142,3 +120,9 @@ def test_what_is_written_into_a_user_turn_is_not_lost(released):
     two = [{"type": "text", "text": "Which"}, {"type": "text", "text": "colour?"}]
     with pytest.raises(BadSample, match="the chat template leaves out what the user says in turn 0"):
         learnt(encoder, user(two), assistant("red"))
+
+
+@pytest.mark.slow
+def test_the_table_of_the_models_page():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert table() in page.split(BEGIN)[1].split(END)[0], "python scripts/templates_table.py --page docs/models.md"
