@@ -16,7 +16,8 @@ class Progress:
     step: int = 0
     samples: int = 0
     tokens: int = 0
-    label_tokens: int = 0
+    label_tokens: float = 0
+    """Each as much as its turn's weight."""
     wall_s: float = 0.0
     productive_s: float = 0.0
     """Seconds of the steps that count: not of those left out, rolled back or lost in a crash."""

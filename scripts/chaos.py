@@ -1,0 +1,245 @@
+"""A run that is killed, stopped, starved and moved to other numbers of ranks, beside one that is left alone: both must be the same.
+
+    python scripts/chaos.py --steps 60 --faults 6                  some minutes
+    python scripts/chaos.py --steps 1500 --faults 150 --out docs/benchmarks/chaos.json      about an hour
+
+A tiny LLaVA in NF4 trains on shards of an HTTP server that answers some requests with 503, cuts others and is slow with others; some
+samples are broken. At random steps (by --seed) the run gets SIGKILL or SIGTERM, or is stopped and let go on, or loses one of its ranks;
+each start has one or two ranks. In the end losses of every step, totals, quarantine and adapter are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vlm_dist.data.shards import read_in_order, write_shards
+from vlm_dist.data.synthetic import synthesise
+from vlm_dist.environment import describe_environment
+from vlm_dist.run_dir import read_jsonl, write_json
+from vlm_dist.testing import tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+ACTIONS = ("kill", "kill", "terminate", "pause", "lose a rank")
+TOLERANCE = 1e-4  # of losses and adapter: sums over other numbers of ranks round otherwise
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files with ranges; every so often a 503, a cut or a slow answer."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        path, fault = Path(self.translate_path(self.path)), self.server.next_fault()
+        if not path.is_file():
+            return self.send_error(404)
+        if fault == "503":
+            return self.send_error(503)
+        content, code = path.read_bytes(), 200
+        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            content, code = content[int(found[1]) : int(found[2] or len(content) - 1) + 1], 206
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if fault == "slow":
+            time.sleep(1)
+        self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        self.close_connection = fault == "cut"
+        return None
+
+    def log_message(self, *_: object) -> None:
+        return None
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, folder: Path, seed: int):
+        super().__init__(("127.0.0.1", 0), lambda *arguments: Handler(*arguments, directory=str(folder)))
+        self.rng, self.lock, self.share = random.Random(seed), threading.Lock(), 0.0
+        self.counts: dict[str, int] = {}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def next_fault(self) -> str:
+        with self.lock:
+            fault = self.rng.choice(("503", "cut", "slow")) if self.rng.random() < self.share else "none"
+            self.counts[fault] = self.counts.get(fault, 0) + 1
+            return fault
+
+
+@dataclass
+class Run:
+    """One run, however often it is started."""
+
+    config: Path
+    folder: Path
+    starts: int = 0
+    steps_lost: int = 0
+    recovered_s: list[float] = field(default_factory=list)
+    happened: dict[str, int] = field(default_factory=dict)
+
+    def step(self) -> int:
+        """The last one in metrics.jsonl."""
+        steps = [row["step"] for row in read_jsonl(self.folder / "metrics.jsonl") if "loss" in row]
+        return steps[-1] if steps else 0
+
+    def start(self, ranks: int) -> subprocess.Popen:
+        self.starts += 1
+        train = [str(ROOT / "launch" / "train.py"), "--config", str(self.config)]
+        several = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
+        log = (self.folder.parent / f"{self.folder.name}-{self.starts}.log").open("w")
+        return subprocess.Popen(
+            [sys.executable, *(several if ranks > 1 else []), *train],
+            env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def disturb(self, process: subprocess.Popen, action: str) -> None:
+        self.happened[action] = self.happened.get(action, 0) + 1
+        if action == "pause":
+            os.killpg(process.pid, signal.SIGSTOP)
+            time.sleep(2)
+            os.killpg(process.pid, signal.SIGCONT)
+            return
+        workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
+        if action == "lose a rank" and workers:
+            workers[-1].kill()
+        elif action == "terminate":
+            process.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(120)
+
+    def through(self, ranks: int, until: int | None, action: str, longest_s: float) -> int:
+        """Start it and disturb it at a step, or let it end; returns the exit code."""
+        before, began, seen = self.step(), time.monotonic(), False
+        process = self.start(ranks)
+        while process.poll() is None:
+            if time.monotonic() - began > longest_s:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise SystemExit(f"chaos: no end after {longest_s:.0f} s; see {self.folder.parent}")
+            time.sleep(0.1)
+            now = self.step()
+            if not seen and now and (now != before or before == 0):
+                seen = True
+                self.recovered_s.append(time.monotonic() - began)
+                first = next((row["step"] for row in read_jsonl(self.folder / "events.jsonl")[::-1] if "continu" in str(row)), None)
+                self.steps_lost += max(0, before - (first if first is not None else min(before, now)))
+            if until is not None and now >= until:
+                self.disturb(process, action)
+                until = None
+        return process.returncode
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def prepare(folder: Path, steps: int, seed: int) -> dict[str, Any]:
+    """Shards with some broken samples, a checkpoint, and the configuration of both runs."""
+    made = synthesise(folder / "made", train=120, heldout=4, tasks=("qa",), seed=seed, size=32, shard_size=20)
+    raws = [{name: raw[name] for name in ("__key__", "jpg", "json")} for raw in read_in_order([str(path) for path in made["qa-train"]])]
+    for number in range(5, len(raws), 17):
+        raws[number]["jpg"] = b"no picture"
+    write_shards(folder / "served", "x", raws, samples_per_shard=20)
+    tiny_checkpoint("llava", folder / "base")
+    return {
+        "output_dir": str(folder / "runs"),
+        "model": {"name": str(folder / "base"), "load_in_4bit": True, "dtype": "float32"},
+        "lora": {"r": 4},
+        "data": {"max_seq_length": 256, "shuffle_window": 20, "max_bad_fraction": 0.2, "cache_dir": str(folder / "cache")},
+        "optim": {"lr": 1e-3},
+        "training": {"steps": steps, "global_batch": 4, "micro_batch": 2},
+        "checkpoint": {"save_every": 5},
+        "log": {"wandb": "disabled"},
+    }  # fmt: skip
+
+
+def compare(calm: Run, wild: Run) -> dict[str, float | bool]:
+    """Largest relative differences, and whether what is counted is the same."""
+    from safetensors.numpy import load_file
+
+    rows = [[row for row in read_jsonl(run.folder / "metrics.jsonl") if "loss" in row] for run in (calm, wild)]
+    pairs = list(zip(*rows, strict=True))
+    adapters = [load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (calm, wild)]
+    spread = max(float(abs(tensor).max()) for tensor in adapters[0].values())
+    quarantines = [sorted((row["shard"], row["key"]) for row in read_jsonl(run.folder / "quarantine.jsonl")) for run in (calm, wild)]
+    return {
+        "loss": max(abs(a["loss"] - b["loss"]) / max(1.0, abs(a["loss"])) for a, b in pairs),
+        "adapter": max(float(abs(adapters[0][name] - adapters[1][name]).max()) for name in adapters[0]) / spread,
+        "same_steps": all(a["step"] == b["step"] for a, b in pairs),
+        "same_samples_and_tokens": all(a[name] == b[name] for a, b in pairs for name in ("samples", "tokens") if name in a),
+        "same_quarantine": quarantines[0] == quarantines[1],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--faults", type=int, default=6, help="how often the run is disturbed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks of a start, drawn")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rng, began = random.Random(arguments.seed), time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        settings = prepare(folder, arguments.steps, arguments.seed)
+        server = Server(folder / "served", arguments.seed)
+        runs = []
+        for name in ("calm", "wild"):
+            address = f"http://127.0.0.1:{server.server_port}/x-{{000000..{(119 // 20):06d}}}.tar"
+            config = {**settings, "name": name, "data": {**settings["data"], "train": [address]}}
+            (folder / f"{name}.yaml").write_text(json.dumps(config))
+            runs.append(Run(folder / f"{name}.yaml", folder / "runs" / name))
+        calm, wild = runs
+        (folder / "runs").mkdir()
+        if calm.through(1, None, "", 3600) != 0:
+            raise SystemExit(f"chaos: the calm run failed: {(folder / 'runs' / 'calm-1.log').read_text()[-2000:]}")
+        server.share = 0.2
+        for until in sorted(rng.sample(range(1, arguments.steps - 1), arguments.faults)):
+            action, ranks = rng.choice(ACTIONS), rng.choice(arguments.ranks)
+            code = wild.through(ranks, until, action, 3600)
+            print(f"step {until}: {action} ({ranks} ranks), exit code {code}", flush=True)
+            if wild.step() >= arguments.steps and code == 0:
+                break
+        if wild.through(rng.choice(arguments.ranks), None, "", 3600) != 0:
+            raise SystemExit(f"chaos: the last start failed: {(folder / 'runs' / f'wild-{wild.starts}.log').read_text()[-2000:]}")
+        same = compare(calm, wild)
+        summary = json.loads((wild.folder / "summary.json").read_text())
+    found = {
+        "steps": arguments.steps, "seed": arguments.seed, "starts": wild.starts, "disturbed": wild.happened, "server": server.counts,
+        "steps_lost": wild.steps_lost, "recovery_s": [round(one, 1) for one in wild.recovered_s],
+        "goodput": summary["goodput"], "difference": same, "wall_s": round(time.monotonic() - began), "environment": describe_environment(),
+    }  # fmt: skip
+    print(json.dumps({name: value for name, value in found.items() if name != "environment"}, indent=1))
+    if arguments.out:
+        write_json(arguments.out, found)
+    numbers_fit = all(math.isfinite(same[name]) and same[name] <= TOLERANCE for name in ("loss", "adapter"))
+    return 0 if numbers_fit and all(value for name, value in same.items() if name.startswith("same")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
