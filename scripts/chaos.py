@@ -32,6 +32,7 @@ import psutil
 
 from vlm_dist.data.shards import read_in_order, write_shards
 from vlm_dist.data.synthetic import synthesise
+from vlm_dist.distributed import alone
 from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import read_jsonl, write_json
 from vlm_dist.testing import tiny_checkpoint
@@ -232,7 +233,8 @@ def main() -> int:
     found = {
         "steps": arguments.steps, "seed": arguments.seed, "starts": wild.starts, "disturbed": wild.happened, "server": server.counts,
         "steps_lost": wild.steps_lost, "recovery_s": [round(one, 1) for one in wild.recovered_s],
-        "goodput": summary["goodput"], "difference": same, "wall_s": round(time.monotonic() - began), "environment": describe_environment(),
+        "goodput": summary["goodput"], "difference": same, "wall_s": round(time.monotonic() - began),
+        "environment": describe_environment(alone()),
     }  # fmt: skip
     print(json.dumps({name: value for name, value in found.items() if name != "environment"}, indent=1))
     if arguments.out:

@@ -139,9 +139,10 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
 class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
     """Vision encoder, projector, causal language model.
 
-    Made from a configuration, as transformers does, or from parts in hand, given by name. These stay as they are, frozen ones frozen; the
-    tokenizer gets the token `<image>` if it has none.
+    Made from a configuration, or from parts in hand, given by name. These stay as they are; the tokenizer gets `<image>` if it lacks it.
     """
+
+    embeds_picture_tokens = False  # features take their places before anything is looked up
 
     def __init__(
         self, config: MiniVLMConfig | None = None, *, vision_encoder: Any = None, language_model: Any = None,

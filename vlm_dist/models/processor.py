@@ -85,7 +85,8 @@ def check_vocabulary(processor: Any, model: Any, name: str) -> None:
         ModelError: a special token has none.
     """
     tokenizer, rows = processor.tokenizer, model.get_input_embeddings().num_embeddings
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    pictures = () if getattr(model, "embeds_picture_tokens", True) else processor.image_token_ids
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows and number not in pictures)
     if not beyond:
         return
     words = f"the tokenizer of '{name}' has {len(tokenizer)} tokens, the embedding {rows} rows; {beyond[0][1]!r} is number {beyond[0][0]}"
