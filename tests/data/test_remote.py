@@ -21,7 +21,8 @@ from vlm_dist.config import DataConfig
 from vlm_dist.data import storage as storing
 from vlm_dist.data.cache import RangeCache
 from vlm_dist.data.dataset import open_dataset, open_datasets
-from vlm_dist.data.index import INDEX_NAME, scan_shards, write_index
+from vlm_dist.data.index import scan_shards
+from vlm_dist.data.index_file import INDEX_NAME, write_index
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.shards import find_paths, read_in_order
 from vlm_dist.data.storage import Storage
