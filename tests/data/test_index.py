@@ -13,7 +13,8 @@ import pytest
 from vlm_dist.cli.main import main
 from vlm_dist.data import index as indexing
 from vlm_dist.data.dataset import Dataset, open_dataset
-from vlm_dist.data.index import INDEX_NAME, open_index, read_index, scan_shards, write_index
+from vlm_dist.data.index import open_index, scan_shards
+from vlm_dist.data.index_file import INDEX_NAME, read_index, write_index
 from vlm_dist.data.shards import read_in_order, write_shards
 from vlm_dist.data.storage import Storage
 from vlm_dist.errors import DataError

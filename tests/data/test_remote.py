@@ -21,7 +21,8 @@ from vlm_dist.config import DataConfig
 from vlm_dist.data import storage as storing
 from vlm_dist.data.cache import RangeCache
 from vlm_dist.data.dataset import open_dataset, open_datasets
-from vlm_dist.data.index import INDEX_NAME, scan_shards, write_index
+from vlm_dist.data.index import scan_shards
+from vlm_dist.data.index_file import INDEX_NAME, write_index
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.shards import find_paths, read_in_order
 from vlm_dist.data.storage import Storage
@@ -174,7 +175,7 @@ def test_gone_for_good_is_said_in_one_line(served, monkeypatch):
     server.faults = [403]
     with pytest.raises(DataError, match=r"cannot be read after 1 attempts; the last: .*403"):
         dataset.raw(0)
-    with pytest.raises(DataError, match=r"other.tar' cannot be read \(FileNotFoundError\); check the address"):
+    with pytest.raises(DataError, match=r"other.tar' cannot be read \(the server answers 404 .*\); check the address"):
         open_dataset([f"{server.address}/other.tar"], "x", Storage())
 
 
@@ -184,7 +185,7 @@ def test_a_server_without_ranges(served, monkeypatch):
     monkeypatch.setattr(storing, "ATTEMPTS", 2)
     dataset = open_dataset([f"{server.address}/part-0.tar"], "x", Storage())
     monkeypatch.setattr(re, "fullmatch", lambda *_: None)
-    with pytest.raises(DataError, match="does the server know ranges"):
+    with pytest.raises(DataError, match="sends whole files, not the ranges"):
         dataset.raw(0)
 
 

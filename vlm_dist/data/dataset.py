@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import Any
 
 from vlm_dist.config import DataConfig
 from vlm_dist.data.cache import RangeCache, cache_folder
-from vlm_dist.data.index import Index, Place, open_index
+from vlm_dist.data.index import open_index
+from vlm_dist.data.index_file import Index, Place
 from vlm_dist.data.lanes import Order
 from vlm_dist.data.shards import find_paths
 from vlm_dist.data.storage import Storage, is_remote
-from vlm_dist.data.tar import BLOCK, LONG_NAME_TYPES, member_key
+from vlm_dist.data.tar import Damaged, member_key, members
 from vlm_dist.errors import BadSample, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -93,6 +95,9 @@ def open_dataset(
     index = open_index(shards, where, storage)
     if not len(index):
         raise DataError(f"{where}: the {len(shards)} shards hold no sample; make them again, e.g. with `vlm-dist data synth`")
+    if empty := [shard for shard, count in zip(index.shards, index.counts, strict=True) if not count]:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        logger.warning("%s: shard '%s'%s of %d holds no sample; make it again, or leave it out", where, empty[0], more, len(shards))
     return Dataset(name, index, storage, weight)
 
 
@@ -127,8 +132,8 @@ def parse_members(data: bytes, place: Place) -> dict[str, Any]:
     try:
         files = [{"fname": name, "data": content, "__url__": place.shard} for name, content in _members(data)]
         samples = list(group_by_keys(files))
-    except tarfile.TarError as error:
-        samples, problem = [], str(error)
+    except Damaged as damage:
+        samples, problem = [], str(damage)
     except ValueError as error:
         raise BadSample(str(error.args[0])) from None
     else:
@@ -143,27 +148,7 @@ def parse_members(data: bytes, place: Place) -> dict[str, Any]:
 
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the regular files in a piece of a tar."""
-    position, view = 0, memoryview(data)
-    while position + BLOCK <= len(data):
-        header = data[position : position + BLOCK]
-        if header == bytes(BLOCK):
-            return
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        if member.type in LONG_NAME_TYPES:
-            yield from _members_by_tarfile(data[position:])
-            return
-        start = position + BLOCK
-        if start + member.size > len(data):
-            raise tarfile.ReadError(f"member '{member.name}' says that it has {member.size:,} bytes, more than its place")
+    view = memoryview(data)
+    for member in members(lambda position, length: data[position : position + length], len(data), is_piece=True):
         if member_key(member) is not None:
-            yield member.name, bytes(view[start : start + member.size])
-        position = start + -(-member.size // BLOCK) * BLOCK
-
-
-def _members_by_tarfile(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The same where a name does not fit into a header."""
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member_key(member) is not None else None
-            if content is not None:
-                yield member.name, content.read()
+            yield member.name, bytes(view[member.data : member.data + member.size])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import socket
 import ssl
 import time
@@ -13,6 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_dist.data.addresses import is_inside
 from vlm_dist.errors import BadSample
 
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # answers that may pass
@@ -92,9 +92,7 @@ class Fetcher:
 
     def check_peer(self, peer: str) -> None:
         """Refuse the IP address of a host inside a network."""
-        ip = ipaddress.ip_address(peer.partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
-        if not self.allow_private and (not ip.is_global or ip.is_multicast):
+        if not self.allow_private and is_inside(peer):
             raise _Refused(f"it leads to {peer}, inside a network; `--fetch-private` allows that")
 
 

@@ -1,90 +1,37 @@
 """Where each sample lies in its shard, read once from the tar headers: so that any sample is found and read without the others.
 
 The index of a folder is one file beside its shards (`vlm-dist data index` writes it): safetensors with, for S shards and N samples,
-`sizes` [S] bytes, `counts` [S] samples, `ends` [S] and `starts` [N] in blocks of 512 bytes, and the shards' names as metadata. Shards
-without one are indexed when training starts, and what took long to read is kept in the user's cache.
+`sizes` [S] bytes, `counts` [S] samples, `ends` [S] and `starts` [N] in blocks of 512 bytes, and the shards' names as metadata, with a
+sha256 of all that (older ones have none). Shards without one are indexed when training starts, and what took long to read is kept in the
+user's cache.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from vlm_dist.data.cache import cache_folder
+from vlm_dist.data.index_file import INDEX_NAME, VERSION, Index, read_index, write_index
 from vlm_dist.data.storage import Storage, is_remote
-from vlm_dist.data.tar import BLOCK, check_ends, scan
+from vlm_dist.data.tar import BLOCK, check_end, check_start, scan
 from vlm_dist.errors import DataError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-INDEX_NAME = "vlm_dist.index.safetensors"
-VERSION = 1
+RECORD = 10_240  # bytes that tar pads an archive to
 logger = logging.getLogger(__name__)
 WORTH_KEEPING = 256 * 2**20  # bytes of shards from which on an index made in passing is kept in the cache
-
-
-class Place(NamedTuple):
-    """Where a sample's members stand."""
-
-    shard: str
-    start: int
-    """Bytes from the shard's beginning."""
-    length: int
-    """Bytes, headers and padding included."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """The samples of some shards, numbered through in the order of the shards."""
-
-    shards: list[str]
-    sizes: np.ndarray
-    """[S] int64: bytes."""
-    counts: np.ndarray
-    """[S] int64: samples."""
-    ends: np.ndarray
-    """[S] uint32: where a shard's last sample ends, in blocks of 512 bytes."""
-    starts: np.ndarray
-    """[N] uint32: where each sample begins, in blocks of 512 bytes."""
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @cached_property
-    def first(self) -> np.ndarray:
-        """[S + 1] int64: the number of each shard's first sample, and N."""
-        import numpy as np
-
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of the shards' names, sizes and counts: whether two starts of a run see the same data."""
-        names = [shard.rsplit("/", 1)[-1] for shard in self.shards]
-        return hashlib.sha256(json.dumps([names, self.sizes.tolist(), self.counts.tolist()]).encode()).hexdigest()
-
-    def place(self, number: int) -> Place:
-        """Where sample `number` is: binary search over the shards, nothing else."""
-        import numpy as np
-
-        shard = int(np.searchsorted(self.first, number, side="right")) - 1
-        is_last = number + 1 == self.first[shard + 1]
-        start = int(self.starts[number])
-        end = int(self.ends[shard] if is_last else self.starts[number + 1])
-        return Place(self.shards[shard], start * BLOCK, (end - start) * BLOCK)
 
 
 class _Scanned(NamedTuple):
@@ -166,42 +113,11 @@ def index_folders(shards: Sequence[str], storage: Storage, out: Path | None = No
             try:
                 write_index(index, Path(path))
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise DataError(f"{path}: cannot be written, the disk is full; make room, or give a folder with --out") from None
                 raise DataError(f"{path}: cannot be written ({error.strerror}); give a folder with --out") from None
         written.append(Written(path, len(members), len(index), int(index.sizes.sum())))
     return written
-
-
-def write_index(index: Index, path: Path) -> None:
-    """Put the index in place, whole or not at all."""
-    from safetensors.numpy import save_file
-
-    about = json.dumps({"version": VERSION, "names": [shard.rsplit("/", 1)[-1] for shard in index.shards]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    arrays = {"sizes": index.sizes, "counts": index.counts, "ends": index.ends, "starts": index.starts}
-    save_file(arrays, partial_file, {"index": about})  # one entry: of several the order would vary
-    partial_file.replace(path)
-
-
-def read_index(path: Path, folder: str = "") -> Index:
-    """An index file; `folder` is put before the shards' names.
-
-    Raises:
-        DataError: it is none, or of another version.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {}).get("index", "{}"))
-            if about.get("version") != VERSION:
-                raise DataError(
-                    f"{path}: index of version {about.get('version')}, expected {VERSION}; make it again: `vlm-dist data index`"
-                )
-            arrays = {name: file.get_tensor(name) for name in ("sizes", "counts", "ends", "starts")}
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as an index ({error}); make it again with `vlm-dist data index`") from None
-    return Index([folder + name for name in about["names"]], **arrays)
 
 
 def _select(shards: Sequence[str], known: dict[str, Any]) -> Index:
@@ -232,7 +148,16 @@ def _from_file(folder: str, shards: list[str], where: str, storage: Storage) -> 
     changed = [shard for shard, size in sizes.items() if storage.stamp(shard, where)[0] != size]
     if changed:
         logger.warning("%s: %s and %d more were written after %s; reading their headers", where, changed[0], len(changed) - 1, path)
-    return {shard: place for shard, place in known.items() if shard not in changed}
+    longer = [shard for shard, (_, number) in known.items() if not index.is_checked and _goes_on(index, number)]
+    if longer:
+        logger.warning("%s: %s and %d more go on behind what %s knows; reading their headers", where, longer[0], len(longer) - 1, path)
+    return {shard: place for shard, place in known.items() if shard not in changed and shard not in longer}
+
+
+def _goes_on(index: Index, number: int) -> bool:
+    """Whether more than padding lies behind a shard's last sample: indexes without a checksum know the first of several archives only."""
+    padded = -(-(int(index.ends[number]) * BLOCK + 2 * BLOCK) // RECORD) * RECORD
+    return int(index.sizes[number]) > padded
 
 
 def _from_cache(shards: list[str], where: str, storage: Storage) -> Index:
@@ -243,10 +168,16 @@ def _from_cache(shards: list[str], where: str, storage: Storage) -> Index:
     digest = hashlib.sha256(json.dumps([VERSION, shards, stamps]).encode()).hexdigest()[:32]
     path = cache_folder() / "index" / f"{digest}.safetensors"
     with _one_at_a_time(path):
-        if path.exists():
-            return replace(read_index(path), shards=shards)
+        try:
+            if path.exists() and (kept := read_index(path)).is_checked:
+                return replace(kept, shards=shards)
+        except DataError as error:
+            logger.warning("%s; made anew", str(error).rpartition(";")[0])
         index = scan_shards(shards, where, storage)
-        write_index(index, path)
+        try:
+            write_index(index, path)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); going on without it", path, error.strerror)
         return index
 
 
@@ -261,8 +192,10 @@ def _one_at_a_time(path: Path) -> Any:
 def _scan_shard(shard: str, *, where: str, storage: Storage) -> _Scanned:
     size, _ = storage.stamp(shard, where)
     with storage.open(shard) as file:
-        check_ends(file, shard, size, where)
-        return _Scanned(size, *scan(file, size, shard, where))
+        check_start(file, shard, size, where)
+        check_end(file, shard, size, where)
+        found = scan(file, size, shard, where)
+        return _Scanned(size, found.starts, found.end)
 
 
 def _folder(shard: str) -> str:

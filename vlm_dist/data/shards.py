@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vlm_dist.data.cache import cache_folder
 from vlm_dist.data.storage import Storage, is_remote
+from vlm_dist.data.tar import BLOCK, check_start, scan
 from vlm_dist.errors import DataError
 
 
@@ -96,15 +97,32 @@ def read_in_order(shards: Sequence[str], storage: Storage | None = None) -> Iter
     """Raw samples of the shards, one after another, through webdataset: `__key__`, `__url__`, and the members' bytes by extension.
 
     Raises:
-        DataError: a shard cannot be read to its end.
+        DataError: a shard cannot be read to its end, or is damaged.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     reader = storage or Storage()
     for shard in shards:
+        size, _ = reader.stamp(shard, "data")
         with reader.open(shard) as stream:
-            files = tar_file_expander([{"url": shard, "stream": stream}], handler=_refuse)
-            yield from group_by_keys(files, handler=_refuse)
+            check_start(stream, shard, size, "data")
+            begins = [block * BLOCK for block in scan(stream, size, shard, "data").archives]
+            for begin, end in itertools.pairwise([*begins, size]):
+                files = tar_file_expander([{"url": shard, "stream": _Part(stream, begin, end)}], handler=_refuse)
+                yield from group_by_keys(files, handler=_refuse)
+
+
+class _Part:
+    """A piece of a file, to be read once from its beginning: webdataset stops where the first archive of a file ends."""
+
+    def __init__(self, file: IO[bytes], begin: int, end: int):
+        self.file, self.left = file, end - begin
+        file.seek(begin)
+
+    def read(self, length: int) -> bytes:
+        data = self.file.read(min(length, self.left))
+        self.left -= len(data)
+        return data
 
 
 def _refuse(error: BaseException) -> bool:

@@ -1,23 +1,27 @@
 """Bytes of shards, wherever they lie: local files, and through fsspec whatever it reads (http, https, s3, gs, hf, ...).
 
 Remote bytes are read in ranges. What fails in passing (a 5xx answer, a cut connection, a slow server) is tried again with growing
-pauses; it never makes a sample unusable.
+pauses; it never makes a sample unusable. Where a server says how long to wait (Retry-After), that long.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import logging
 import os
 import random
 import threading
 import time
+import urllib.parse
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from vlm_dist.data.cache import RangeCache, cache_folder
+from vlm_dist.data.web import RangeFile, asked_pause, client_maker, read_range
 from vlm_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +30,7 @@ MOST_OPEN_FILES = 128
 ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+WEB = ("http://", "https://")
 INSTALL = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 T = TypeVar("T")
@@ -52,6 +57,7 @@ class Storage:
         self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
         self._systems: dict[str, Any] = {}
         self._stamps: dict[str, str] = {}
+        self._hosts: set[str] = set()
         self._lock = threading.Lock()
 
     def read(self, path: str, start: int, length: int, around: tuple[int, int] | None = None) -> bytes:
@@ -80,10 +86,15 @@ class Storage:
             self.cache.close()
 
     def open(self, path: str) -> IO[bytes]:
-        """A file to seek and read in, remote ones with reading ahead."""
+        """A file to seek and read in, remote ones with reading ahead.
+
+        Raises:
+            DataError: there is none, or (while it is read) it stayed unreachable.
+        """
         if not is_remote(path):
             return Path(path).open("rb")
-        return self._retry(path, lambda: self._system(path).open(path, "rb", cache_type="readahead", block_size=4 * 2**20))
+        size, _ = self.stamp(path, "data")
+        return io.BufferedReader(RangeFile(size, lambda start, length: self._fetch(path, start, length)))
 
     def read_whole(self, address: str) -> bytes:
         """All bytes of a remote file, whether its server knows ranges or not."""
@@ -128,8 +139,11 @@ class Storage:
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             temporary = copy.with_name(f".{copy.name}.{os.getpid()}.{threading.get_ident()}")
-            self._retry(path, lambda: self._system(path).get_file(path, str(temporary)))
-            temporary.replace(copy)
+            try:
+                self._retry(path, lambda: self._system(path).get_file(path, str(temporary)))
+                temporary.replace(copy)
+            finally:
+                temporary.unlink(missing_ok=True)
         return copy
 
     def upload(self, file: Path, path: str) -> None:
@@ -166,9 +180,12 @@ class Storage:
 
     def _fetch(self, path: str, start: int, length: int) -> bytes:
         def fetch() -> bytes:
-            data = self._system(path).cat_file(path, start=start, end=start + length)
+            system = self._system(path)
+            if path.startswith(WEB):
+                return read_range(system, path, start, length)
+            data = system.cat_file(path, start=start, end=start + length)
             if len(data) != length:
-                raise ConnectionError(f"{len(data):,} bytes came, {length:,} were asked for (does the server know ranges?)")
+                raise ConnectionError(f"{len(data):,} bytes came, {length:,} were asked for")
             return data
 
         data = self._retry(path, fetch)
@@ -181,6 +198,7 @@ class Storage:
 
         scheme = path.split("://", 1)[0]
         with self._lock:
+            self._hosts.add(urllib.parse.urlsplit(path).hostname or "")
             if scheme not in self._systems:
                 try:
                     self._systems[scheme] = fsspec.filesystem(scheme, skip_instance_cache=True, **self._options(scheme))
@@ -196,7 +214,8 @@ class Storage:
         if scheme in ("http", "https"):
             import aiohttp
 
-            return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=self.timeout_s, sock_read=self.timeout_s)}}
+            timeout = aiohttp.ClientTimeout(sock_connect=self.timeout_s, sock_read=self.timeout_s)
+            return {"client_kwargs": {"timeout": timeout}, "get_client": client_maker(lambda host: host.lower() in self._hosts)}
         if scheme == "s3":
             return {"config_kwargs": {"connect_timeout": self.timeout_s, "read_timeout": self.timeout_s}}
         return {}
@@ -208,12 +227,17 @@ class Storage:
             except (DataError, NotImplementedError):
                 raise
             except Exception as error:
-                if isinstance(error, FileNotFoundError | PermissionError) and not _may_pass(error.__cause__ or error):
-                    raise _Gone(f"data: '{path}' cannot be read ({type(error).__name__}); check the address and your credentials") from None
-                reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]
-                if attempt == ATTEMPTS or not _may_pass(error):
+                cause = _cause(error)
+                if isinstance(cause, DataError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise cause from None
+                reason = _words(cause)
+                is_gone = isinstance(error, FileNotFoundError | PermissionError) and not _may_pass(cause)
+                if is_gone or getattr(cause, "status", None) in (404, 410):
+                    raise _Gone(f"data: '{path}' cannot be read ({reason}); check the address and your credentials") from None
+                if attempt == ATTEMPTS or not _may_pass(cause):
                     raise DataError(f"data: '{path}' cannot be read after {attempt} attempts; the last: {reason}") from error
                 pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                pause = max(pause, asked_pause(cause))
                 self.retries += 1
                 logger.warning("data: %s: %s; trying again in %.1f s (attempt %d of %d)", path, reason, pause, attempt + 1, ATTEMPTS)
                 time.sleep(pause)
@@ -224,9 +248,25 @@ class _Gone(DataError):
     """There is no such file, or it is not for us."""
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What really happened: fsspec says that a file is not found also where its server failed, or could not be reached."""
+    import aiohttp
+
+    is_veil = isinstance(error, FileNotFoundError | PermissionError)
+    return error.__cause__ if is_veil and isinstance(error.__cause__, aiohttp.ClientError | OSError | DataError) else error
+
+
+def _words(error: BaseException) -> str:
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return f"the server answers {status} {getattr(error, 'message', '')}".strip()[:300]
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return type(error).__name__
+    return (f"{type(error).__name__}: {error}".strip(": ").splitlines() or [""])[0][:300]
+
+
 def _may_pass(error: BaseException) -> bool:
-    """Whether trying again can help: not where the server understood and refused. (fsspec says that a file is not found also where the
-    server failed; then the cause tells.)"""
+    """Whether trying again can help: not where the server understood and refused."""
     if isinstance(error, FileNotFoundError | PermissionError):
         return False
     status = getattr(error, "status", None)
