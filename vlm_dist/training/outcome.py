@@ -181,6 +181,31 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
         raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
 
 
+def has_result(config: Config, run: RunDir, ranks: Ranks) -> bool:
+    """Whether what a finished run made is there and whole; else it is exported again, from the last checkpoint. Every rank must call it.
+
+    Raises:
+        CheckpointError: there is no checkpoint to export it from.
+    """
+    from vlm_dist.checkpoints.form import find_checkpoints
+    from vlm_dist.models.files import RECORD, problem_of
+
+    out = run.model if config.lora is None else run.adapter
+    problem = problem_of(out) if out.exists() else f"{out}: is missing"
+    if problem is None and not (out / RECORD).exists() and not any(out.glob("*.safetensors")):
+        problem = f"{out}: holds no weights"
+    problem, left = ranks.gather((problem, bool(find_checkpoints(run.checkpoints))))[0]
+    if problem is None:
+        return True
+    if not left:
+        raise CheckpointError(
+            f"{problem}; the run is finished, and no checkpoint is left to export it from. Put it back, or train again under another name"
+        )
+    if ranks.is_first:
+        print(f"{problem}; the run is finished: exporting it again from its last checkpoint", flush=True)
+    return False
+
+
 def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:
     """summary.json of a run that ended with a user error. On a full disk it stays unwritten: the reason is what must be told."""
     if ranks.is_first:
