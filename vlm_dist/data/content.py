@@ -22,19 +22,16 @@ def content_digests(dataset: Dataset) -> dict[str, str]:
     Raises:
         DataError: a shard cannot be read.
     """
-    index = dataset.index
-    total = int(index.sizes.sum())
-    if dataset.is_remote:
-        pieces, length = REMOTE_PIECES, REMOTE_PIECE
+    index, sizes = dataset.index, dataset.index.sizes.tolist()
+    length = REMOTE_PIECE if dataset.is_remote else PIECE
+    if sum(sizes) <= WHOLE and not dataset.is_remote:
+        places = [list(range(0, size, PIECE)) for size in sizes]
     else:
-        pieces, length = (-(-total // PIECE), PIECE) if total <= WHOLE else (PIECES, PIECE)
-    places = [[] for _ in index.shards]
-    for shard, start in _spread(index.sizes.tolist(), total, pieces):
-        places[shard].append(start)
+        places = _spread(sizes, REMOTE_PIECES if dataset.is_remote else PIECES)
 
     def digest(number: int) -> bytes:
         found = hashlib.sha256(index.starts[index.first[number] : index.first[number + 1]].tobytes())
-        shard, size = index.shards[number], int(index.sizes[number])
+        shard, size = index.shards[number], sizes[number]
         for start in places[number]:
             found.update(dataset.storage.read(shard, start, min(length, size - start)))
         return found.digest()
@@ -44,16 +41,17 @@ def content_digests(dataset: Dataset) -> dict[str, str]:
     return dict(_grouped([shard.rsplit("/", 1)[-1] for shard in index.shards], digests))
 
 
-def _spread(sizes: list[int], total: int, pieces: int) -> Iterator[tuple[int, int]]:
-    """(shard, byte) of so many places, evenly over all bytes; those of a whole data set follow one another."""
-    ends, shard, before = sizes, 0, 0
-    step = total / max(1, pieces)
+def _spread(sizes: list[int], pieces: int) -> list[list[int]]:
+    """Of each shard, where so many pieces of all shards begin, evenly over their bytes."""
+    places: list[list[int]] = [[] for _ in sizes]
+    shard, before, total = 0, 0, sum(sizes)
     for piece in range(pieces):
-        at = int(piece * step)
-        while at - before >= ends[shard]:
-            before += ends[shard]
+        at = piece * total // pieces
+        while at - before >= sizes[shard]:
+            before += sizes[shard]
             shard += 1
-        yield shard, at - before
+        places[shard].append(at - before)
+    return places
 
 
 def _grouped(names: list[str], digests: list[bytes]) -> Iterator[tuple[str, str]]:

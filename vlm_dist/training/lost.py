@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,12 @@ def beat_of(rank: int, started: float, step: int, doing: str, beats: int, *, end
     place = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()), "machine": machine()}
     said = {**place, "started": started, "now": time.time(), "step": step, "doing": doing, "beats": beats}
     return said | ({"ended": True} if ended else {})
+
+
+def let_speak() -> None:
+    """This process ends now: the launcher's SIGTERM must not come before its words."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def lost_rank(run: RunDir, ranks: Ranks, error: BaseException, interval_s: float) -> RankLost | None:
@@ -91,7 +99,7 @@ def in_words(run: RunDir, gone: list[dict[str, Any]], step: int) -> str:
     )  # fmt: skip
     found = find_checkpoints(run.checkpoints)
     again = f"to continue from {found[0].name}" if found else "to begin again: no checkpoint was saved yet"
-    return f"training: {what}. The last step was {step}. Run the same command again {again}"
+    return f"training: {what}. It was step {step}. Run the same command again {again}"
 
 
 def is_dead(beat: dict[str, Any]) -> bool:

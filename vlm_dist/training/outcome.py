@@ -137,18 +137,23 @@ def peak_memory(ranks: Ranks) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """samples/PHASE.jsonl, one answer a line, and a thumbnail of each sample's first picture."""
+def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], numbers: list[int], heldout: list[Sample]) -> None:
+    """samples/PHASE.jsonl, one answer a line, and a thumbnail of each sample's first picture.
+
+    Args:
+        numbers: of each row, the place of its sample in `heldout`: keys may be equal.
+    """
     thumbnails = run.samples / "thumbnails"
     thumbnails.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+    for row, number in zip(rows, numbers, strict=True):
+        sample = heldout[number]
         name = f"{number:05d}.png" if sample.images else None
-        if name and not (thumbnails / name).exists():
+        if name:  # one of an earlier start may be of other held-out samples
             picture = sample.images[0].copy()
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             picture.save(thumbnails / name)
-        lines.append(json.dumps({**row, "thumbnail": f"thumbnails/{name}" if name else None}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({**row, "thumbnail": f"thumbnails/{name}" if name else None, "number": number}, ensure_ascii=False) + "\n")
     write_text(run.samples / f"{phase}.jsonl", "".join(lines))
 
 

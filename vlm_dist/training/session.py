@@ -172,8 +172,7 @@ class Session:
             for shard, key, reason in evaluation.refused:
                 self.stream.quarantine.note({"__url__": shard, "__key__": key}, reason)
         if phase != "during" and self.ranks.is_first:
-            asked = [self.heldout[number] for number in evaluation.numbers]
-            outcome.write_answers(self.run, phase, evaluation.rows, asked)
+            outcome.write_answers(self.run, phase, evaluation.rows, evaluation.numbers, self.heldout)
         self.log.evaluation(step, phase, evaluation.scores)
         if phase == "during":
             self._know(step, evaluation.scores)

@@ -24,7 +24,7 @@ from vlm_dist.training.audit import FirstStep
 from vlm_dist.training.engine import set_learning_rate, take_step
 from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless_finite
 from vlm_dist.training.log import StepTimer
-from vlm_dist.training.lost import lost_rank
+from vlm_dist.training.lost import let_speak, lost_rank
 from vlm_dist.training.optim import learning_rate
 from vlm_dist.training.prepare import load_trainable, open_training_stream
 from vlm_dist.training.progress import is_due
@@ -79,6 +79,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         outcome.record_failure(run, ranks, str(error))
         raise
     except RuntimeError as error:  # of a collective, where another rank is gone
+        let_speak()
         if (lost := lost_rank(run, ranks, error, beat_interval(config.health.timeout_s))) is None:
             raise
         raise lost from None
