@@ -215,6 +215,9 @@ class CheckpointConfig(Section):
     """But so many of those with the highest score are kept: of those saved at a step that was evaluated (evaluation.every)."""
     best_metric: str = "exact_match"
     """The score that keep_best goes by."""
+    grace_s: PositiveFloat = 30
+    """Seconds that the process may live after SIGTERM until it is killed (Kubernetes and SLURM: 30; docker stop: 10). A run that needs
+    longer for a step and a checkpoint says so."""
     write_async: bool = True
     """Training waits only for a copy in memory; it is written meanwhile. false: it waits for the disk too."""
     mirror: str | None = None

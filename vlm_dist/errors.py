@@ -5,6 +5,8 @@ class UserError(ValueError):
     """Something outside the program is wrong. The command line prints it as one line and exits with `exit_code`."""
 
     exit_code = 2
+    told = False
+    """Another rank says it: this one only ends."""
 
 
 class ConfigError(UserError):

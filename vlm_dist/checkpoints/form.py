@@ -6,7 +6,8 @@
                     state.json               step, data position, totals, config hash, fingerprint of the frozen base
                     MANIFEST.json            sha256 of each file; written last
 
-Written to a temporary folder, each file and the folder flushed to disk, then renamed once.
+Written to a temporary folder, each file and the folder flushed to disk, then renamed once. What is learnt later of the same step (the
+scores of its evaluation) is added to state.json; meanwhile the manifest knows both contents, so that it is whole at every moment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,11 @@ from vlm_dist.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+MOMENTS = "optimizer.safetensors"
+STATE = "state.json"
+STATE_VERSION = 3
+MANIFEST_VERSION = 1
+OF_STATE = {"step": int, "progress": dict, "data": dict, "health": dict, "patience": dict, "base_fingerprint": str}  # what is needed
 MAKE_ROOM = "Make room, then run the same command again to continue"
 logger = logging.getLogger(__name__)
 
@@ -59,7 +66,7 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot, state: dict[st
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write_files(temporary, snapshot, {"step": step, **state})
+        _write_files(temporary, snapshot, {"step": step, "version": STATE_VERSION, **state})
         _write_manifest(temporary)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
@@ -88,8 +95,52 @@ def prune(folder: Path, keep_last: int, keep_best: int = 0, metric: str = "exact
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint that verifies."""
-    return json.loads((path / "state.json").read_text())
+    """state.json of a checkpoint that verifies.
+
+    Raises:
+        CheckpointError: it is of another version.
+    """
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    version = state["version"] if isinstance(state, dict) and "version" in state else None
+    if version != STATE_VERSION:
+        raise CheckpointError(
+            f"{path}: {STATE} is of version {version}, this vlm_dist reads version {STATE_VERSION}; continue with the vlm_dist that wrote "
+            "it, or start a run of another name"
+        )
+    return state
+
+
+def amend_state(path: Path, changes: dict[str, Any], sent: Callable[[Path], object] = lambda file: None) -> None:
+    """Change values of a whole checkpoint's state.json; None removes one. It is whole at every moment.
+
+    Args:
+        sent: is told each file that was changed, in order.
+
+    Raises:
+        CheckpointError: it cannot be written; the checkpoint is as it was.
+    """
+    manifest, file = path / MANIFEST, path / STATE
+    try:
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+        state = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+        text = json.dumps({name: value for name, value in state.items() if value is not None or name not in changes}, indent=1) + "\n"
+        after = {**before, "sha256": {**before["sha256"], STATE: hashlib.sha256(text.encode()).hexdigest()}}
+        _replace(manifest, json.dumps({**after, "before": {STATE: before["sha256"][STATE]}}, indent=1) + "\n")
+        sent(manifest)
+        _replace(file, text)
+        sent(file)
+        _replace(manifest, json.dumps(after, indent=1) + "\n")
+        sent(manifest)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path}: its scores cannot be added, {why_not_written(error)}; it is intact. {MAKE_ROOM}"
+        ) from None
+
+
+def kept_in_words(folder: Path) -> str:
+    """What is left to go on from."""
+    found = find_checkpoints(folder)
+    return f"the last checkpoint, {found[0].name}, is intact" if found else "no checkpoint was saved yet"
 
 
 def score_of(path: Path, metric: str) -> float | None:
@@ -107,29 +158,64 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify_checkpoint(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of its manifest must be there with its sha256."""
+    """What is wrong with a checkpoint, or None: every file that one needs must be in its manifest, and be there with its sha256; and
+    state.json must hold what continuing needs."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, before = {**manifest["sha256"]}, {**manifest.get("before", {})}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, digest in manifest.items():
+    if manifest.get("version") != MANIFEST_VERSION:
+        return f"{MANIFEST} is of version {manifest.get('version')}, expected {MANIFEST_VERSION}"
+    if lacking := _lacking(files):
+        return f"{lacking} is not in {MANIFEST}"
+    for name, digest in files.items():
+        if Path(name).name != name or name in ("..", "."):
+            return f"{MANIFEST} names a file elsewhere ({name!r})"
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != digest:
+        if _sha256(path / name) not in (digest, before.get(name)):
             return f"{name} is damaged (its sha256 differs from {MANIFEST})"
-    return None
+    return _problem_of_state(path)
+
+
+def _lacking(files: dict[str, Any]) -> str | None:
+    """A file that a checkpoint cannot do without."""
+    weights = [name for name in WEIGHTS if name in files]
+    if len(weights) != 1:
+        return " or ".join(WEIGHTS) if not weights else f"one of {' and '.join(WEIGHTS)} too many: it"
+    needed = [MOMENTS, STATE, *(["adapter_config.json"] if weights[0] == WEIGHTS[0] else [])]
+    return next((name for name in needed if name not in files), None)
+
+
+def _problem_of_state(path: Path) -> str | None:
+    """What continuing would miss. Another version is no damage: `read_state` refuses it."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{STATE} is no JSON"
+    if not isinstance(state, dict):
+        return f"{STATE} holds no state"
+    if state.get("version") != STATE_VERSION:
+        return None
+    odd = next((name for name, kind in OF_STATE.items() if not isinstance(state.get(name), kind)), None)
+    if odd is not None:
+        return f"{STATE} holds no '{odd}'"
+    step = int(path.name.rpartition("-")[2].removesuffix(".partial"))
+    return None if state["step"] == step else f"{STATE} is of step {state['step']}"
 
 
 def newest_good_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are named in the log and passed over.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there are checkpoints, and all are damaged; or the newest is of another version.
     """
     found = find_checkpoints(folder)
     for path in found:
         problem = verify_checkpoint(path)
         if problem is None:
+            read_state(path)  # going back behind one of another version would lose what it holds
             return path
         logger.warning("%s: %s; falling back to the checkpoint before it", path, problem)
     if found:
@@ -141,10 +227,10 @@ def _write_files(folder: Path, snapshot: Snapshot, state: dict[str, Any]) -> Non
     from safetensors.torch import save_file
 
     save_file(snapshot.weights, folder / WEIGHTS[0 if snapshot.adapter else 1], {"format": "pt"})
-    save_file(snapshot.moments, folder / "optimizer.safetensors", {"format": "pt"})
+    save_file(snapshot.moments, folder / MOMENTS, {"format": "pt"})
     if snapshot.adapter:
         snapshot.adapter.save_pretrained(str(folder))
-    (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -152,7 +238,7 @@ def _write_manifest(folder: Path) -> None:
     for file in files:
         _flush(file)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "sha256": {file.name: _sha256(file) for file in files}}, indent=1) + "\n")
+    manifest.write_text(json.dumps({"version": MANIFEST_VERSION, "sha256": {file.name: _sha256(file) for file in files}}, indent=1) + "\n")
     _flush(manifest)
     _flush(folder)
 
@@ -161,6 +247,15 @@ def why_not_written(error: Exception) -> str:
     """The reason in words. safetensors hides the error number in its message."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     return "the disk is full" if full else str(error).splitlines()[0]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and flush it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    os.replace(partial, path)
+    _flush(path.parent)
 
 
 def _sha256(path: Path) -> str:

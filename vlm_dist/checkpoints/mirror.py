@@ -33,6 +33,21 @@ def send(path: Path, url: str, gone: Sequence[Path] = ()) -> None:
         raise CheckpointError(f"checkpoint.mirror: '{url}' cannot be written ({type(error).__name__}: {error}); {path} is whole") from None
 
 
+def send_file(file: Path, url: str) -> None:
+    """Copy one file of a checkpoint that is there already.
+
+    Raises:
+        CheckpointError: the URL cannot be written.
+    """
+    try:
+        files, root = _open(url)
+        files.put_file(str(file), f"{root}/{file.parent.name}/{file.name}")
+    except Exception as error:  # each file system of fsspec has errors of its own
+        raise CheckpointError(
+            f"checkpoint.mirror: '{url}' cannot be written ({type(error).__name__}: {error}); {file.parent} is whole"
+        ) from None
+
+
 def fetch_newest(url: str, folder: Path) -> Path | None:
     """Copy the newest whole checkpoint of the mirror into `folder`; None if there is none.
 

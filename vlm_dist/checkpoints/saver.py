@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.checkpoints import mirror
-from vlm_dist.checkpoints.form import newest_good_checkpoint, prune, write_checkpoint
+from vlm_dist.checkpoints.form import amend_state, newest_good_checkpoint, prune, write_checkpoint
 from vlm_dist.checkpoints.snapshot import Snapshot, take_snapshot
 from vlm_dist.config import CheckpointConfig
 from vlm_dist.distributed import Ranks
@@ -29,6 +29,8 @@ class Saver:
         self.run, self.config, self.ranks, self.tell, self.lower_is_better = run, config, ranks, tell, lower_is_better
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self.save_s = 0.0
+        """What the last save took, until it was on the disk; of the first rank."""
 
     def __enter__(self) -> Saver:
         return self
@@ -52,6 +54,17 @@ class Saver:
             self._pending = self._writer.submit(self._write, snapshot, step, state, stall_s)
             if not self.config.write_async:
                 self.wait()
+
+    def amend(self, step: int, changes: dict[str, Any]) -> None:
+        """Add to the state of the checkpoint of this step what was learnt since it was taken. The first rank does it.
+
+        Raises:
+            CheckpointError: that checkpoint cannot be written.
+        """
+        self.wait()
+        path = self.run.checkpoints / f"step-{step:08d}"
+        if self.ranks.is_first and path.exists():
+            self._pending = self._writer.submit(self._amend, path, step, changes)
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is there.
@@ -96,5 +109,16 @@ class Saver:
                 mirror.send(path, self.config.mirror, gone)
             except CheckpointError as error:  # the run has its own; the next one is sent again
                 self.tell("mirror failed", step, str(error))
+        self.save_s = stall_s + time.perf_counter() - start
         seconds = {"stall_s": round(stall_s, 4), "write_s": round(time.perf_counter() - start, 4)}
         self.tell("checkpoint", step, path.name, quiet=True, **seconds)
+
+    def _amend(self, path: Path, step: int, changes: dict[str, Any]) -> None:
+        def send(file: Path) -> None:
+            if self.config.mirror:
+                try:
+                    mirror.send_file(file, self.config.mirror)
+                except CheckpointError as error:
+                    self.tell("mirror failed", step, str(error))
+
+        amend_state(path, changes, send)

@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_dist.checkpoints.form import WEIGHTS, Snapshot, read_state
+from vlm_dist.checkpoints.form import MOMENTS, WEIGHTS, Snapshot, read_state
 from vlm_dist.errors import CheckpointError
 from vlm_dist.upstream.deepspeed import create_moments
 
 if TYPE_CHECKING:
     import torch
+
+ADAMW = ("step", "exp_avg", "exp_avg_sq")  # its state of a parameter
+OF_A_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")  # have its shape
 
 
 def take_snapshot(engine: Any, *, keep: bool) -> Snapshot | None:
@@ -32,28 +35,76 @@ def load_checkpoint(path: Path, engine: Any, fingerprint: str) -> dict[str, Any]
         The checkpoint's state.
 
     Raises:
-        CheckpointError: it was trained on another base model, or does not fit the model.
+        CheckpointError: it was trained on another base model, or does not fit the model or its optimizer. Nothing was changed then.
     """
-    from safetensors.torch import load_file
-
     state = read_state(path)
     if state["base_fingerprint"] != fingerprint:
         raise CheckpointError(
             f"{path}: was trained on another base model than model.name loads now; put the old base back, or start a run of another name"
         )
-    weights = load_file(next(path / name for name in WEIGHTS if (path / name).exists()))
-    moments = load_file(path / "optimizer.safetensors")
+    weights, moments = (_read(path, name) for name in (next(name for name in WEIGHTS if (path / name).exists()), MOMENTS))
     parameters = trainable(engine)
     stored = _stored_names(engine.module, parameters)
-    if set(stored.values()) != set(weights):
-        odd = sorted(set(stored.values()) ^ set(weights))
-        raise CheckpointError(
-            f"{path}: holds other parameters than this model trains ({len(odd)} differ, e.g. {odd[0]}); was lora changed?"
-        )
+    _check_parameters(path, {stored[name]: parameter for name, parameter in parameters.items()}, weights)
+    _check_moments(path, parameters, moments, _kind_of(engine))
     for name, parameter in parameters.items():
         _set_parameter(engine, parameter, weights[stored[name]])
     _set_optimizer_state(engine, moments, int(state["progress"]["updates"]))
     return state
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path / name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {name} cannot be read ({error}); delete this checkpoint to continue from the one before") from None
+
+
+def _check_parameters(path: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """By the names under which they are stored."""
+    if odd := sorted(set(now) ^ set(then)):
+        raise CheckpointError(
+            f"{path}: holds other parameters than this model trains ({len(odd)} differ, e.g. {odd[0]}); set lora, model and training "
+            "back, or start a run of another name"
+        )
+    odd = [name for name in sorted(now) if _shape(now[name]) != _shape(then[name])]
+    if odd:
+        raise CheckpointError(
+            f"{path}: holds other shapes than this model trains ({len(odd)} of {len(now)} differ, e.g. {odd[0]}: {_shape(then[odd[0]])} "
+            f"there, {_shape(now[odd[0]])} now); set lora.r and the model back, or start a run of another name"
+        )
+
+
+def _check_moments(path: Path, parameters: dict[str, Any], moments: dict[str, Any], kind: str) -> None:
+    parts = [(name, *name.rpartition("/")[::2]) for name in moments]
+    then = "adamw" if all(entry in ADAMW for _, _, entry in parts) else "adamw_8bit"
+    if parts and then != kind:
+        raise CheckpointError(
+            f"{path}: holds the state of another optimizer ({then}; optim.name is {kind} now); set optim.name back, or start a run of "
+            "another name"
+        )
+    for name, parameter, entry in parts:
+        if parameter not in parameters:
+            raise CheckpointError(f"{path}: {MOMENTS} holds '{name}' of no parameter that trains; start a run of another name")
+        if entry in OF_A_PARAMETER and _shape(moments[name]) != _shape(parameters[parameter]):
+            raise CheckpointError(
+                f"{path}: {MOMENTS} holds another shape of '{name}' ({_shape(moments[name])} there, {_shape(parameters[parameter])} now); "
+                "start a run of another name"
+            )
+
+
+def _kind_of(engine: Any) -> str:
+    """The optimizer, as optim.name says it."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return "adamw_8bit" if type(inner).__module__.startswith("bitsandbytes") else "adamw"
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """The whole one, where ZeRO shards a parameter."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def gather_weights(engine: Any, *, keep: bool) -> dict[str, Any]:

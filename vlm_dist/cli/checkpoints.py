@@ -49,6 +49,8 @@ def _describe(path: Path, *, verify: bool) -> dict[str, Any]:
     problem = verify_checkpoint(path) if verify else None
     try:
         state = read_state(path)
+    except CheckpointError as error:
+        state, problem = {}, problem or str(error).partition(": ")[2]
     except (OSError, ValueError):
         state, problem = {}, problem or "state.json is missing or unreadable"
     return {

@@ -72,7 +72,8 @@ def run_reporting(action, *, debug: bool = False) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"vlm-dist: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"vlm-dist: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         return 141

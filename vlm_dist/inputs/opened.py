@@ -23,6 +23,7 @@ from vlm_dist.inputs.made import model_source
 from vlm_dist.inputs.prompts import NotingEncoder, SystemPrompts
 from vlm_dist.inputs.workload import Workload, measured
 from vlm_dist.models.adapters import base_of, find_adapter, has_processor
+from vlm_dist.models.files import check_files
 from vlm_dist.models.going_on import settle
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
@@ -100,6 +101,8 @@ def open_inputs(config: Config, run: RunDir, ranks: Ranks) -> Inputs:
     """
     config = settle(config)
     adapter = find_adapter(config.model.name) if config.model.name is not None else None
+    if adapter is not None:
+        check_files(adapter)
     source = str(base_of(adapter).name) if adapter else model_source(config, run, ranks)
     hf_config, family = read_model_config(config.model, source)
     processor = load_processor(config.model, str(adapter) if adapter and has_processor(adapter) else source)

@@ -9,6 +9,7 @@ from typing import Any
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.config_load import load_config
 from vlm_dist.errors import ModelError
+from vlm_dist.models.files import REMEDY, opened
 from vlm_dist.models.load import is_stored_in_4bit
 from vlm_dist.models.record import read_record
 from vlm_dist.models.source import is_there, looks_like_path
@@ -57,6 +58,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["peft_type"]
+    except OSError as error:
+        raise ModelError(f"{path}: {(error.strerror or 'cannot be read').lower()}; {REMEDY}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: is damaged ({error}); copy or save the adapter again") from None
     if not (folder / WEIGHTS).exists():
@@ -131,6 +134,8 @@ def put_on(model: Any, folder: Path, *, trainable: bool = False, dropout: float 
 
     read_adapter_config(folder)
     base = model.name_or_path
+    with opened(folder / WEIGHTS) as stored:
+        stored.keys()  # it can be read
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         if dropout is not None:
@@ -165,9 +170,8 @@ def check_keys(model: Any, folder: Path) -> None:
         ModelError: names the first that did not. (PEFT only warns, or says nothing: colpali#424.)
     """
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with opened(folder / WEIGHTS) as file:
         stored = set(file.keys())
     loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     of_base = {name for name, _ in model.named_parameters(remove_duplicate=False)}

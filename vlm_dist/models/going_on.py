@@ -11,6 +11,7 @@ from vlm_dist.config import Config, LoraConfig
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family
 from vlm_dist.models.adapters import WEIGHTS, base_of, find_adapter, read_adapter_config
+from vlm_dist.models.files import opened
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.record import read_record
 from vlm_dist.run_dir import RunDir
@@ -129,9 +130,7 @@ class _Found:
 
 def _ranks(folder: Path) -> dict[str, int]:
     """The rank of each adapted module, read from the headers of the stored tensors."""
-    from safetensors import safe_open
-
-    with safe_open(folder / WEIGHTS, "pt") as stored:
+    with opened(folder / WEIGHTS) as stored:
         names = {key: match[1] for key in stored.keys() if (match := FIRST_FACTOR.match(key))}  # noqa: SIM118
         return {name: stored.get_slice(key).get_shape()[0] for key, name in names.items()}
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import ModelConfig
 from vlm_dist.errors import ModelError
+from vlm_dist.models.files import RECORD, digests_of, record_digest
 from vlm_dist.models.generate import autocast, encode_chat
 from vlm_dist.models.source import fingerprint
 
 if TYPE_CHECKING:
     import torch
 
-RECORD = "vlm_dist.json"
 KEPT = 64  # logits of the probe: the largest so many of each row
 QUESTIONS = ("Describe the picture.", "What is in the middle?")
 UNSTEADY = ("_name_or_path", "transformers_version", "processor_class", "auto_map")  # change without changing what the model sees
@@ -43,7 +43,10 @@ def make_record(
 
 
 def write_record(record: dict[str, Any], folder: Path) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    """Write it beside what it speaks of, once that is complete: sha256 of each file, and of the record itself, are added."""
+    known = {**record, "sha256": digests_of(folder)}
+    known["record_sha256"] = record_digest(known)
+    (folder / RECORD).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

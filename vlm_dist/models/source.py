@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from vlm_dist.errors import ModelError
 
@@ -59,6 +60,12 @@ def fingerprint(name: str, revision: str | None = None) -> str:
     for entry in sorted(entries):
         digest.update(repr(entry).encode())
     return digest.hexdigest()
+
+
+def read_config_file(name: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a folder or hub id, as it is stored; empty where there is none."""
+    text = _read_file(name, "config.json", revision)
+    return json.loads(text) if text else {}
 
 
 def not_loadable(name: str, error: Exception) -> ModelError:

@@ -9,6 +9,7 @@ from vlm_dist.config import ModelConfig
 from vlm_dist.config_load import load_config
 from vlm_dist.errors import ModelError
 from vlm_dist.models.adapters import base_of, find_adapter, has_processor, not_quantised_under, put_on
+from vlm_dist.models.files import RECORD, check_files
 from vlm_dist.models.load import is_stored_in_4bit, load_model
 from vlm_dist.models.processor import load_processor
 from vlm_dist.models.record import check_base, check_probe, check_processor, read_record, read_system_prompt
@@ -35,6 +36,8 @@ def load_trained(source: str, device: Any, *, base: bool = False, base_model: st
         raise ModelError(f"--base-model: '{source}' is no adapter, so it has no base; leave the option away")
     run = RunDir(Path(source))
     name = str(run.model) if run.config.exists() else source
+    if (Path(name) / RECORD).exists():
+        check_files(Path(name))
     dtype = load_config(run.config).model.dtype if run.config.exists() else "auto"
     model, processor, _ = load_model(ModelConfig(name=name, load_in_4bit=is_stored_in_4bit(name), dtype=dtype), name, device)
     return model, processor
@@ -57,6 +60,7 @@ def load_adapter(folder: Path, base_model: ModelConfig, device: Any, *, base: bo
         ModelError: another base, another preprocessing, a key of the adapter without a module, or other logits than in training.
     """
     assert base_model.name is not None
+    check_files(folder)
     record = read_record(folder)
     if record is not None:
         check_base(record, base_model.name, base_model.revision)

@@ -150,11 +150,16 @@ def _events(run: RunDir) -> list[dict[str, Any]]:
 
 def _answers(run: RunDir) -> list[dict[str, Any]]:
     """Held-out samples with their answers before and after."""
-    before = {row["key"]: row for row in read_jsonl(run.samples / "before.jsonl")}
-    after = {row["key"]: row for row in read_jsonl(run.samples / "after.jsonl")}
+    before, after = (_by_place(read_jsonl(run.samples / f"{phase}.jsonl")) for phase in ("before", "after"))
     pairs = []
     for key, row in (after or before).items():
         thumbnail = run.samples / row["thumbnail"] if row.get("thumbnail") else None
         picture = base64.b64encode(thumbnail.read_bytes()).decode() if thumbnail and thumbnail.exists() else ""
         pairs.append({**row, "picture": picture, "marks": row.get("objects"), "before": before.get(key), "after": after.get(key)})
     return pairs[:MOST_PICTURES]
+
+
+def _by_place(rows: list[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Answers by the place of their sample among the held-out ones, and its key: several shards may have equal keys, and another start
+    may have asked others. Runs of an earlier vlm_dist have no places, but the same order."""
+    return {(row.get("number", line), row["key"]): row for line, row in enumerate(rows)}

@@ -66,22 +66,33 @@ class Evaluation:
         return round(sum(values) / len(values), 6) if values else 0.0
 
 
+class EvaluationStopped(Exception):
+    """It was asked to stop between two batches."""
+
+
 def evaluate(
-    model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks, beat: Callable[[], object] = lambda: None
-) -> Evaluation:
+    model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks,
+    beat: Callable[[], object] = lambda: None, stops: Callable[[], bool] = lambda: False,
+) -> Evaluation:  # fmt: skip
     """Answer the last turn of each sample, greedily. Every rank answers its share, and calls `beat` before each batch; every rank gets
     the whole result.
 
+    Args:
+        stops: asked before each batch, on every rank as often; must say the same on all.
+
     Raises:
         ConfigError: a metric is about objects, and no sample has any.
+        EvaluationStopped: `stops` said so.
     """
     mine = list(enumerate(samples))[ranks.rank :: ranks.world_size]
     metrics = {name: metric for name in config.metrics if (metric := find_metric(name)) is not None}
     _check_objects(metrics, samples)
     rows: list[tuple[int, dict[str, Any]]] = []
     refused: list[tuple[int, str]] = []
-    for start in range(0, len(mine), config.batch_size):
+    for start in range(0, -(-len(samples) // ranks.world_size), config.batch_size):  # as often on every rank
         beat()
+        if stops():
+            raise EvaluationStopped
         asked = []
         for number, sample in mine[start : start + config.batch_size]:
             try:

@@ -169,10 +169,13 @@ def _what_servers_leave_out(model: Any) -> str:
 
 def _examples(run: RunDir, out: Path) -> list[Example]:
     """Held-out answers that training changed, with their pictures copied beside the README."""
-    before = {row["key"]: row for row in read_jsonl(run.samples / "before.jsonl")}
+    before, after = (
+        {(row.get("number", line), row["key"]): row for line, row in enumerate(read_jsonl(run.samples / f"{phase}.jsonl"))}
+        for phase in ("before", "after")
+    )
     found = []
-    for row in read_jsonl(run.samples / "after.jsonl"):
-        first = before.get(row["key"])
+    for place, row in after.items():
+        first = before.get(place)
         if not row.get("thumbnail") or first is None or first["answer"] == row["answer"] or len(found) == SHOWN:
             continue
         picture = out / "pictures" / Path(row["thumbnail"]).name

@@ -6,7 +6,9 @@ import math
 import signal
 import statistics
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +20,7 @@ from vlm_dist.training.log import Log
 if TYPE_CHECKING:
     import torch
 
-ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 64  # losses that a spike is measured against
 SMALLEST_WINDOW = 16
 SLOW_STEPS = 20  # steps over which a rank must be slow
@@ -33,19 +35,28 @@ class DivergedError(UserError):
 
 
 class StopRequest:
-    """Within this context SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask for a stop after the current step; a second SIGINT ends at once."""
+    """Within this context SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (the terminal was closed) ask for a stop after the current step; a
+    second SIGINT ends at once. Under nohup SIGHUP stays without effect."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._asked = 0.0
         self._before: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
 
+    @property
+    def seconds(self) -> float | None:
+        """Since this process was asked; None: it was not."""
+        return None if self.signal is None else time.monotonic() - self._asked
+
     def __enter__(self) -> StopRequest:
         main = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handlers
         for number in ASKS_TO_STOP if main else ():
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -56,7 +67,7 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self._asked = number, time.monotonic() if self.signal is None else self._asked
 
 
 def poisoned_unless_finite(loss: torch.Tensor) -> torch.Tensor:
@@ -67,8 +78,12 @@ def poisoned_unless_finite(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
 
 
-def out_of_memory(config: Config, error: Exception) -> MachineError:
-    """What to change, cheapest first."""
+def out_of_memory(config: Config, error: Exception, kept: str) -> MachineError:
+    """What to change, cheapest first.
+
+    Args:
+        kept: what is left to go on from, in words.
+    """
     training, model = config.training, config.model
     ways = [
         f"training.micro_batch={training.micro_batch // 2}" if training.micro_batch > 1 else "",
@@ -80,14 +95,19 @@ def out_of_memory(config: Config, error: Exception) -> MachineError:
     ]
     return MachineError(
         f"training: out of memory ({str(error).splitlines()[0][:160]}). Try, in this order: {'; '.join(way for way in ways if way)}. "
-        "Nothing after the last checkpoint is kept"
+        f"What is kept: {kept}"
     )
 
 
 class Health:
-    """Judges each step. All ranks get the same numbers and so come to the same verdict."""
+    """Judges each step. All ranks get the same numbers and so come to the same verdict.
 
-    def __init__(self, config: HealthConfig, log: Log, ranks: Ranks):
+    Args:
+        kept: says what is left to go on from.
+    """
+
+    def __init__(self, config: HealthConfig, log: Log, ranks: Ranks, kept: Callable[[], str] = lambda: "no checkpoint was saved yet"):
+        self.kept = kept
         self.config, self.log, self.ranks = config, log, ranks
         self.skipped = self.rollbacks = 0
         self._skipped_in_a_row = 0
@@ -176,6 +196,6 @@ class Health:
         if self._skipped_in_a_row > self.config.max_skipped:
             raise DivergedError(
                 f"training: step {step} is the {self._skipped_in_a_row}. in a row whose loss or gradient is no finite number "
-                f"(health.max_skipped={self.config.max_skipped}); the last checkpoint is intact. "
+                f"(health.max_skipped={self.config.max_skipped}); {self.kept()}. "
                 "Use a smaller optim.lr or a longer optim.warmup_steps, then run again under another name"
             )

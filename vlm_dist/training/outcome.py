@@ -137,18 +137,23 @@ def peak_memory(ranks: Ranks) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """samples/PHASE.jsonl, one answer a line, and a thumbnail of each sample's first picture."""
+def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], numbers: list[int], heldout: list[Sample]) -> None:
+    """samples/PHASE.jsonl, one answer a line, and a thumbnail of each sample's first picture.
+
+    Args:
+        numbers: of each row, the place of its sample in `heldout`: keys may be equal.
+    """
     thumbnails = run.samples / "thumbnails"
     thumbnails.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+    for row, number in zip(rows, numbers, strict=True):
+        sample = heldout[number]
         name = f"{number:05d}.png" if sample.images else None
-        if name and not (thumbnails / name).exists():
+        if name:  # one of an earlier start may be of other held-out samples
             picture = sample.images[0].copy()
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             picture.save(thumbnails / name)
-        lines.append(json.dumps({**row, "thumbnail": f"thumbnails/{name}" if name else None}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({**row, "thumbnail": f"thumbnails/{name}" if name else None, "number": number}, ensure_ascii=False) + "\n")
     write_text(run.samples / f"{phase}.jsonl", "".join(lines))
 
 
@@ -179,6 +184,31 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
             save_adapter(engine.module, weights, loaded.processor, out, record, card)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
+
+
+def has_result(config: Config, run: RunDir, ranks: Ranks) -> bool:
+    """Whether what a finished run made is there and whole; else it is exported again, from the last checkpoint. Every rank must call it.
+
+    Raises:
+        CheckpointError: there is no checkpoint to export it from.
+    """
+    from vlm_dist.checkpoints.form import find_checkpoints
+    from vlm_dist.models.files import RECORD, problem_of
+
+    out = run.model if config.lora is None else run.adapter
+    problem = problem_of(out) if out.exists() else f"{out}: is missing"
+    if problem is None and not (out / RECORD).exists() and not any(out.glob("*.safetensors")):
+        problem = f"{out}: holds no weights"
+    problem, left = ranks.gather((problem, bool(find_checkpoints(run.checkpoints))))[0]
+    if problem is None:
+        return True
+    if not left:
+        raise CheckpointError(
+            f"{problem}; the run is finished, and no checkpoint is left to export it from. Put it back, or train again under another name"
+        )
+    if ranks.is_first:
+        print(f"{problem}; the run is finished: exporting it again from its last checkpoint", flush=True)
+    return False
 
 
 def record_failure(run: RunDir, ranks: Ranks, reason: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.data.stream import Stream
@@ -31,6 +32,8 @@ class Loaded:
     """What was put into the model, in words."""
     prompts: SystemPrompts
     """The system prompts of the samples, as they are trained on."""
+    described: dict[str, Any] = field(default_factory=dict)
+    """What a run that goes on must find again besides the base; see unchanged.py."""
     rehearsal: str = ""
     """What its fullest micro-batch took, in words; nothing where it was not tried."""
 
@@ -44,6 +47,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     import torch
 
     from vlm_dist.models.checkpointing import checkpoint_gradients
+    from vlm_dist.models.files import check_files
     from vlm_dist.models.load import choose_dtype, load_weights
     from vlm_dist.models.lora import add_lora, freeze_sides
     from vlm_dist.models.patching import patch_model
@@ -51,6 +55,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.source import fingerprint
 
     config, family = inputs.config, inputs.family
+    check_files(Path(inputs.source))  # of a run's model; a checkpoint of others has no record
     torch.manual_seed(config.seed)
     model: Any = load_weights(config.model, inputs.source, family, ranks.device, lora=config.lora)
     check_vocabulary(inputs.processor, model, inputs.source)

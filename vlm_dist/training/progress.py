@@ -55,3 +55,20 @@ def count_steps(config: Config, stream: Stream, ranks: Ranks) -> int:
     if config.data.packing and ranks.is_first:
         print(f"data: measuring every sample, to tell how many steps {config.training.epochs:g} epochs take", flush=True)
     return max(ranks.gather(stream.count_steps(note)))
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether what comes every so many steps comes after this one; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def interrupted_in_words(step: int, seconds: float | None, grace_s: float) -> str:
+    """After which step a run was interrupted, and what is left.
+
+    Args:
+        seconds: since the signal; None: another rank got it.
+    """
+    if step == 0:
+        return "before the first step; there is nothing to save yet. Run the same command again to begin"
+    late = f", {seconds:.0f} s after it, later than checkpoint.grace_s={grace_s:g}" if seconds is not None and seconds > grace_s else ""
+    return f"after step {step}; saved{late}. Run the same command again to continue"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from vlm_dist.checkpoints.form import kept_in_words
 from vlm_dist.checkpoints.saver import Saver
 from vlm_dist.checkpoints.snapshot import load_checkpoint
 from vlm_dist.config import Config
@@ -17,14 +18,15 @@ from vlm_dist.data.stream import Stream, merge_states
 from vlm_dist.data.tally import in_words, summed
 from vlm_dist.distributed import Ranks
 from vlm_dist.run_dir import RunDir, write_json
-from vlm_dist.scoring.evaluate import Patience, evaluate
+from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, evaluate
 from vlm_dist.scoring.metrics import LOWER_IS_BETTER
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
-from vlm_dist.training.health import Health
+from vlm_dist.training.health import Health, StopRequest
 from vlm_dist.training.log import Log
 from vlm_dist.training.prepare import Loaded
-from vlm_dist.training.progress import Progress, count_steps
+from vlm_dist.training.progress import Progress, count_steps, interrupted_in_words, is_due
+from vlm_dist.training.unchanged import compare_inputs
 from vlm_dist.training.watchdog import Watchdog
 
 
@@ -33,20 +35,26 @@ class Session:
 
     Args:
         started: when this start of the run began (time.monotonic).
+        stop: who was asked to stop.
     """
 
-    def __init__(self, config: Config, run: RunDir, loaded: Loaded, stream: Stream, heldout: list[Sample], ranks: Ranks, started: float):
+    def __init__(
+        self, config: Config, run: RunDir, loaded: Loaded, stream: Stream, heldout: list[Sample], ranks: Ranks, started: float,
+        stop: StopRequest,
+    ):  # fmt: skip
+        self.stop = stop
         self.config, self.run, self.loaded, self.stream, self.heldout, self.ranks = config, run, loaded, stream, heldout, ranks
         self.steps = count_steps(config, stream, ranks)
         self.engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
         self.log = Log(run, config, ranks, self.steps)
         self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
-        self.health = Health(config.health, self.log, ranks)
+        self.health = Health(config.health, self.log, ranks, lambda: kept_in_words(run.checkpoints))
         lower = config.checkpoint.best_metric in LOWER_IS_BETTER
         self.saver = Saver(run, config.checkpoint, ranks, self.log.event, lower_is_better=lower)
         self._started, self._wall_before = started, 0.0
         self.patience = Patience(config.evaluation.patience, config.checkpoint.best_metric)
         self._scores: tuple[int, dict[str, Any]] | None = None
+        self._owes_evaluation = self._told_grace = False
         self._parts = ExitStack()
 
     def __enter__(self) -> Session:
@@ -65,13 +73,27 @@ class Session:
         """Seconds of the run so far, over all its starts since the checkpoints that they continued from."""
         return round(self._wall_before + time.monotonic() - self._started, 3)
 
-    def restore(self) -> Progress:
-        """Continue from the newest whole checkpoint, if there is one."""
+    @property
+    def is_to_stop(self) -> bool:
+        """Whether any rank was asked to; all must ask."""
+        return self.ranks.any(self.stop.requested)
+
+    def restore(self, *, insist: bool = False) -> Progress:
+        """Continue from the newest whole checkpoint, if there is one.
+
+        Args:
+            insist: though model, processor or data are not those that the run began with.
+
+        Raises:
+            CheckpointError: they are not; or no checkpoint is whole, or it does not fit the model.
+        """
         checkpoint = self.saver.newest()
         if checkpoint is None:
             self.log.rewind(-1)
             return Progress()
+        compare_inputs(checkpoint, self.loaded.described, self.ranks, self.log, insist=insist)
         state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
+        self._owes_evaluation = state.get("owes") == "evaluation"
         self.stream.restore(state["data"])
         self.health.restore(state["health"])
         self.loaded.prompts.restore(state.get("prompts", []))
@@ -102,53 +124,89 @@ class Session:
         )
         return replace(Progress(**state["progress"]), data_step=progress.data_step, wall_s=progress.wall_s)
 
+    def catch_up(self, step: int) -> None:
+        """The evaluation before training, or one that its checkpoint was taken before."""
+        if step == 0:
+            self.evaluate(0, "before")
+        elif self._owes_evaluation:
+            known = [scores for scores in self.ranks.gather(self.log.evaluations())[0]["during"] if scores["step"] == step]
+            if known:  # it was made, but the checkpoint does not know it
+                self._know(step, {name: value for name, value in known[-1].items() if name != "step"})
+            else:
+                self.evaluate(step, "during")
+
     def save(self, progress: Progress) -> int:
         """Take a checkpoint; returns its step."""
         self.watchdog.beat("saving")
+        self._watch_grace(progress)
+        scores = self._scores[1] if self._scores and self._scores[0] == progress.step else None
         state = {
-            "version": 3,
             "progress": vars(progress),
             "data": merge_states(self.ranks.gather(self.stream.state())),
             "health": self.health.state(),
             "prompts": self.loaded.prompts.over_ranks(self.ranks),
             "patience": self.patience.state(),
-            "scores": self._scores[1] if self._scores and self._scores[0] == progress.step else None,
+            "scores": scores,
             "rng": {"rule": "seeded by (seed, data_step, rank) at each step", "seed": self.config.seed},
             "config_sha256": outcome.config_hash(self.config),
             "base_fingerprint": self.loaded.fingerprint,
+            "inputs": self.loaded.described,
         }
+        if scores is None and self.heldout and is_due(self.config.evaluation.every, progress.step) and progress.step < self.steps:
+            state["owes"] = "evaluation"
         self.saver.save(self.engine, progress.step, state)
         return progress.step
 
-    def evaluate(self, step: int, phase: str) -> None:
-        """Score the held-out samples, and keep the answers of before and after."""
+    def evaluate(self, step: int, phase: str) -> bool:
+        """Score the held-out samples, and keep the answers of before and after. False: the run is to stop, and nothing was kept."""
         if not self.heldout:
-            return
-        beat = partial(self.watchdog.beat, "evaluating")
-        evaluation = evaluate(self.engine.module, self.stream.encoder, self.heldout, self.config.evaluation, self.ranks, beat)
+            return True
+        beat, encoder = partial(self.watchdog.beat, "evaluating"), self.stream.encoder
+        try:
+            evaluation = evaluate(
+                self.engine.module, encoder, self.heldout, self.config.evaluation, self.ranks, beat, lambda: self.is_to_stop
+            )
+        except EvaluationStopped:
+            return False
         if self.ranks.is_first:
             for shard, key, reason in evaluation.refused:
                 self.stream.quarantine.note({"__url__": shard, "__key__": key}, reason)
         if phase != "during" and self.ranks.is_first:
-            asked = [self.heldout[number] for number in evaluation.numbers]
-            outcome.write_answers(self.run, phase, evaluation.rows, asked)
-        self._scores = step, evaluation.scores
+            outcome.write_answers(self.run, phase, evaluation.rows, evaluation.numbers, self.heldout)
         self.log.evaluation(step, phase, evaluation.scores)
         if phase == "during":
-            self.patience.see(evaluation.scores)
-            self._end_early(step)
+            self._know(step, evaluation.scores)
+        return True
+
+    def _know(self, step: int, scores: dict[str, Any]) -> None:
+        """The scores of an evaluation during training; a checkpoint of this step that was taken before gets them."""
+        self._scores = step, scores
+        self.patience.see(scores)
+        self.saver.amend(step, {"scores": scores, "patience": self.patience.state(), "owes": None})
+        self._end_early(step)
+
+    def _watch_grace(self, progress: Progress) -> None:
+        """Say once where a stop takes longer than the process may live."""
+        step_s = progress.productive_s / max(1, progress.updates)
+        if self.saver.save_s and step_s + self.saver.save_s > self.config.checkpoint.grace_s and not self._told_grace:
+            self._told_grace = True
+            self.log.event(
+                "grace", progress.step,
+                f"a stop takes about {step_s + self.saver.save_s:.0f} s (a step {step_s:.1f} s, a checkpoint {self.saver.save_s:.1f} s), "
+                f"but checkpoint.grace_s is {self.config.checkpoint.grace_s:g}: killed by then, the run loses the steps since the last "
+                "checkpoint. Give it more time after SIGTERM, or a smaller checkpoint.save_every",
+            )  # fmt: skip
 
     def _end_early(self, step: int) -> None:
         if self.patience.is_over:
             self.steps = step
             self.log.event("early stop", step, f"{self.patience.metric} has not become better in {self.patience.since} evaluations")
 
-    def finish(self, progress: Progress, stop_signal: int | None) -> dict[str, Any]:
+    def finish(self, progress: Progress) -> dict[str, Any]:
         """Export the result and write summary.json; of an interrupted run only that."""
         self.saver.wait()
-        if progress.step < self.steps:
-            return self._interrupted(replace(progress, wall_s=self.wall_s), stop_signal)
-        self.evaluate(progress.step, "after")
+        if progress.step < self.steps or not self.evaluate(progress.step, "after"):
+            return self._interrupted(replace(progress, wall_s=self.wall_s))
         outcome.export(self.config, self.run, self.engine, self.loaded, self.ranks, self.log)
         return self._finished(replace(progress, wall_s=self.wall_s))
 
@@ -170,12 +228,12 @@ class Session:
         self.ranks.barrier()
         return summary
 
-    def _interrupted(self, progress: Progress, stop_signal: int | None) -> dict[str, Any]:
-        name = signal.Signals(stop_signal or signal.SIGTERM).name  # none: another rank was told
+    def _interrupted(self, progress: Progress) -> dict[str, Any]:
+        name = signal.Signals(self.stop.signal or signal.SIGTERM).name  # none: another rank was told
         summary = self._summary("interrupted", progress) | {"signal": name}
         if self.ranks.is_first:
             write_json(self.run.summary, summary)
-            self.log.say(f"interrupted by {name} after step {progress.step}; saved. Run the same command again to continue")
+            self.log.say(f"interrupted by {name} {interrupted_in_words(progress.step, self.stop.seconds, self.config.checkpoint.grace_s)}")
         self.ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
         return summary
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from vlm_dist import distributed
+from vlm_dist.checkpoints.form import kept_in_words
 from vlm_dist.config import Config
 from vlm_dist.data.heldout import read_heldout
 from vlm_dist.deepspeed_config import check_batches
@@ -24,11 +24,14 @@ from vlm_dist.training.audit import FirstStep
 from vlm_dist.training.engine import set_learning_rate, take_step
 from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless_finite
 from vlm_dist.training.log import StepTimer
+from vlm_dist.training.lost import let_speak, lost_rank
 from vlm_dist.training.optim import learning_rate
 from vlm_dist.training.prepare import load_trainable, open_training_stream
+from vlm_dist.training.progress import is_due
 from vlm_dist.training.rehearsal import rehearse
 from vlm_dist.training.session import Session
-from vlm_dist.training.watchdog import note_earlier_start
+from vlm_dist.training.unchanged import describe_inputs
+from vlm_dist.training.watchdog import beat_interval, first_beat, note_earlier_start
 
 
 def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
@@ -49,12 +52,13 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     check_metrics(config)
     run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
     finished = run.read_summary()
-    if finished and finished["ended"] == "finished" and Path(finished["result"]).exists() and not resume_anyway:
+    if finished and finished["ended"] == "finished" and not resume_anyway and outcome.has_result(config, run, ranks):
         return {**finished, "already_finished": True}
     write_environment(run, ranks)
     if ranks.is_first:
         note_earlier_start(run)
     ranks.barrier()
+    first_beat(run, ranks)
     stream = None
     started = time.monotonic()
     try:
@@ -62,34 +66,39 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         check_fits(inputs, ranks)
         loaded = load_trainable(inputs, ranks)
         loaded.rehearsal = rehearse(inputs, loaded, ranks)
+        loaded.described = describe_inputs(inputs, ranks)
         stream = open_training_stream(inputs, loaded.model, ranks)
         heldout = read_heldout(config.data, config.evaluation.samples, inputs.quarantine)
-        with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started) as session:
-            return _run_loop(config, session, stop)
+        with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started, stop) as session:
+            return _run_loop(config, session, insist=resume_anyway)
     except torch.OutOfMemoryError as error:
-        problem = out_of_memory(config, error)
+        problem = out_of_memory(config, error, kept_in_words(run.checkpoints))
         outcome.record_failure(run, ranks, str(problem))
         raise problem from None
     except UserError as error:
         outcome.record_failure(run, ranks, str(error))
         raise
+    except RuntimeError as error:  # of a collective, where another rank is gone
+        let_speak()
+        if (lost := lost_rank(run, ranks, error, beat_interval(config.health.timeout_s))) is None:
+            raise
+        raise lost from None
     finally:
         if stream is not None:
             stream.close()
 
 
-def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, Any]:
+def _run_loop(config: Config, session: Session, *, insist: bool) -> dict[str, Any]:
     import torch
 
     engine, stream, ranks, log, watchdog, health = (
         session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
     )  # fmt: skip
-    progress = session.restore()
+    progress = session.restore(insist=insist)
     outcome.announce(config, session.run, session.loaded, stream, session.steps, progress.step, log)
-    if progress.step == 0:
-        session.evaluate(0, "before")
+    session.catch_up(progress.step)
     saved, timer, audit = progress.step, StepTimer(ranks.device), FirstStep(engine.module, session.loaded.family)
-    while progress.step < session.steps and not ranks.any(stop.requested):
+    while progress.step < session.steps and not session.is_to_stop:
         watchdog.beat("reading", progress.step + 1)
         timer.begin()
         step = stream.next_step()
@@ -121,14 +130,10 @@ def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, 
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:
             progress, saved = earlier, earlier.step
             continue
-        if _due(config.evaluation.every, progress.step) and progress.step < session.steps:
-            session.evaluate(progress.step, "during")
-        if _due(config.checkpoint.save_every, progress.step):
+        if is_due(config.checkpoint.save_every, progress.step):  # before an evaluation, which may take long
             saved = session.save(progress)
+        if is_due(config.evaluation.every, progress.step) and progress.step < session.steps:
+            session.evaluate(progress.step, "during")
     if saved < progress.step:
         session.save(progress)
-    return session.finish(progress, stop.signal)
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+    return session.finish(progress)

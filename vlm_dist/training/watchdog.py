@@ -23,10 +23,12 @@ from typing import Any
 
 from vlm_dist.distributed import Ranks
 from vlm_dist.run_dir import RunDir, write_json
+from vlm_dist.training.lost import EXIT_CODE, beat_of, born, is_dead, other_beats, told_by_one
 
 logger = logging.getLogger(__name__)
-EXIT_CODE = 8
 LONGEST_INTERVAL = 10.0
+LOOK_S = 1.0  # seconds between two looks at the others
+STUCK_S = 10.0  # without progress, after which they are looked at
 
 
 class Watchdog:
@@ -39,7 +41,7 @@ class Watchdog:
 
     def __init__(self, run: RunDir, ranks: Ranks, timeout_s: float | None, started: float):
         self.run, self.ranks, self.timeout_s = run, ranks, timeout_s
-        self.interval = min(LONGEST_INTERVAL, (timeout_s or 600) / 10)
+        self.interval = beat_interval(timeout_s)
         self._started = time.time() - (time.monotonic() - started)
         self._beats, self._doing, self._step, self._last = 0, "starting", 0, time.monotonic()
         self._stop = threading.Event()
@@ -53,7 +55,7 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._write()
+        self._write(ended=True)
 
     def beat(self, doing: str, step: int | None = None) -> None:
         """The main thread goes on, now with `doing`; `step`: a new step begins, in which all ranks do the same things."""
@@ -63,19 +65,35 @@ class Watchdog:
         self._doing, self._last = doing, time.monotonic()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self.interval):
-            self._write()
+        written = time.monotonic()
+        while not self._stop.wait(min(self.interval, LOOK_S)):
+            if time.monotonic() - written >= self.interval:
+                written = time.monotonic()
+                self._write()
+            if self.ranks.world_size > 1 and time.monotonic() - self._last > STUCK_S:
+                self._end_if_alone()
             if self.timeout_s is not None and time.monotonic() - self._last > self.timeout_s:
                 self._end()
 
-    def _write(self) -> None:
-        place = {"rank": self.ranks.rank, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
-        times = {"started": self._started, "now": time.time()}
-        where = {"step": self._step, "doing": self._doing, "beats": self._beats}
+    def _write(self, *, ended: bool = False) -> None:
+        said = beat_of(self.ranks.rank, self._started, self._step, self._doing, self._beats, ended=ended)
         try:
-            write_json(self.run.beat(self.ranks.rank), {**place, **times, **where})
+            write_json(self.run.beat(self.ranks.rank), said)
         except OSError as error:  # a full disk: told by whoever needs it more
             logger.warning("%s cannot be written: %s", self.run.beat(self.ranks.rank), error)
+
+    def _end_if_alone(self) -> None:
+        """Waiting in a collective for a process of this machine that is gone: on a GPU nothing else ends that wait."""
+        others = other_beats(self.run, self.ranks)
+        if not (gone := [rank for rank in others if is_dead(rank)]):
+            return
+        try:
+            self._write()
+            error = told_by_one(self.run, self.ranks, gone, others)
+            if not error.told:
+                print(f"vlm-dist: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(EXIT_CODE)
 
     def _end(self) -> None:
         try:
@@ -136,6 +154,16 @@ class Watchdog:
         return found
 
 
+def beat_interval(timeout_s: float | None) -> float:
+    """Seconds between two lines of a rank."""
+    return min(LONGEST_INTERVAL, (timeout_s or 600) / 10)
+
+
+def first_beat(run: RunDir, ranks: Ranks) -> None:
+    """Say where this rank runs, before anything is loaded."""
+    write_json(run.beat(ranks.rank), beat_of(ranks.rank, time.time(), 0, "loading", 0))
+
+
 def note_earlier_start(run: RunDir) -> None:
     """Move what an earlier start left in rank 0's file to `logs/starts.jsonl`. Call it on the first rank, before the new start."""
     path = run.beat(0)
@@ -164,16 +192,8 @@ def _dump_with_py_spy(pid: int, path: Path) -> None:
         subprocess.run([program, "dump", "--nonblocking", "--pid", str(pid)], stdout=file, stderr=file, timeout=20, check=False)
 
 
-def _born(pid: int) -> str:
-    """When a process of this machine began, in ticks since the machine did; empty if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
 def _kill(rank: dict[str, Any]) -> None:
-    if _born(rank["pid"]) == rank["born"] != "":  # not another process that has its number now
+    if born(rank["pid"]) == rank["born"] != "":  # not another process that has its number now
         try:
             os.kill(rank["pid"], signal.SIGKILL)
         except OSError:
