@@ -89,7 +89,7 @@ def test_an_odd_sample_is_named_and_left_out(run, qwen):
 def test_a_run_that_learns_from_little_fails(run, usable, tmp_path):
     bad = [member for number in range(6) for member in sample(f"t{number}", size=(9000, 9000 // 2000))]
     bad = [(name, b"no picture" if name.endswith("jpg") else content) for name, content in bad]
-    with pytest.raises(DataError, match=r"(6 of the first \d samples are unusable|none of the first samples)"):
+    with pytest.raises(DataError, match=r"(6 of the first \d samples are unusable|none of the first 6 samples can be used)"):
         run([*good(usable), *bad])
     assert not (tmp_path / "runs" / "tiny" / "adapter").exists()
 
@@ -174,3 +174,19 @@ def test_a_tally_is_told_in_words():
     assert summed([tally.to_dict(), {"key": {"b": 1200}}]) == {"key": {"b": 1201, "a": 2}, "cut": {"too long": 1}}
     assert in_words({"key": {"b": 1201, "a": 2}}) == ["keys of the JSON that nothing reads: b (1,201 samples), a (2 samples)"]
     assert in_words({"key": {str(number): 1 for number in range(14)}})[0].endswith("11 (1 sample) and 2 more")
+
+
+def test_every_sample_is_too_long_before_the_first_step(run, tmp_path):
+    with pytest.raises(DataError, match="none of the first 8 samples can be used; s.*too long"):
+        run(good(), "data.max_seq_length=8")
+    assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
+
+
+def test_turns_as_json_alone_and_shares_for_boxes(tmp_path, capsys):
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]
+    members = [("a.jpg", picture()), ("a.json", json.dumps(turns).encode())]
+    box = {"messages": turns, "objects": [{"bbox": [0.1, 0.1, 0.5, 0.5], "label": "x"}]}
+    members += [("b.jpg", picture("blue")), ("b.json", json.dumps(box).encode())]
+    main(["data", "verify", write(tmp_path / "x.tar", members), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["usable"] == 1 and "are shares of the picture, not pixels" in found["problems"][0]["reason"]

@@ -113,7 +113,11 @@ def _read(one: dict[str, Any], number: int, given: Any, sizes: Sequence[Size], o
     points = _numbers(one[kind], kind, where)
     if kind == "bbox" and not (points[0][0] < points[1][0] and points[0][1] < points[1][1]):
         raise BadSample(f"{where}: bbox {one[kind]} is inverted or empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
-    if (other := one.get("size", given)) is not None:
+    other = one.get("size", given)
+    if other is None and all(0 <= x <= 1 and 0 <= y <= 1 for x, y in points) and any(x % 1 or y % 1 for x, y in points):
+        shown = f"{kind} {str(one[kind])[:80]}"
+        raise BadSample(f'{where}: {shown} are shares of the picture, not pixels; say so in the record: "objects_size": [1, 1]')
+    if other is not None:
         points = _scaled(points, _size(other, where), size, lambda: orientation(image), where)
         points = _sorted(points) if kind == "bbox" else points
     clipped = [(min(max(x, 0.0), size[0]), min(max(y, 0.0), size[1])) for x, y in points]

@@ -34,14 +34,16 @@ class ControlTokens:
         split: further tokens to make plain text of.
 
     Raises:
-        ConfigError: `keep` names what is no token of this model.
+        ConfigError: a name is no special token of this model, or one to keep stands for pictures.
     """
 
     def __init__(self, processor: Any, render: Callable[..., str], keep: Sequence[str] = (), split: Sequence[str] = ()):
         tokenizer = processor.tokenizer
         known = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if len(token) > 1}
-        if unknown := [token for token in keep if token not in known]:
-            raise ConfigError(f"data.keep_tokens: '{unknown[0]}' is no special token of this model; it has {', '.join(sorted(known)[:20])}")
+        for setting, names in (("keep_tokens", keep), ("split_tokens", split)):
+            if unknown := [token for token in names if token not in known]:
+                has = ", ".join(sorted(known)[:20])
+                raise ConfigError(f"data.{setting}: '{unknown[0]}' is no special token of this model; it has {has}")
         turns = _written(known, render, picture=False) | {str(getattr(tokenizer, name, None)) for name in ROLES} & known
         turns |= {token for token in known if TURN.search(token)}
         pictures = _of_pictures(known, processor, render) - turns
@@ -50,6 +52,8 @@ class ControlTokens:
         data = {token for token in known if DATA.search(token)}
         self.pictures = frozenset(pictures - data)
         """Those that stand for pictures or around them."""
+        if stands_for := sorted(set(keep) & self.pictures):
+            raise ConfigError(f"data.keep_tokens: '{stands_for[0]}' stands for a picture; a text that writes it would claim one")
         self.control = frozenset(((turns | pictures) - data - set(keep)) | set(split))
         """Those that a text may not write."""
         self._first = frozenset(token[0] for token in known | self.control)

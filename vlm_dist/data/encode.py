@@ -225,13 +225,13 @@ class Encoder:
         return inputs, picture, offsets, list(replacements[0]) if len(replacements) else []
 
     def _turns(self, messages: list[dict], text: str, tools: Tools) -> list[Turn]:
-        return assistant_turns(messages, text, partial(self._render, tools=tools), self.habits, self._tokens.control)
+        last_only = self.train_on == "last"
+        return assistant_turns(messages, text, partial(self._render, tools=tools), self.habits, self._tokens.control, last_only)
 
     def _learnt(self, messages: list[dict], turns: list[Turn], notes: set[Note]) -> list[Turn]:
         """The turns that count."""
-        if self.train_on == "last" and len(turns) > 1:
+        if self.train_on == "last" and sum(message["role"] == "assistant" for message in messages) > 1:
             notes.add(("turn", "all but the last (data.train_on: last)"))
-            turns = turns[-1:]
         off = [turn for turn in turns if messages[turn.number].get("weight") == 0]
         if off:
             notes.add(("turn", "weight 0"))

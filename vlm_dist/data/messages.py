@@ -17,6 +17,7 @@ HANDED_ON = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 WEIGHTS = ("weight", "loss", "train")
 """Keys of a turn that say how much it counts: a number, or false and true for 0 and 1 (OpenAI's, ms-swift's, Axolotl's names)."""
 LARGEST_WEIGHT = 1000.0
+WEIGHT_DIGITS = 6  # what is smaller is nothing
 PICTURE_PARTS = ("image", "image_url", "input_image")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -155,7 +156,7 @@ def _weight(turn: dict[str, Any]) -> float:
         if not isinstance(value, bool | int | float) or not math.isfinite(value) or not 0 <= value <= LARGEST_WEIGHT:
             raise BadSample(f"json: a turn's '{key}' is {str(value)[:40]!r}; expected true, false, or 0 to {LARGEST_WEIGHT:g}")
         product *= float(value)
-    return product
+    return round(product, WEIGHT_DIGITS)
 
 
 def _split_markers(text: str) -> list[dict[str, str]]:

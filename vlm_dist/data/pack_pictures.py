@@ -101,6 +101,12 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
         lines.append(f"{notes['frames']:,} pictures have several frames or pages; the first is learnt from")
     if notes["sized"]:
         lines.append(f"{notes['sized']:,} records whose pictures were made smaller keep the numbers of their objects, with the size before")
+    if notes["no picture"]:
+        lines.append(f"{notes['no picture']:,} records have no picture; if they name one under a key of their own, give it: --image KEY")
+    splits = {name.removeprefix("split "): count for name, count in sorted(notes.items()) if name.startswith("split ")}
+    if len(splits) > 1:
+        each = ", ".join(f"{name} ({count:,})" for name, count in splits.items())
+        lines.append(f"records of several splits are packed together: {each}; leave out what is to be held apart")
     for name, count in sorted(notes.items()):
         if name.startswith("key "):
             lines.append(f"'{name.removeprefix('key ')}' is left out of {count:,} records: it is no text, number or list of them")

@@ -260,6 +260,10 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     made = with_sizes(made, [before for _, _, before in pictures], notes)
     if "messages" not in made and len(made.get("captions", ())) == 1:
         made["caption"] = made.pop("captions")[0]
+    if not pictures:
+        notes["no picture"] += 1
+    if isinstance(made.get("split"), str):
+        notes[f"split {made['split'][:40]}"] += 1
     several = len(pictures) > 1
     files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
     return {**files, "json": _as_json(made, notes)}

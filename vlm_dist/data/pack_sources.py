@@ -121,8 +121,8 @@ class TarRecords(Sequence):
         return len(self._dataset.index)
 
     def __getitem__(self, number: Any) -> Any:
-        raw = self._dataset.raw(number)
         try:
+            raw = self._dataset.raw(number)
             record = _record_of(raw)
         except BadSample as reason:
             return reason

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vlm_dist.data.boxes import Marked, are_objects, read_objects
+from vlm_dist.data.layout_turns import looks_like_turns
 from vlm_dist.data.layouts import canonical
 from vlm_dist.data.messages import check_messages, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
@@ -119,6 +120,8 @@ def open_record(raw: dict[str, Any]) -> dict[str, Any]:
         record = json.loads(raw["json"])
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits; nested without end
         raise BadSample(f"json: {str(error)[:200]}") from None
+    if isinstance(record, list) and looks_like_turns(record):
+        return {"messages": record}
     if not isinstance(record, dict):
         raise BadSample("json: expected an object with 'messages', 'conversations' or 'captions'")
     return record

@@ -87,15 +87,17 @@ def with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
         return message
     words = message["content"][place]["text"]
     thought = THOUGHT.match(words)
-    if thought is None or not thought[2].strip():
+    if thought is None or ("<think>" not in thought[1] and "\n" not in thought[3]):  # a sentence about the tag
         return message
     content = [*message["content"]]
     content[place] = {**content[place], "text": words[thought.end() :]}
-    return {**message, "content": content, "reasoning_content": thought[2]}
+    return {**message, "content": content, **({"reasoning_content": thought[2]} if thought[2].strip() else {})}
 
 
-def assistant_turns(messages: Messages, text: str, render: Render, habits: Habits, tokens: frozenset[str]) -> list[Turn]:
-    """Every assistant turn that says something.
+def assistant_turns(
+    messages: Messages, text: str, render: Render, habits: Habits, tokens: frozenset[str], last_only: bool = False
+) -> list[Turn]:
+    """Every assistant turn that says something in the text, or the last of them.
 
     Args:
         messages: as they were rendered.
@@ -106,15 +108,23 @@ def assistant_turns(messages: Messages, text: str, render: Render, habits: Habit
         BadSample: the template leaves out what an assistant says, or rewrites it beyond recognition.
     """
     speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
-    calls = any(messages[number].get("tool_calls") for number in speaking)
-    holes = None if calls else _find_holes(messages, text, render) or _find_holes(messages, text, render, thoughts_apart=True)
-    turns = []
-    for number in speaking:
+    tries = ({"calls": True}, {}, {"thoughts_apart": True})
+    holes = next((found for one in tries if (found := _find_holes(messages, text, render, **one)) is not None), None)
+    turns: list[Turn] = []
+    for number in speaking[-1:] if last_only else speaking:
         places = holes.get(number) if holes is not None else None
         if places is None:
-            turns.append(_by_prefix(messages, number, text, render, habits))
-            continue
+            if holes is None or messages[number].get("tool_calls"):
+                turns.append(_by_prefix(messages, number, text, render, habits))
+            continue  # else a thought without words, which the template leaves out
         start, end = min(start for start, _ in places), max(end for _, end in places)
+        if messages[number].get("tool_calls") and number + 1 < len(messages):
+            following = [start for turn, found in (holes or {}).items() if turn > number for start, _ in found]
+            end = text.find(habits.tail, end) if habits.tail else -1
+            inside = all(name in text[start:end] for name in _names(messages[number]["tool_calls"]))  # some write calls before words
+            if end < 0 or end > min(following, default=len(text)) or not inside:
+                turns.append(_by_prefix(messages, number, text, render, habits))
+                continue
         if habits.lead and not habits.opens_thought and text[:start].endswith(habits.lead):
             start -= len(habits.lead)
         turns.append(Turn(number, start, _with_end(text, end, number + 1 == len(messages), habits, tokens)))
@@ -178,9 +188,11 @@ def _mark(number: int) -> str:
     return f"\ue000{number}\ue001"
 
 
-def _find_holes(messages: Messages, text: str, render: Render, *, thoughts_apart: bool = False) -> dict[int, list[tuple[int, int]]] | None:
+def _find_holes(
+    messages: Messages, text: str, render: Render, *, thoughts_apart: bool = False, calls: bool = False
+) -> dict[int, list[tuple[int, int]]] | None:
     """turn -> (start, end) of each thing said in it; None: the real text does not lie between the template's pieces."""
-    marked, said = _with_marks(messages, thoughts_apart)
+    marked, said = _with_marks(messages, thoughts_apart, calls)
     try:
         pieces = MARK.split(render(marked))
     except BadSample:
@@ -200,13 +212,13 @@ def _find_holes(messages: Messages, text: str, render: Render, *, thoughts_apart
         form = next(fits, None)
         if form is None:
             return None
-        if form.strip():
+        if form.strip() or (not words and messages[turn].get("tool_calls")):
             places.setdefault(turn, []).append((position, position + len(form)))
         position += len(form) + len(piece)
     return places if position == len(text) else None
 
 
-def _with_marks(messages: Messages, thoughts_apart: bool) -> tuple[Messages, list[tuple[int, str, bool]]]:
+def _with_marks(messages: Messages, thoughts_apart: bool, calls: bool) -> tuple[Messages, list[tuple[int, str, bool]]]:
     """Messages with marks for what assistants say; of each mark the turn, the words, and whether it must be in the text (a template may
     leave the thoughts of earlier turns out)."""
     said: list[tuple[int, str, bool]] = []
@@ -234,6 +246,8 @@ def _with_marks(messages: Messages, thoughts_apart: bool) -> tuple[Messages, lis
                 parts.append({**part, "text": before + mark(number, words[thought.end() :])})
             else:
                 parts.append({**part, "text": mark(number, words)})
+        if calls and message.get("tool_calls") and not any("text" in part for part in parts):
+            parts.append({"type": "text", "text": mark(number, "", needed=False)})  # where the calls begin
         marked.append({**copy, "content": parts})
     return marked, said
 

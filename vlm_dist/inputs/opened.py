@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from vlm_dist.data.encode import Encoder
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.stream import Stream
 from vlm_dist.distributed import Ranks
+from vlm_dist.errors import DataError
 from vlm_dist.families import Family
 from vlm_dist.inputs.made import model_source
 from vlm_dist.inputs.prompts import NotingEncoder, SystemPrompts
@@ -28,6 +30,8 @@ from vlm_dist.models.going_on import settle
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.run_dir import RunDir
+
+FIRST = 20  # samples of which one must be usable
 
 
 @dataclass
@@ -82,6 +86,20 @@ class Inputs:
             DataError: there are no shards, or none of the first samples can be used.
         """
         return measured(self.config, self.encoder, self.stream(), self.packs)
+
+    def check_first_samples(self) -> None:
+        """What is a fault of the set-up and not of a sample shows in every sample: told before the first step.
+
+        Raises:
+            DataError: none of the first samples can be used.
+        """
+        stream, problem = self.stream(), ""
+        count = min(FIRST, stream.num_samples)
+        for slot in itertools.islice(stream.measured(), count):
+            if slot.problem is None:
+                return
+            problem = problem or f"{(slot.raw or {}).get('__key__', 'the first')}: {slot.problem}"
+        raise DataError(f"data.train: none of the first {count} samples can be used; {problem}")
 
     def stream(self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None) -> Stream:
         """The training samples of one rank; see `Stream`."""

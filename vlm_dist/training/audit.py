@@ -34,6 +34,9 @@ class FirstStep:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if not counts.labels:
+            log.say("first step: nothing is learnt from it: none of its samples can be used")
+            return
         share = counts.labels / max(1, counts.tokens)
         if not self._without:
             log.say(f"first step: all {total} trainable tensors have a gradient; {share:.1%} of {counts.tokens:,} tokens are supervised")

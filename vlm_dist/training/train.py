@@ -63,6 +63,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     try:
         inputs = open_inputs(config, run, ranks)
+        inputs.check_first_samples()
         check_fits(inputs, ranks)
         loaded = load_trainable(inputs, ranks)
         loaded.rehearsal = rehearse(inputs, loaded, ranks)
