@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def add_parser(commands: Any) -> None:
     add_base_model(parser)
     add_system(parser)
     parser.add_argument("--terminal", action="store_true", help="talk here, without a page")
-    parser.add_argument("--host", default="127.0.0.1", help="of the page; whoever reaches it may use the model (default 127.0.0.1)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="of the page; who has the address that is printed may use the model (default 127.0.0.1)"
+    )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (default 7860)")
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="in the terminal, for the first question")
     parser.add_argument("--compare", action="store_true", help="in the terminal, after each answer what the base would have said")
@@ -51,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _on_page(chat: Any, arguments: argparse.Namespace) -> int:
     from vlm_dist.serving.chat_page import serve_page
 
-    page = serve_page(chat, Path(arguments.source).name, host=arguments.host, port=arguments.port)
-    print(f"http://{arguments.host}:{page.server_port}  (Ctrl-C ends it)", flush=True)
+    token = secrets.token_urlsafe(16)
+    page = serve_page(chat, Path(arguments.source).name, host=arguments.host, port=arguments.port, token=token)
+    print(f"http://{arguments.host}:{page.server_port}/?token={token}  (Ctrl-C ends it)", flush=True)
     page.block_thread()
     return 0
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from vlm_dist.data.bounds import tokens_beyond
 from vlm_dist.data.control_tokens import ControlTokens
 from vlm_dist.data.labels import expanded, weights_of
 from vlm_dist.data.messages import as_templates_take_it, joined, says_something
@@ -127,6 +128,7 @@ class Encoder:
         if sample.objects:
             notes -= {("kept", token) for token in self.placing.convention.tokens}
         text = self._render(messages, tools=sample.tools)
+        self._check_beginning(text)
         notes |= left_out(messages, text, sample.tools)
         turns = self._learnt(messages, self._turns(messages, text, sample.tools), notes)
         inputs, picture, offsets, replacements = self._process(text, sample.images)
@@ -166,13 +168,25 @@ class Encoder:
         """Tokens of a conversation in which a picture is one placeholder.
 
         Raises:
-            BadSample: the chat template or the tokenizer refuses it.
+            BadSample: the chat template or the tokenizer refuses it, or it is far too long.
         """
         text = self._render(self._plain_text(messages)[0], tools=tools, **options)
+        self._check_beginning(text)
         try:
             return len(self.processor.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))["input_ids"])
         except Exception as error:  # tokenizers raise whatever they like on text that is none
             raise BadSample(f"tokenizer: {_words(error)}") from None
+
+    def _check_beginning(self, text: str) -> None:
+        """Refuse what is far too long before more is done with it."""
+        if self.on_too_long != "refuse":
+            return
+        try:
+            tokens = tokens_beyond(text, self.max_seq_length, self.processor.tokenizer)
+        except Exception as error:  # tokenizers raise whatever they like on text that is none
+            raise BadSample(f"tokenizer: {_words(error)}") from None
+        if tokens is not None:
+            raise BadSample(f"too long: at least {tokens} tokens, more than data.max_seq_length={self.max_seq_length}; {RAISE_OR_CUT}")
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Unless the chat template wrote them."""

@@ -244,9 +244,7 @@ def _by_class(folder: Path, pictures: list[Path], split: str | None) -> Iterator
     """Pictures in folders whose names say what they show; below train/ and its like only one of those."""
     tops = sorted({path.relative_to(folder).parts[0] for path in pictures})
     if (folder / "labels").is_dir() and (folder / "images").is_dir():
-        raise DataError(
-            f"data pack: '{folder}' is a YOLO data set (images/ and labels/), which is not read; make COCO's JSON or objects of it"
-        )
+        raise DataError(f"data pack: '{folder}' is a YOLO data set (images/, labels/), which is not read; make COCO's JSON of it")
     if all(top.lower() in SPLITS for top in tops):
         chosen = _choose(folder, tops, split)
         pictures = [path for path in pictures if path.relative_to(folder).parts[0] == chosen and len(path.relative_to(folder).parts) > 2]

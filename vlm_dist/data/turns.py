@@ -21,7 +21,8 @@ Render = Callable[..., str]
 """render(messages, add_generation_prompt=False) -> text; raises BadSample."""
 
 MARK = re.compile("\ue000([0-9]+)\ue001")
-THOUGHT = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
+OPENING = re.compile(r"\s*(?:<think>)?\s*")
+CLOSING = "</think>"
 STRIPS: tuple[Callable[[str], str], ...] = (
     lambda text: text, str.strip, str.lstrip, str.rstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"),
     lambda text: text.rstrip("\n"),
@@ -86,12 +87,34 @@ def with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] != "assistant" or place is None or message.get("reasoning_content"):
         return message
     words = message["content"][place]["text"]
-    thought = THOUGHT.match(words)
-    if thought is None or ("<think>" not in thought[1] and "\n" not in thought[3]):  # a sentence about the tag
+    thought = _thought_of(words)
+    if thought is None or ("<think>" not in thought.before and "\n" not in thought.behind):  # a sentence about the tag
         return message
     content = [*message["content"]]
-    content[place] = {**content[place], "text": words[thought.end() :]}
-    return {**message, "content": content, **({"reasoning_content": thought[2]} if thought[2].strip() else {})}
+    content[place] = {**content[place], "text": thought.rest}
+    return {**message, "content": content, **({"reasoning_content": thought.words} if thought.words else {})}
+
+
+class _Thought(NamedTuple):
+    """An answer that thinks between tags, in four pieces."""
+
+    before: str
+    words: str
+    """Without spaces around."""
+    behind: str
+    rest: str
+
+
+def _thought_of(text: str) -> _Thought | None:
+    """Without a regular expression over all of it, which would take time quadratic in its spaces."""
+    end = text.find(CLOSING)
+    opening = OPENING.match(text) if end >= 0 else None
+    if opening is None:
+        return None
+    start = opening.end()
+    words = text[start:end].rstrip()
+    rest = text[end + len(CLOSING) :].lstrip()
+    return _Thought(text[:start], words, text[start + len(words) : len(text) - len(rest)], rest)
 
 
 def assistant_turns(
@@ -135,8 +158,8 @@ def has_reasoning(message: dict[str, Any]) -> bool:
     """Whether a turn thinks before it speaks, in `reasoning_content` or between tags."""
     if str(message.get("reasoning_content") or "").strip():
         return True
-    thought = THOUGHT.match(next((part["text"] for part in message["content"] if "text" in part), ""))
-    return bool(thought and thought[2].strip())
+    thought = _thought_of(next((part["text"] for part in message["content"] if "text" in part), ""))
+    return bool(thought and thought.words)
 
 
 def without_reasoning(text: str) -> str:
@@ -240,12 +263,12 @@ def _with_marks(messages: Messages, thoughts_apart: bool, calls: bool) -> tuple[
             if not part.get("text", "").strip():
                 parts.append(part)
                 continue
-            words, thought = part["text"], THOUGHT.match(part["text"])
-            if thoughts_apart and thought and thought[2].strip():
-                before = thought[1] + mark(number, thought[2], needed=False) + thought[3]
-                parts.append({**part, "text": before + mark(number, words[thought.end() :])})
+            thought = _thought_of(part["text"]) if thoughts_apart else None
+            if thought and thought.words:
+                before = thought.before + mark(number, thought.words, needed=False) + thought.behind
+                parts.append({**part, "text": before + mark(number, thought.rest)})
             else:
-                parts.append({**part, "text": mark(number, words)})
+                parts.append({**part, "text": mark(number, part["text"])})
         if calls and message.get("tool_calls") and not any("text" in part for part in parts):
             parts.append({"type": "text", "text": mark(number, "", needed=False)})  # where the calls begin
         marked.append({**copy, "content": parts})

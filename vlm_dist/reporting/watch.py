@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.hosts import REFUSED, host_check
 from vlm_dist.reporting.report import render_report
 
 
 def serve_report(run_dir: Path, *, host: str, port: int, every: int) -> http.server.ThreadingHTTPServer:
-    """A server of the page, made anew for each visit; the page loads itself again every so many seconds.
+    """A server of the page, made anew for each visit; the page loads itself again every so many seconds. Requests
+    that name another host are refused.
 
     Args:
         port: 0: any that is free.
@@ -20,8 +22,13 @@ def serve_report(run_dir: Path, *, host: str, port: int, every: int) -> http.ser
         MachineError: the port is taken.
     """
 
+    is_ours = host_check(host)
+
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if not is_ours(self.headers.get("Host", "")):
+                self.send_error(421, explain=REFUSED)
+                return
             if self.path not in ("/", "/index.html"):
                 self.send_error(404)
                 return

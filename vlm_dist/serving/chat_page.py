@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.errors import DataError, MachineError
+from vlm_dist.hosts import host_check
 from vlm_dist.serving.chat import Chat
+from vlm_dist.serving.guard import Guard
 
 PICTURES = [".jpg", ".jpeg", ".png", ".webp"]
 LARGEST_UPLOAD = "20mb"
@@ -63,17 +65,24 @@ def build_page(chat: Chat, name: str) -> Any:
     return page
 
 
-def serve_page(chat: Chat, name: str, *, host: str, port: int) -> Any:
-    """Start serving, and return the page; `page.block_thread()` waits for Ctrl-C.
+def serve_page(chat: Chat, name: str, *, host: str, port: int, token: str | None = None) -> Any:
+    """Start serving, and return the page; `page.block_thread()` waits for Ctrl-C. Requests that name another host are refused.
+
+    Args:
+        token: refuse requests without it, see `Guard`; None: none is asked for.
 
     Raises:
         MachineError: Gradio is not installed, or the port is taken.
     """
     page = build_page(chat, name)
+    from starlette.middleware import Middleware
+
+    guard = Middleware(Guard, is_ours=host_check(host), token=token)
     try:
         page.queue(max_size=MOST_WAITING, api_open=False).launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, max_file_size=LARGEST_UPLOAD,
             footer_links=[], css=CSS, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+            app_kwargs={"middleware": [guard]},
         )  # fmt: skip
     except OSError:
         raise MachineError(f"chat: {host}:{port} cannot be listened on; give another --port") from None
