@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import statistics
 import threading
@@ -41,6 +42,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._asked = 0.0
+        self._terminals: list[int] = []
         self._before: dict[int, object] = {}
 
     @property
@@ -53,6 +55,7 @@ class StopRequest:
         return None if self.signal is None else time.monotonic() - self._asked
 
     def __enter__(self) -> StopRequest:
+        self._terminals = [number for number in (1, 2) if _is_terminal(number)]
         main = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handlers
         for number in ASKS_TO_STOP if main else ():
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -65,9 +68,27 @@ class StopRequest:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal, self._asked = number, time.monotonic() if self.signal is None else self._asked
+
+    def _leave_terminal(self) -> None:
+        """Where it is gone, every word to it would be an error, and end the run before it has saved."""
+        for number in self._terminals:
+            if not _is_terminal(number):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+
+
+def _is_terminal(number: int) -> bool:
+    """Whether a file descriptor is of a terminal that is there."""
+    try:
+        return os.isatty(number)
+    except OSError:
+        return False
 
 
 def poisoned_unless_finite(loss: torch.Tensor) -> torch.Tensor:
