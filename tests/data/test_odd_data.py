@@ -177,7 +177,7 @@ def test_a_tally_is_told_in_words():
 
 
 def test_every_sample_is_too_long_before_the_first_step(run, tmp_path):
-    with pytest.raises(DataError, match="none of the first 8 samples can be used; s.*too long"):
+    with pytest.raises(DataError, match=r"none of the first 8 samples can be used; s.*too long"):
         run(good(), "data.max_seq_length=8")
     assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
 
