@@ -78,7 +78,7 @@ def test_from_each_stage_to_the_next(stage, tmp_path):
     uninterrupted = take_snapshot(one, keep=True)
     for another in (stage, (stage + 1) % 4):
         two = engine(another, other=True)
-        assert load_checkpoint(path, two, "base") == {"step": 3, **STATE}
+        assert load_checkpoint(path, two, "base") == {"step": 3, "version": 3, **STATE}
         again = take_snapshot(two, keep=True)
         assert_same(again.weights, taken.weights)
         assert_same(again.moments, taken.moments)

@@ -15,7 +15,7 @@ from tests.conftest import write_config
 from vlm_dist import FastVisionModel, load_config, train
 from vlm_dist.cli.main import main
 from vlm_dist.errors import ModelError
-from vlm_dist.models.record import read_record
+from vlm_dist.models.record import read_record, write_record
 from vlm_dist.models.trained import load_trained
 from vlm_dist.testing import tiny_checkpoint
 
@@ -52,6 +52,11 @@ def change_json(path: Path, change) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def save_again(adapter: Path) -> None:
+    """As if it had been saved so: what each file holds is right, what it is for is not."""
+    write_record(json.loads((adapter / "vlm_dist.json").read_text()), adapter)
 
 
 def test_contents(adapter):
@@ -119,6 +124,7 @@ def test_other_preprocessing_is_refused_by_name(adapter):
         (config.get("image_processor") or config)["image_mean"] = [0.5, 0.5, 0.5]
 
     change_json(path, other_mean)
+    save_again(adapter)
     with pytest.raises(
         ModelError, match=r"preprocessing differs from training: image_processor.image_mean was \[0.48.*, is \[0.5, 0.5, 0.5\]"
     ):
@@ -128,6 +134,7 @@ def test_other_preprocessing_is_refused_by_name(adapter):
 def test_keys_that_match_nothing_are_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     save_file({key.replace("language_model", "text_model"): value for key, value in load_file(path).items()}, path)
+    save_again(adapter)
     with pytest.raises(ModelError, match=r"28 of the adapter's 44 tensors fit no module of the model, e.g. .*text_model"):
         load_trained(str(adapter), CPU)
 
@@ -135,6 +142,7 @@ def test_keys_that_match_nothing_are_refused(adapter):
 def test_missing_tensors_are_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if "layers.0.mlp" not in key}, path)
+    save_again(adapter)
     with pytest.raises(ModelError, match=r"are missing in adapter_model.safetensors, e.g. .*layers.0.mlp"):
         load_trained(str(adapter), CPU)
 
@@ -142,6 +150,7 @@ def test_missing_tensors_are_refused(adapter):
 def test_changed_weights_give_other_logits(adapter):
     path = adapter / "adapter_model.safetensors"
     save_file({key: value + 0.1 if "lora_B" in key else value for key, value in load_file(path).items()}, path)
+    save_again(adapter)
     with pytest.raises(ModelError, match=r"logits differ from the trained one's by .* \(limit 1%\)"):
         load_trained(str(adapter), CPU)
 

@@ -54,8 +54,10 @@ def digests_of(folder: Path) -> dict[str, str]:
 
 
 def record_digest(record: dict[str, Any]) -> str:
-    """sha256 of a record's own values."""
+    """sha256 of a record's own values, without where the base is, which may be corrected by hand."""
     said = {name: value for name, value in record.items() if name != "record_sha256"}
+    if isinstance(base := said.get("base"), dict):
+        said["base"] = {name: value for name, value in base.items() if name not in ("name", "revision")}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
