@@ -141,7 +141,10 @@ def write_shard(path: Path, samples: list[dict]) -> None:
     from webdataset.writer import TarWriter
 
     partial = path.with_name(f".{path.name}.partial")
-    with TarWriter(str(partial), mtime=0, encoder=False) as writer:
-        for sample in samples:
-            writer.write(sample)
-    partial.rename(path)
+    try:
+        with partial.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+            for sample in samples:
+                writer.write(sample)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
