@@ -19,6 +19,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*torch.utils._pytree.*", category=FutureWarning)
     # torch 2.13: DeepSpeed calls these by their old names at ZeRO stage 3
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated", category=FutureWarning)
+    # Pillow: its own limit of pixels; ours is checked on the same header
+    warnings.filterwarnings("ignore", message=".*could be decompression bomb.*")
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*", category=UserWarning)
 
 

@@ -8,17 +8,28 @@ import logging
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT, child_environment
 from vlm_dist.cli.main import main
 from vlm_dist.data import index as indexing
+from vlm_dist.data import pictures
+from vlm_dist.data.bounds import tokens_beyond
 from vlm_dist.data.dataset import open_dataset
+from vlm_dist.data.encode import Encoder
 from vlm_dist.data.index import scan_shards
 from vlm_dist.data.index_file import INDEX_NAME, Index, read_index, write_index
+from vlm_dist.data.lengths import Ruler
+from vlm_dist.data.pictures import decode_picture, decode_pixels
+from vlm_dist.data.samples import Sample, parse_sample
 from vlm_dist.data.shards import read_in_order
 from vlm_dist.data.storage import Storage
 from vlm_dist.data.tar import BLOCK
@@ -254,3 +265,164 @@ def test_a_damaged_index_of_the_cache_is_made_anew(tmp_path, shards, monkeypatch
         caplog.clear()
         assert len(open_dataset(shards["qa-train"], "x", Storage()).index) == 60
         assert "made anew" in caplog.text and kept.read_bytes() == whole
+
+
+# Samples that are far too long
+
+
+def sample(messages: list[dict]) -> Sample:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    raw = {"__key__": "k", "__url__": "u", "json": json.dumps({"messages": messages}).encode(), "png": file.getvalue()}
+    return parse_sample(raw, max_image_pixels=10**6, caption_prompt="x")
+
+
+def dialogue(turns: int, answer: str = "It is {}.") -> list[dict]:
+    roles = ("user", "assistant")
+    return [{"role": roles[number % 2], "content": (answer if number % 2 else "What is {}?").format(number)} for number in range(turns)]
+
+
+HUGE = 5_000_000
+ENDLESS = {
+    "6,000 turns": dialogue(6000),
+    "6,000 turns with thoughts": dialogue(6000, "<think>hm</think> It is {}."),
+    "words": [*dialogue(1), {"role": "assistant", "content": "some words here " * (HUGE // 16)}],
+    "one word": [*dialogue(1), {"role": "assistant", "content": "a" * HUGE}],
+    "spaces": [*dialogue(1), {"role": "assistant", "content": "x" + " " * HUGE + "y"}],
+    "spaces of a thought": [*dialogue(1), {"role": "assistant", "content": "<think>" + " " * HUGE + "x</thin"}],
+    "a question": [{"role": "user", "content": "why " * (HUGE // 4)}, {"role": "assistant", "content": "a"}],
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("family", ["llava", "qwen3_5"])
+def test_what_is_far_too_long_is_refused_at_once(checkpoint, name, family):
+    """Whatever makes it long, by `encode` and by the ruler that packing asks: well under a second of CPU each."""
+    from transformers import AutoProcessor
+
+    encoder = Encoder(AutoProcessor.from_pretrained(checkpoint(family)), max_seq_length=2048)
+    ruler, given = Ruler(encoder), sample(ENDLESS[name])
+    for call in (lambda: encoder.encode(given), lambda: ruler.measure(given.messages, given.sizes)):
+        before = time.process_time()
+        with pytest.raises(BadSample, match=r"too long: at least \d+ tokens, more than data.max_seq_length=2048; raise it, or set"):
+            call()
+        assert time.process_time() - before < 1.5  # 0.1 to 0.4 s here
+
+
+def test_the_bound_never_refuses_what_fits(llava):
+    """Near the limit the real count decides, to the token."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(llava)
+    for text in ("a " * 300, "the picture shows " * 200, "\U0001f600" * 100, "x" + " " * 3000):
+        given = sample([*dialogue(1), {"role": "assistant", "content": text + "."}])
+        length = Encoder(processor, 10**6).encode(given).length
+        assert Encoder(processor, length).encode(given).length == length
+        with pytest.raises(BadSample, match="too long"):
+            Encoder(processor, length - 1).encode(given)
+        for limit in (length, length + 100):
+            assert tokens_beyond(text, limit, processor.tokenizer) is None
+
+
+def test_thoughts_are_found_as_before():
+    """As the regular expression that took time quadratic in spaces found them."""
+    from vlm_dist.data.turns import _thought_of
+
+    pattern, draw = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)", re.DOTALL), random.Random(0)
+    for _ in range(20_000):
+        text = "".join(draw.choice(["<think>", "</think>", " ", "\n", "a", "b", "<", "\u3000"]) for _ in range(draw.randrange(9)))
+        found, thought = pattern.match(text), _thought_of(text)
+        assert (found is None) == (thought is None)
+        if found and thought:
+            assert (found[1], found[2], found[3], text[found.end() :]) == tuple(thought)
+
+
+# Pictures that are small files and large pictures
+
+
+def encoded(mode: str, size: tuple[int, int], **options) -> bytes:
+    """A PNG of changing values."""
+    import numpy as np
+    from PIL import Image
+
+    width, height = size
+    values = np.add.outer(np.arange(height), np.arange(width))
+    if mode == "I;16":
+        picture = Image.fromarray((values * 300 % 65536).astype(np.uint16))
+    else:
+        picture = Image.fromarray(np.stack([(values * (3 + number)) % 256 for number in range(4)], -1).astype(np.uint8)).convert(mode)
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+KINDS = [
+    ("1", {}), ("L", {}), ("L", {"transparency": 6}), ("P", {}), ("P", {"transparency": bytes(range(256))}), ("RGB", {}),
+    ("RGB", {"transparency": (3, 4, 5)}), ("RGBA", {}), ("LA", {}), ("I;16", {}), ("I;16", {"transparency": 900}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "options"), KINDS)
+def test_pictures_converted_in_strips_are_the_same(mode, options, monkeypatch):
+    """Whatever the strips; compared with one strip, which is Pillow's whole conversion, and on white where nothing covers it."""
+    import numpy as np
+
+    data = encoded(mode, (37, 53), **options)
+    whole = np.array(decode_picture(data, "x", 10**6))
+    for strip in (1, 37, 100, 37 * 52):
+        monkeypatch.setattr(pictures, "STRIP", strip)
+        assert (np.array(decode_picture(data, "x", 10**6)) == whole).all()
+        assert (decode_pixels(data, "x", 10**6).permute(1, 2, 0).numpy() == whole).all()
+
+
+MEASURE = """
+import resource, sys, time
+from vlm_dist.data.pictures import decode_picture
+data = open(sys.argv[1], "rb").read()
+decode_picture(open(sys.argv[2], "rb").read(), "x", 10**8)
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+decode_picture(data, "x", 10**8)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, time.process_time() - began)
+"""
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "I;16"])
+def test_a_small_file_of_a_large_picture_is_decoded_within_a_budget(tmp_path, mode):
+    """At most the picture as it lies in the file and as RGB (4 bytes a pixel each in Pillow), and some strips."""
+    from PIL import Image
+
+    side = 4000
+    options = {"transparency": 0} if mode == "P" else {}
+    Image.new(mode, (side, side)).save(tmp_path / "large.png", **options)
+    Image.new(mode, (16, 16)).save(tmp_path / "small.png", **options)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "large.png"), str(tmp_path / "small.png")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=child_environment(), timeout=120)
+    used, seconds = map(float, told.stdout.split())
+    assert used < side * side * 8 + 60 * 2**20 and seconds < 3, (used / 2**20, seconds)
+
+
+@pytest.mark.filterwarnings("ignore:.*decompression bomb")  # quiet.py says so for the commands
+def test_a_bomb_is_told_by_our_limit():
+    """Pillow has limits of its own; the key that a user can change is what is named."""
+    header = io.BytesIO(encoded("L", (8, 8)))
+    data = bytearray(header.getvalue())
+    for width, height in ((20_000, 20_000), (12_000, 10_000)):
+        data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        with pytest.raises(BadSample, match=r"x: .* pixels, more than data.max_image_pixels=1,000,000$"):
+            decode_picture(bytes(data), "x", 10**6)
+    data[16:24] = (20_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(BadSample, match=r"x: 400,000,000 pixels, more than Pillow opens \(178,956,970\)"):
+        decode_picture(bytes(data), "x", 10**9)
+
+
+def test_no_object_of_python_is_named():
+    whole = encoded("RGBA", (40, 40))
+    others = (b"", b"x", b"\x89PNG\r\n\x1a\n" + bytes(50), b"RIFF\0\0\0\0WEBPVP8 ", b"\xff\xd8\xff")
+    for data in (*others, whole[:20], whole[:60], whole[: len(whole) // 2]):
+        with pytest.raises(BadSample) as told:
+            decode_picture(data, "x.png", 10**6)
+        assert "object at 0x" not in str(told.value) and "_io." not in str(told.value)

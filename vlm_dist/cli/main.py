@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
 
 COMMANDS = (init, data, config, doctor, inspect, plan, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   init            write a first YAML for a model, a card and your data
@@ -66,9 +68,11 @@ def launch(description: str | None, run: Callable[[argparse.Namespace], int], ar
 
 
 def run_reporting(action, *, debug: bool = False) -> int:
-    """Run `action`; a user error becomes one line on standard error and its exit code."""
+    """Run `action`; a user error, or a full disk, becomes one line on standard error and an exit code."""
     try:
-        return action() or 0
+        code = action() or 0
+        sys.stdout.flush()  # what cannot be printed is told here, and not when Python ends
+        return code
     except UserError as error:
         if debug:
             raise
@@ -76,15 +80,37 @@ def run_reporting(action, *, debug: bool = False) -> int:
             print(f"vlm-dist: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
+        _forget_output()
         return 141
-    except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if debug or not _is_disk_full(error):
             raise
-        print(f"vlm-dist: {error.filename or 'writing'}: the disk is full; make room, then run the same command again", file=sys.stderr)
+        place = getattr(error, "filename", None) or "writing"
+        print(f"vlm-dist: {place}: the disk is full; make room, then run the same command again", file=sys.stderr)
+        _forget_output()
         return 5
     except KeyboardInterrupt:
         print("vlm-dist: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Also as libraries in Rust and C++ tell it: in words, as errors of their own."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _forget_output() -> None:
+    """Python writes what waits for standard output once more when it ends; there is nobody to read it, or no room."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # it is no file, as in a notebook
+        return
 
 
 if __name__ == "__main__":

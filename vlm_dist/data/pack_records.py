@@ -24,6 +24,7 @@ from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
+from vlm_dist.run_dir import write_text
 
 LEFT_OUT = "left_out.jsonl"
 UNFINISHED = ".unfinished"  # folder in OUT while shards are being written
@@ -115,7 +116,7 @@ def _begin(out: Path, about: dict[str, Any]) -> Path:
     if present:
         raise DataError(f"data pack: {present[0]} is there already, of another call; use another folder, or delete it")
     unfinished.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(about))
+    write_text(note, json.dumps(about))
     return unfinished
 
 

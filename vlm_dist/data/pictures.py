@@ -26,6 +26,9 @@ ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes")  # libjpeg's warning
 MOST_FILLER = 16  # bytes that some writers leave between segments; more were skipped because the scan is damaged
+STRIP = 2**21  # pixels converted at a time
+BOMB = re.compile(r"\((\d+) pixels\)")  # Pillow's own words for a picture of more than twice its limit
+OBJECT = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
 WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of 16 bits
 SIGNATURES = {
     b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<?xml": "XML",
@@ -63,7 +66,7 @@ def as_rgb(picture: Image) -> Image:
     Raises:
         ValueError: its samples are numbers of more than 16 bits, which have no agreed white.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     if picture.mode in ("I", "F") and picture.format != "PNG":
         raise ValueError(
@@ -74,9 +77,7 @@ def as_rgb(picture: Image) -> Image:
     if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture)
+        return _on_white(picture)
     picture.load()
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
@@ -159,16 +160,35 @@ def what_it_is(data: bytes) -> str:
     return next((words for start, words in SIGNATURES.items() if data.startswith(start)), "no picture that is known here")
 
 
+def _strips(picture: Image) -> Iterator[tuple[int, Image]]:
+    """(first row, piece): a large picture is converted in pieces, so that what is only needed on the way does not take its whole size."""
+    rows = max(1, STRIP // max(1, picture.width))
+    for top in range(0, picture.height, rows):
+        yield top, picture.crop((0, top, picture.width, min(picture.height, top + rows)))
+
+
+def _on_white(picture: Image) -> Image:
+    from PIL import Image
+
+    made = Image.new("RGB", picture.size)
+    for top, piece in _strips(picture):
+        clear = piece.convert("RGBA")
+        made.paste(Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB"), (0, top))
+    return made
+
+
 def _narrow_grey(picture: Image) -> Image:
     """16 bits -> 8; the value that stands for transparency becomes white."""
     import numpy as np
     from PIL import Image
 
-    exif, wide = picture.getexif(), np.asarray(picture)
-    values = (np.clip(wide, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
-    transparent = picture.info.get("transparency")
-    if isinstance(transparent, int):
-        values[wide == transparent] = 255
+    exif, transparent = picture.getexif(), picture.info.get("transparency")
+    values = np.empty((picture.height, picture.width), np.uint8)
+    for top, piece in _strips(picture):
+        wide, place = np.asarray(piece), slice(top, top + piece.height)
+        values[place] = (np.clip(wide, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+        if isinstance(transparent, int):
+            values[place][wide == transparent] = 255
     narrow = Image.fromarray(values)
     if exif.get(ORIENTATION, 1) != 1:
         narrow.getexif()[ORIENTATION] = exif[ORIENTATION]
@@ -197,7 +217,13 @@ def _open_picture(data: bytes, name: str, max_pixels: int, formats: tuple[str, .
     """Reads the header only."""
     from PIL import Image
 
-    picture: Any = Image.open(io.BytesIO(data), formats=formats)
+    try:
+        picture: Any = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        pixels = int(found[1]) if (found := BOMB.search(str(error))) else 0
+        if pixels > max_pixels:
+            raise BadSample(f"{name}: {pixels:,} pixels, more than data.max_image_pixels={max_pixels:,}") from None
+        raise BadSample(f"{name}: {pixels:,} pixels, more than Pillow opens ({2 * (Image.MAX_IMAGE_PIXELS or 0):,})") from None
     if picture.width * picture.height > max_pixels:
         raise BadSample(f"{name}: {picture.width} x {picture.height} pixels, more than data.max_image_pixels={max_pixels:,}")
     return picture
@@ -223,4 +249,5 @@ def _as_bad_sample(name: str, data: bytes, formats: tuple[str, ...] | None = PIC
     except MemoryError:
         raise BadSample(f"{name}: cannot be decoded (not enough memory)") from None
     except Exception as error:  # Pillow's plugins raise whatever they like: OSError, SyntaxError, struct.error, OverflowError, ...
-        raise BadSample(f"{name}: cannot be decoded ({(str(error).splitlines() or [type(error).__name__])[0][:120]})") from None
+        words = OBJECT.sub("it", (str(error).splitlines() or [type(error).__name__])[0][:120])
+        raise BadSample(f"{name}: cannot be decoded ({words})") from None

@@ -127,7 +127,8 @@ class _Part:
 
 def _refuse(error: BaseException) -> bool:
     """webdataset's handler: a shard that fails while it is read ends the run, by name."""
-    raise DataError(f"a shard cannot be read: {error}") from None
+    words = str(error.args[0] if error.args else type(error).__name__).partition(" @ <")[0]
+    raise DataError(f"a shard cannot be read: {words}") from None
 
 
 def _expand_glob(part: str, storage: Storage) -> list[str]:
@@ -141,7 +142,10 @@ def write_shard(path: Path, samples: list[dict]) -> None:
     from webdataset.writer import TarWriter
 
     partial = path.with_name(f".{path.name}.partial")
-    with TarWriter(str(partial), mtime=0, encoder=False) as writer:
-        for sample in samples:
-            writer.write(sample)
-    partial.rename(path)
+    try:
+        with partial.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+            for sample in samples:
+                writer.write(sample)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vlm_dist.data.shards import write_shards
 from vlm_dist.errors import DataError
+from vlm_dist.run_dir import write_text
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -187,7 +188,7 @@ def synthesise(
                 stream = samples(task, split, counts[split], **drawing)
                 write_shards(out, name, stream, samples_per_shard=shard_size, total=counts[split])
             made[name] = sorted(path for path in out.glob(f"{name}-*.tar") if re.fullmatch(rf"{name}-\d+\.tar", path.name))
-    record.write_text(json.dumps(settings, indent=1) + "\n")
+    write_text(record, json.dumps(settings, indent=1) + "\n")
     return made
 
 

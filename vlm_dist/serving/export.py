@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,15 +64,29 @@ def export_run(
     base = base_of(made.adapter, base_model)
     model, processor = load_adapter(made.adapter, base, ranks.device)  # checks the adapter against its record
     comparison, warning = None, ""
-    if to == "adapter":
-        _copy(made.adapter, processor, out, base_model)
-        warning = _what_servers_leave_out(model)
-    else:
-        comparison = _merge(made, model, processor, base, out, onto, samples)
-        if (system := read_system_prompt(made.adapter)) is not None:
-            write_record({"version": 1, "system_prompt": system}, out)
-    _write_card(made, base.name or "", comparison, out)
+    with _whole_or_not_there(out):
+        if to == "adapter":
+            _copy(made.adapter, processor, out, base_model)
+            warning = _what_servers_leave_out(model)
+        else:
+            comparison = _merge(made, model, processor, base, out, onto, samples)
+            if (system := read_system_prompt(made.adapter)) is not None:
+                write_record({"version": 1, "system_prompt": system}, out)
+        _write_card(made, base.name or "", comparison, out)
     return Exported(out, comparison, warning)
+
+
+@contextmanager
+def _whole_or_not_there(out: Path) -> Iterator[None]:
+    """What fails on the way (a full disk) leaves nothing that takes up room, and nothing in the way of the same command."""
+    was_there = out.exists()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
+        if not was_there:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True)
