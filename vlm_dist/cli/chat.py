@@ -28,7 +28,9 @@ def add_parser(commands: Any) -> None:
     add_base_model(parser)
     add_system(parser)
     parser.add_argument("--terminal", action="store_true", help="talk here, without a page")
-    parser.add_argument("--host", default="127.0.0.1", help="of the page; the address that is printed has the token that it asks for (default 127.0.0.1)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="of the page, which asks for the token of the printed address (default 127.0.0.1)"
+    )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (default 7860)")
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="in the terminal, for the first question")
     parser.add_argument("--compare", action="store_true", help="in the terminal, after each answer what the base would have said")
