@@ -307,3 +307,27 @@ def test_bytes_beside_the_picture_are_left_out_and_told(folder, capsys):
     assert "'depth' is left out of 1 records" in out and "'mask' is left out of 1 records" in out
     with tarfile.open(folder / "out" / "train-000000.tar") as tar:
         assert tar.getnames() == ["train-00000000.jpg", "train-00000000.json"]
+
+
+def test_dotted_names_and_a_repeated_member_of_a_tar_are_told(folder):
+    """One odd sample ends no packing; the reason names what was found and the rule."""
+    jpg = (folder / "0.jpg").read_bytes()
+    names = [("v1.0.jpg", jpg), ("v1.0.txt", b"a"), ("w.jpg", jpg), ("w.jpg", jpg), ("w.txt", b"b"), ("x.jpg", jpg), ("x.txt", b"c")]
+    with tarfile.open(folder / "odd.tar", "w") as tar:
+        for name, content in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert pack(folder / "odd.tar", folder / "out") == 0 and len(packed(folder / "out")) == 1
+    left = (folder / "out" / "left_out.jsonl").read_text()
+    assert "the files of 'v1': 0.jpg, 0.txt; a name's key ends at its first dot" in left and len(left.splitlines()) == 2
+
+
+def test_what_nothing_will_read_is_told_with_its_number(folder, capsys):
+    turns = [{"role": "user", "content": "<image>?", "mood": 1}, {"role": "assistant", "content": "red"}]
+    rows = [{"messages": turns, "images": ["0.jpg"], "tone": "kind"}, {"messages": turns, "images": ["0.jpg"]}]
+    (folder / "r.json").write_text(json.dumps(rows))
+    assert pack(folder / "r.json", folder / "out") == 0
+    said = capsys.readouterr().out
+    assert "keys of the JSON that nothing reads: tone (1 sample)" in said
+    assert "keys of a turn that nothing reads: mood (2 samples)" in said

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import DataConfig
+from vlm_dist.data import tally
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.picture_sources import name_of, read_source
 from vlm_dist.data.pictures import Size, as_rgb, decode_picture, frames_of, picture_extension, readable_formats
@@ -107,6 +108,11 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
     if len(splits) > 1:
         each = ", ".join(f"{name} ({count:,})" for name, count in splits.items())
         lines.append(f"records of several splits are packed together: {each}; leave out what is to be held apart")
+    unread = {
+        kind: {name.removeprefix(f"unread {kind} "): count for name, count in notes.most_common() if name.startswith(f"unread {kind} ")}
+        for kind in ("key", "turn key")
+    }
+    lines += tally.in_words({kind: names for kind, names in unread.items() if names})
     for name, count in sorted(notes.items()):
         if name.startswith("key "):
             lines.append(f"'{name.removeprefix('key ')}' is left out of {count:,} records: it is no text, number or list of them")

@@ -18,10 +18,11 @@ from typing import Any
 
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import Columns, canonical
-from vlm_dist.data.messages import check_messages, read_messages
+from vlm_dist.data.messages import check_messages, read_messages, unread_keys
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
+from vlm_dist.data.samples import METADATA
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
 from vlm_dist.run_dir import write_text
@@ -263,6 +264,8 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
         made["caption"] = made.pop("captions")[0]
     if not pictures:
         notes["no picture"] += 1
+    notes.update(f"unread key {str(key)[:60]}" for key, value in made.items() if key not in METADATA and value is not None)
+    notes.update(f"unread turn key {key}" for key in unread_keys(made.get("messages") or ()))
     if isinstance(made.get("split"), str):
         notes[f"split {made['split'][:40]}"] += 1
     several = len(pictures) > 1

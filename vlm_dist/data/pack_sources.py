@@ -13,6 +13,7 @@ from vlm_dist.data.layout_values import PICTURE_KEYS
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.data.pack_files import decoded, read_folder, read_records
 from vlm_dist.data.pack_tables import HubRecords, ParquetRecords, choose_split
+from vlm_dist.data.samples import members_found
 from vlm_dist.errors import BadSample, DataError
 
 PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)")
@@ -85,7 +86,11 @@ def _open_all(source: str, paths: list[Path], split: str | None) -> Sequence[Any
     with paths[0].open("rb") as file:
         is_parquet = file.read(4) == b"PAR1" or paths[0].suffix.lower() == ".parquet"
     if is_parquet:
-        return ParquetRecords([str(path) for path in choose_split(paths, split, source)])
+        chosen = choose_split(paths, split, source)
+        records = ParquetRecords([str(path) for path in chosen])
+        if len(chosen) < len(paths):
+            records.about += f"; {len(paths) - len(chosen)} files of other splits are left out, --split names one"
+        return records
     words = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
     return _listed((record for path in paths for record in read_records(path)), words)
 
@@ -149,6 +154,8 @@ def _record_of(raw: dict[str, Any]) -> dict[str, Any]:
         record = {"captions": record} if all(isinstance(item, str) for item in record) else {"messages": record}
     if not isinstance(record, dict):
         raise BadSample(f"{raw['__key__']}.json: expected an object with 'messages', 'conversations' or 'captions'")
+    if not record and not text:
+        raise BadSample(f"no text: expected json, txt, text or caption{members_found(raw)}")
     layout = layout_of(record)
     if text and not record.get("captions") and (layout is None or layout.name == "captions"):
         record = {**record, "caption": text}

@@ -86,7 +86,7 @@ def parse_sample(
     record = _canonical(raw)
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
-    check_messages(messages, len(members), _found(raw))
+    check_messages(messages, len(members), members_found(raw))
     decode = decode_pixels if as_pixels else decode_picture
     images = [decode(raw[member], member, max_image_pixels) for member in members]
     meta = {key: value for key, value in record.items() if key not in ("messages", "images")}
@@ -103,7 +103,7 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
     record = _canonical(raw)
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
-    check_messages(messages, len(members), _found(raw))
+    check_messages(messages, len(members), members_found(raw))
     sizes = [picture_size(raw[member], member, max_image_pixels) for member in members]
     return Outline(messages, sizes, _tools(record), _objects(raw, record, messages, sizes))
 
@@ -141,7 +141,7 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
     try:
         return canonical(record)
     except BadSample as reason:
-        raise BadSample(f"json: {reason}{_found(raw)}") from None
+        raise BadSample(f"json: {reason}{members_found(raw)}") from None
 
 
 def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, draw: str | None) -> list[dict]:
@@ -178,7 +178,7 @@ def _caption(raw: dict[str, Any]) -> str:
         raise BadSample(f"{member}: {error}") from None
     if not caption.strip():
         expected = "json with 'messages', 'conversations', 'captions' or 'objects', or txt with a caption"
-        raise BadSample(f"no text: expected {expected}{_found(raw)}")
+        raise BadSample(f"no text: expected {expected}{members_found(raw)}")
     return text_of(caption.strip())
 
 
@@ -189,7 +189,7 @@ def _one_of(captions: Any, key: str, draw: str | None) -> str:
     return text_of(captions[number].strip())
 
 
-def _found(raw: dict[str, Any]) -> str:
+def members_found(raw: dict[str, Any]) -> str:
     """A sample's members in words, and the rule that made them one sample."""
     members = [name for name in raw if not name.startswith("__")]
     shown = ", ".join(members[:8]) + (f" and {len(members) - 8} more" if len(members) > 8 else "")
