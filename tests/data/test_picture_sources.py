@@ -186,3 +186,11 @@ def test_a_redirect_or_a_name_does_not_lead_inside(server, monkeypatch):
     monkeypatch.setattr(Fetcher, "check", lambda *_: None)  # the name was harmless when it was asked; the connection is not
     with pytest.raises(BadSample, match="inside a network"):
         Fetcher().read(f"{server}/a b.png")
+
+
+def test_bytes_written_as_base64_in_an_object():
+    from vlm_dist.data.picture_sources import read_source
+
+    assert read_source({"bytes": base64.b64encode(b"\xff\xd8\xff picture").decode()}) == b"\xff\xd8\xff picture"
+    with pytest.raises(BadSample):
+        read_source({"bytes": "no base64 !"})

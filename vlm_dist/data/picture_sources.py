@@ -42,6 +42,8 @@ def read_source(source: Any, base: Path = Path(), fetcher: Fetcher | None = None
     if isinstance(source, dict):
         if isinstance(source.get("bytes"), bytes | bytearray | memoryview) and len(source["bytes"]):
             return bytes(source["bytes"])
+        if isinstance(source.get("bytes"), str) and source["bytes"].strip():
+            return from_base64(source["bytes"])
         named = source_of({key: value for key, value in source.items() if key != "bytes" or isinstance(value, str)})
         if named is None or isinstance(named, dict):
             raise BadSample(f"a picture is an object with {', '.join(map(str, source)) or 'nothing'}; expected bytes, path, url or base64")
