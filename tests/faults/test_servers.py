@@ -66,6 +66,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.folder, self.faults, self.always, self.asked = folder, [], None, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def handle_error(self, *_: object) -> None:
+        return None  # a client that hangs up: no words beside the command's own
+
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.server_port}/{path}"
 

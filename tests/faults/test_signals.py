@@ -22,6 +22,14 @@ from vlm_dist.training.health import StopRequest
 from vlm_dist.training.progress import interrupted_in_words
 
 
+@pytest.fixture(autouse=True)
+def hangup_is_heard():
+    """Also where the tests themselves run under nohup, which has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def folder_of(settings: dict) -> Path:
     return Path(settings["output_dir"]) / settings["name"]
 
