@@ -172,6 +172,7 @@ def _work(settings: dict[str, Any]) -> None:
     import ray
     from ray.train import get_context
 
+    from vlm_dist.training.lost import RankLost
     from vlm_dist.training.train import train
 
     outcome, context = settings["outcome"], get_context()
@@ -180,6 +181,8 @@ def _work(settings: dict[str, Any]) -> None:
     os.chdir(settings["cwd"])
     try:
         summary = train(Config(**settings["config"]), resume_anyway=settings["again"])
+    except RankLost:  # no mistake: Ray starts the others again
+        raise
     except UserError as error:
         ray.get(outcome.fail.remote(str(error), error.exit_code))
         for _ in range(MISTAKE_TIMEOUT_S * 5):
