@@ -22,7 +22,7 @@ from vlm_dist.data.lengths import Ruler
 from vlm_dist.data.samples import outline, parse_sample
 from vlm_dist.errors import BadSample
 
-TRIES = int(os.environ.get("FUZZ_TRIES", "25"))
+TRIES = int(os.environ.get("FUZZ_TRIES", "10"))
 LONGEST_S = 30.0  # of one sample: what takes longer hangs
 MOST_GROWN = 2 * 2**30  # bytes of the process over all tries
 OPTIONS: dict[str, Any] = {"max_image_pixels": 2_000_000, "caption_prompt": "What is it?"}
