@@ -6,12 +6,9 @@ import json
 import math
 from typing import Any
 
+from vlm_dist.data.layout_turns import ROLES
 from vlm_dist.errors import BadSample
 
-ROLES = {
-    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-    "chatbot": "assistant", "system": "system", "tool": "tool",
-}  # fmt: skip
 HANDED_ON = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 """Keys of a turn that the chat template gets as they are."""
 WEIGHTS = ("weight", "loss", "train")
@@ -105,9 +102,9 @@ def _message(turn: Any) -> dict[str, Any]:
         raise BadSample(f"json: a turn is a {type(turn).__name__}; expected an object with 'role' and 'content'")
     role_key, content_key = (next((key for key in keys if key in turn), keys[0]) for keys in (("role", "from"), ("content", "value")))
     role = turn.get(role_key)
-    role = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    role = ROLES.get(role.strip().casefold()) if isinstance(role, str) else None
     if role is None:
-        raise BadSample(f"json: a turn's '{role_key}' is {str(turn.get(role_key))[:60]!r}; expected one of {', '.join(ROLES)}")
+        raise BadSample(f"json: a turn's '{role_key}' is {str(turn.get(role_key))[:60]!r}; expected user, assistant, system or tool")
     message: dict[str, Any] = {"role": role, "content": _parts(turn.get(content_key), content_key, role == "assistant" and turn)}
     message |= {key: turn[key] for key in HANDED_ON if turn.get(key) is not None}
     if "tool_calls" in message:

@@ -13,11 +13,10 @@ from vlm_dist.data.layout_values import PICTURE_KEYS
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.data.pack_files import decoded, read_folder, read_records
 from vlm_dist.data.pack_tables import HubRecords, ParquetRecords, choose_split
-from vlm_dist.data.samples import members_found
+from vlm_dist.data.samples import TEXT_MEMBERS, members_found
 from vlm_dist.errors import BadSample, DataError
 
 PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)")
-TEXT_MEMBERS = ("txt", "text", "caption")
 
 
 class Listed(list):

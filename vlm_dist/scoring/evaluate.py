@@ -10,6 +10,7 @@ from typing import Any
 from vlm_dist.config import Config, EvaluationConfig
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoded, Encoder
+from vlm_dist.data.layout_values import texts_of
 from vlm_dist.data.placing import objects_answered
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.turns import has_reasoning, without_reasoning
@@ -27,8 +28,6 @@ from vlm_dist.scoring.metrics import (
     of_whole_set,
     value_of,
 )
-
-ANSWER_KEYS = ("answer", "text", "caption", "value", "raw")  # of an object that holds an answer
 
 
 @dataclass
@@ -182,17 +181,8 @@ def question_of(sample: Sample) -> list[dict[str, Any]]:
 def right_answers(sample: Sample) -> list[str]:
     """What the last turn says, and what the sample's `captions` or `answers` say besides."""
     truth = without_reasoning(_text(sample.messages[len(question_of(sample))]))
-    others = [text for name in ("captions", "answers", "answer") for text in _texts(sample.meta.get(name))]
+    others = [text for name in ("captions", "answers", "answer") for text in texts_of(sample.meta.get(name))]
     return others if truth in others else [truth, *others]
-
-
-def _texts(value: Any) -> list[str]:
-    """One text, several, or objects that hold one each, as VQA has them."""
-    if isinstance(value, str):
-        return [value]
-    found = value if isinstance(value, list) else []
-    inner = [next((one[key] for key in ANSWER_KEYS if key in one), None) if isinstance(one, dict) else one for one in found]
-    return [text for text in inner if isinstance(text, str)]
 
 
 def _row(encoder: Encoder, given: Sample, answer: str, metrics: dict[str, Metric]) -> dict[str, Any]:
