@@ -16,7 +16,7 @@ from vlm_dist.config import Config
 from vlm_dist.data.collate import Positions
 from vlm_dist.data.dataset import Dataset, open_datasets
 from vlm_dist.data.encode import Encoder
-from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.quarantine import HOPELESS, Quarantine
 from vlm_dist.data.stream import Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import DataError
@@ -30,8 +30,6 @@ from vlm_dist.models.going_on import settle
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.processor import load_processor
 from vlm_dist.run_dir import RunDir
-
-FIRST = 20  # samples of which one must be usable
 
 
 @dataclass
@@ -94,7 +92,7 @@ class Inputs:
             DataError: none of the first samples can be used.
         """
         stream, problem = self.stream(), ""
-        count = min(FIRST, stream.num_samples)
+        count = min(HOPELESS, stream.num_samples)
         for slot in itertools.islice(stream.measured(), count):
             if slot.problem is None:
                 return

@@ -85,7 +85,7 @@ def refuse_useless(progress: Progress, config: Config, stream: Stream, steps: in
         DataError: on every rank alike.
     """
     drawn = progress.data_step * stream.global_batch
-    if progress.data_step != progress.step or config.data.packing or drawn - stream.global_batch >= stream.num_samples > 1:
+    if progress.data_step != progress.step or config.data.packing or drawn - stream.global_batch >= stream.num_samples:
         return
     if drawn < stream.num_samples and progress.step < steps:
         return
