@@ -19,6 +19,7 @@ from tests.warm import Warm, warm_ranks
 from vlm_dist import load_config, train
 from vlm_dist.checkpoints.form import verify_checkpoint
 from vlm_dist.cli.main import main
+from vlm_dist.data.shards import read_in_order
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.training import outcome
 
@@ -132,6 +133,29 @@ def test_a_rank_with_text_alone_beside_one_with_pictures(config, reference, shar
     expected = reference("mixed-here", *data)
     for stage in (0, 1, 2, 3):
         assert losses_of(tmp_path / "runs" / f"mixed-{stage}") == pytest.approx(expected, rel=1e-4), stage
+
+
+def test_held_out_samples_that_ranks_have_unequally(config, shards, tmp_path):
+    """Text alone, no question, an odd number: no rank waits in an evaluation for what another does not run; all others are scored."""
+    from webdataset.writer import TarWriter
+
+    turns = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"}]
+    with TarWriter(str(tmp_path / "odd.tar")) as tar:
+        for number in range(4):
+            tar.write({"__key__": f"odd-{number}", "json": {"messages": turns[1:] if number == 1 else turns}})
+        for raw in read_in_order(shards["qa-heldout"][:1]):
+            tar.write({name: raw[name] for name in ("__key__", "jpg", "json")})
+            break
+    evaluation = ["evaluation.samples=5", "evaluation.batch_size=1", "evaluation.max_new_tokens=2", "health.timeout_s=60"]
+    data = [f"data.heldout={json.dumps([str(tmp_path / 'odd.tar')])}", *evaluation, "training.steps=1", "training.micro_batch=2"]
+    runs = [[*data, f"name=uneven-{stage}", f"engine.zero_stage={stage}"] for stage in (0, 3)]
+    two_ranks("tests/launch/many.py", many(config, runs, tmp_path))
+    for stage in (0, 3):
+        run = tmp_path / "runs" / f"uneven-{stage}"
+        assert [row["number"] for row in read_jsonl(run / "samples" / "after.jsonl")] == [0, 2, 3, 4]
+        assert [(row["key"], row["reason"]) for row in read_jsonl(run / "quarantine.jsonl")] == [
+            ("odd-1", "no question stands before the answer")
+        ]
 
 
 def test_resuming_at_other_world_sizes_and_stages(config, reference, tmp_path):

@@ -1,7 +1,6 @@
 """Messages and pictures -> tokens, pixels and labels, through the processor's own chat template.
 
-Shapes: L tokens in one sample. A label is the token itself where the assistant speaks (its text and its end-of-turn), else -100; a token
-that stands for a piece of a picture never has one.
+Shapes: L tokens in one sample. A label is the token itself where the assistant speaks (words and end-of-turn), but for pictures; else -100.
 """
 
 from __future__ import annotations
@@ -163,6 +162,13 @@ class Encoder:
             text = self._render(plain, tools=tools, add_generation_prompt=True)
         inputs, picture, _, _ = self._process(text, images)
         return Encoded(key, inputs, inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORED), picture, notes)
+
+    def blank(self) -> Encoded:
+        """A blank picture and no label. It joins a batch that has no picture, so that every rank runs the vision tower in every
+        batch: else ZeRO's collectives would differ between ranks (DeepSpeed#7170)."""
+        from PIL import Image
+
+        return self.encode_prompt([{"role": "user", "content": [{"type": "image"}]}], [Image.new("RGB", (56, 56))])
 
     def count_text(self, messages: list[dict], tools: Tools = None, **options: Any) -> int:
         """Tokens of a conversation in which a picture is one placeholder.

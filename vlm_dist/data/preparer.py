@@ -92,14 +92,6 @@ class Preparer:
     def parse(self, raw: dict[str, Any]) -> Sample:
         return parse_sample(raw, draw=raw["__draw__"], as_pixels=self.encoder.takes_pixels, **self._options)
 
-    def blank(self) -> Encoded:
-        """A blank picture and no label. It joins a micro-batch that has no picture, so that every rank runs the vision tower in every
-        micro-batch: else ZeRO's collectives would differ between ranks (DeepSpeed#7170)."""
-        from PIL import Image
-
-        message = {"role": "user", "content": [{"type": "image"}]}
-        return self.encoder.encode_prompt([message], [Image.new("RGB", (56, 56))])
-
     @property
     def _options(self) -> dict[str, Any]:
         return {"max_image_pixels": self.config.max_image_pixels, "caption_prompt": self.config.caption_prompt}

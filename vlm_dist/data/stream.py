@@ -255,7 +255,7 @@ class Stream:
                 step.labels[number] += count_labels(sample)
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
             if not any("pixel_values" in sample.inputs for sample in samples):
-                kept.append([self.preparer.blank()])
+                kept.append([self.encoder.blank()])
             kept = [row for row in kept if row]
             if self.pack:
                 batch = collate_packed(kept, pad, self.positions)

@@ -98,10 +98,16 @@ def evaluate(
                 asked.append((number, sample, _prompt(encoder, sample)))
             except BadSample as reason:
                 refused.append((number, str(reason)))
-        if asked:
-            inputs = collate([prompt for _, _, prompt in asked], encoder.processor.tokenizer.pad_token_id, side="left")
-            answers = generate(model, encoder.processor, inputs, config.max_new_tokens)
-            rows += [(number, _row(encoder, sample, answer, metrics)) for (number, sample, _), answer in zip(asked, answers, strict=True)]
+        prompts = [prompt for _, _, prompt in asked]
+        together = ranks.world_size > 1
+        if together and not any("pixel_values" in prompt.inputs for prompt in prompts):
+            prompts.append(encoder.blank())  # each rank runs every part of the model as often as the others
+        if prompts:
+            inputs = collate(prompts, encoder.processor.tokenizer.pad_token_id, side="left")
+            options = {"synced_gpus": True} if together else {}
+            answers = generate(model, encoder.processor, inputs, config.max_new_tokens, **options)
+            said = zip(asked, answers[: len(asked)], strict=True)
+            rows += [(number, _row(encoder, sample, answer, metrics)) for (number, sample, _), answer in said]
     parts = ranks.gather((rows, refused))
     ordered = sorted((one for part, _ in parts for one in part), key=lambda one: one[0])
     problems = sorted(one for _, part in parts for one in part)
