@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -36,39 +35,24 @@ from vlm_dist.distributed import alone
 from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import read_jsonl, write_json
 from vlm_dist.testing import tiny_checkpoint
+from vlm_dist.testing.server import FileHandler
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTIONS = ("kill", "kill", "terminate", "pause", "lose a rank")
 TOLERANCE = 1e-4  # of losses and adapter: sums over other numbers of ranks round otherwise
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
+class Handler(FileHandler):
     """Files with ranges; every so often a 503, a cut or a slow answer."""
 
-    protocol_version = "HTTP/1.1"
     server: Server
 
     def do_GET(self) -> None:
         path, fault = Path(self.translate_path(self.path)), self.server.next_fault()
-        if not path.is_file():
-            return self.send_error(404)
-        if fault == "503":
-            return self.send_error(503)
-        content, code = path.read_bytes(), 200
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            content, code = content[int(found[1]) : int(found[2] or len(content) - 1) + 1], 206
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-        if fault == "slow":
-            time.sleep(1)
-        self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
-        self.close_connection = fault == "cut"
-        return None
-
-    def log_message(self, *_: object) -> None:
-        return None
+        if not path.is_file() or fault == "503":
+            self.send_error(503 if path.is_file() else 404)
+        else:
+            self.send_file(path, fault)
 
 
 class Server(http.server.ThreadingHTTPServer):

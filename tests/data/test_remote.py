@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
@@ -28,41 +27,22 @@ from vlm_dist.data.shards import find_paths, read_in_order
 from vlm_dist.data.storage import Storage
 from vlm_dist.data.stream import open_stream
 from vlm_dist.errors import DataError
+from vlm_dist.testing.server import FileHandler
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
+class Handler(FileHandler):
     """Files with ranges, and the faults that the server's `faults` names, one a request: 503, cut, slow, short."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         data = Path(self.translate_path(self.path))
         fault = self.server.next_fault()
         if not data.is_file():
             self.send_error(404)
-            return
-        if isinstance(fault, int):
+        elif isinstance(fault, int):
             self.send_error(fault)
-            return
-        content, code = data.read_bytes(), 200
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end = int(match[1]), int(match[2] or len(content) - 1)
-            content, code = content[start : end + 1], 206
-            self.server.served[self.path] += len(content)
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-        if fault == "slow":
-            time.sleep(2)
-        if fault == "cut":
-            self.wfile.write(content[: len(content) // 2])
-            self.close_connection = True
-            return
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        return None
+        else:
+            status, sent = self.send_file(data, fault, slow_s=2)
+            self.server.served[self.path] += sent * (status == 206)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -184,7 +164,7 @@ def test_a_server_without_ranges(served, monkeypatch):
     server, _ = served
     monkeypatch.setattr(storing, "ATTEMPTS", 2)
     dataset = open_dataset([f"{server.address}/part-0.tar"], "x", Storage())
-    monkeypatch.setattr(re, "fullmatch", lambda *_: None)
+    server.faults = ["whole"] * 4
     with pytest.raises(DataError, match="sends whole files, not the ranges"):
         dataset.raw(0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import email.utils
 import http.server
 import logging
-import re
 import socket
 import threading
 import time
@@ -22,12 +21,11 @@ from vlm_dist.data.addresses import is_inside, redirect_problem
 from vlm_dist.data.dataset import open_dataset
 from vlm_dist.data.storage import Storage
 from vlm_dist.errors import DataError
+from vlm_dist.testing.server import FileHandler
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(FileHandler):
     """Files below `server.folder`. `server.faults`, one a request: a status, (status, headers), or "whole" (ranges are not known)."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -38,24 +36,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.server.folder / self.path.lstrip("/").partition("?")[0]
         if fault is None and not path.is_file():
             fault = 404
-        if fault not in (None, "whole"):
-            status, headers = fault if isinstance(fault, tuple) else (fault, {})
-            self.send_response(status)
-            for name, value in {"Content-Length": "0", **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
+        if fault in (None, "whole"):
+            self.send_file(path, fault)
             return
-        content, status = path.read_bytes(), 200
-        if fault != "whole" and (match := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
-            content, status = content[int(match[1]) : int(match[2]) + 1], 206
+        status, headers = fault if isinstance(fault, tuple) else (fault, {})
         self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        return None
 
 
 class Server(http.server.ThreadingHTTPServer):
