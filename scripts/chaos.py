@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -39,6 +40,7 @@ from vlm_dist.testing.server import FileHandler
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTIONS = ("kill", "kill", "terminate", "pause", "lose a rank")
+CONTINUING = re.compile(r"continuing from .* \(step (\d+)\)")
 TOLERANCE = 1e-4  # of losses and adapter: sums over other numbers of ranks round otherwise
 
 
@@ -87,13 +89,18 @@ class Run:
         steps = [row["step"] for row in read_jsonl(self.folder / "metrics.jsonl") if "loss" in row]
         return steps[-1] if steps else 0
 
+    @property
+    def log(self) -> Path:
+        """What the last start printed."""
+        return self.folder.parent / f"{self.folder.name}-{self.starts}.log"
+
     def start(self, ranks: int) -> subprocess.Popen:
         self.starts += 1
         train = [str(ROOT / "launch" / "train.py"), "--config", str(self.config)]
         several = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-        log = (self.folder.parent / f"{self.folder.name}-{self.starts}.log").open("w")
+        log = self.log.open("w")
         return subprocess.Popen(
             [sys.executable, *(several if ranks > 1 else []), *train],
             env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -128,11 +135,11 @@ class Run:
             if not seen and now and (now != before or before == 0):
                 seen = True
                 self.recovered_s.append(time.monotonic() - began)
-                first = next((row["step"] for row in read_jsonl(self.folder / "events.jsonl")[::-1] if "continu" in str(row)), None)
-                self.steps_lost += max(0, before - (first if first is not None else min(before, now)))
             if until is not None and now >= until:
                 self.disturb(process, action)
                 until = None
+        told = CONTINUING.search(self.log.read_text(errors="replace"))
+        self.steps_lost += before - (int(told[1]) if told else 0) if seen else 0
         return process.returncode
 
 
