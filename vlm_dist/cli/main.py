@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, init, inspect, plan, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
+from vlm_dist.disk import is_of_disk, remedy, why
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
+from vlm_dist.redaction import redacted_screen
 
 COMMANDS = (init, data, config, doctor, inspect, plan, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
@@ -66,7 +67,12 @@ def launch(description: str | None, run: Callable[[argparse.Namespace], int], ar
 
 
 def run_reporting(action, *, debug: bool = False) -> int:
-    """Run `action`; a user error becomes one line on standard error and its exit code."""
+    """Run `action`; a user error becomes one line on standard error and its exit code. No secret is printed."""
+    with redacted_screen():
+        return _reporting(action, debug=debug)
+
+
+def _reporting(action, *, debug: bool) -> int:
     try:
         return action() or 0
     except UserError as error:
@@ -77,9 +83,10 @@ def run_reporting(action, *, debug: bool = False) -> int:
     except BrokenPipeError:
         return 141
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if debug or not is_of_disk(error):
             raise
-        print(f"vlm-dist: {error.filename or 'writing'}: the disk is full; make room, then run the same command again", file=sys.stderr)
+        what = str(error.filename or "a file")
+        print(f"vlm-dist: {what[:160]}: {why(error)}; {remedy(error)}, then run the same command again", file=sys.stderr)
         return 5
     except KeyboardInterrupt:
         print("vlm-dist: interrupted", file=sys.stderr)

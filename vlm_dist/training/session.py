@@ -69,7 +69,7 @@ class Session:
         """Continue from the newest whole checkpoint, if there is one."""
         checkpoint = self.saver.newest()
         if checkpoint is None:
-            self.log.rewind(-1)
+            self.log.rewind(-1, events=True)
             return Progress()
         state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
         self.stream.restore(state["data"])
@@ -77,7 +77,7 @@ class Session:
         self.loaded.prompts.restore(state.get("prompts", []))
         self.patience.restore(state["patience"])
         self._end_early(state["step"])
-        self.log.rewind(state["step"])
+        self.log.rewind(state["step"], events=True)
         self.log.say(f"continuing from {checkpoint} (step {state['step']})")
         progress = Progress(**state["progress"])
         self._wall_before = progress.wall_s

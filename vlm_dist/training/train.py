@@ -10,14 +10,11 @@ from vlm_dist import distributed
 from vlm_dist.config import Config
 from vlm_dist.data.heldout import read_heldout
 from vlm_dist.deepspeed_config import check_batches
-from vlm_dist.environment import write_environment
-from vlm_dist.errors import UserError
 from vlm_dist.inputs.opened import open_inputs
 from vlm_dist.models.going_on import settle
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.planning.fits import check_fits
 from vlm_dist.quiet import quiet_libraries
-from vlm_dist.run_dir import RunDir
 from vlm_dist.scoring.evaluate import check_metrics
 from vlm_dist.training import outcome
 from vlm_dist.training.audit import FirstStep
@@ -28,6 +25,7 @@ from vlm_dist.training.optim import learning_rate
 from vlm_dist.training.prepare import load_trainable, open_training_stream
 from vlm_dist.training.rehearsal import rehearse
 from vlm_dist.training.session import Session
+from vlm_dist.training.start import Start, begin
 from vlm_dist.training.watchdog import note_earlier_start
 
 
@@ -40,23 +38,27 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     Raises:
         UserError: configuration, data, model, checkpoint or machine is not fit for it; says what to do.
     """
-    import torch
-
     quiet_libraries()
     ranks = distributed.start()
     config = settle(config)
     check_batches(config, ranks.world_size)
     check_metrics(config)
-    run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
-    finished = run.read_summary()
-    if finished and finished["ended"] == "finished" and Path(finished["result"]).exists() and not resume_anyway:
-        return {**finished, "already_finished": True}
-    write_environment(run, ranks)
+    started = time.monotonic()
+    with begin(config, ranks, resume_anyway=resume_anyway) as start:
+        finished = start.run.read_summary()
+        if finished and finished["ended"] == "finished" and Path(finished["result"]).exists() and not resume_anyway:
+            return {**finished, "already_finished": True}
+        return _train(start, started)
+
+
+def _train(start: Start, started: float) -> dict[str, Any]:
+    import torch
+
+    config, run, ranks = start.config, start.run, start.ranks
     if ranks.is_first:
         note_earlier_start(run)
     ranks.barrier()
     stream = None
-    started = time.monotonic()
     try:
         inputs = open_inputs(config, run, ranks)
         check_fits(inputs, ranks)
@@ -65,26 +67,22 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         stream = open_training_stream(inputs, loaded.model, ranks)
         heldout = read_heldout(config.data, config.evaluation.samples, inputs.quarantine)
         with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started) as session:
-            return _run_loop(config, session, stop)
+            return _run_loop(start, session, stop)
     except torch.OutOfMemoryError as error:
-        problem = out_of_memory(config, error)
-        outcome.record_failure(run, ranks, str(problem))
-        raise problem from None
-    except UserError as error:
-        outcome.record_failure(run, ranks, str(error))
-        raise
+        raise out_of_memory(config, error) from None
     finally:
         if stream is not None:
             stream.close()
 
 
-def _run_loop(config: Config, session: Session, stop: StopRequest) -> dict[str, Any]:
+def _run_loop(start: Start, session: Session, stop: StopRequest) -> dict[str, Any]:
     import torch
 
-    engine, stream, ranks, log, watchdog, health = (
-        session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
+    config, engine, stream, ranks, log, watchdog, health = (
+        start.config, session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
     )  # fmt: skip
     progress = session.restore()
+    start.claim()
     outcome.announce(config, session.run, session.loaded, stream, session.steps, progress.step, log)
     if progress.step == 0:
         session.evaluate(0, "before")
