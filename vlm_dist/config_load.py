@@ -91,6 +91,11 @@ def differing(configs: Sequence[Config], sections: Iterable[str]) -> list[tuple[
     return [(key, each) for key, each in values if len(set(each)) > 1]
 
 
+def without_secrets(config: Config) -> Config:
+    """The same as others may read it."""
+    return Config.model_validate(redacted_tree(config.model_dump(mode="json")))
+
+
 def refuse_without_secrets(config: Config, keys: Iterable[str] = ()) -> None:
     """What a run keeps of its configuration holds no secrets, and so cannot fetch what needs one.
 

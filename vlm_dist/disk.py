@@ -18,7 +18,7 @@ _REMEDIES = {
     errno.ESTALE: "mount the file system again",
     errno.ENOENT: "the folder is gone or its link leads nowhere: restore it, or give one elsewhere",
     errno.ENOTDIR: "a part of the path is a file: move it away, or give a folder elsewhere",
-    errno.EEXIST: "a file is where a folder must be: move it away",
+    errno.EEXIST: "a file, or a link to nowhere, is where a folder must be: move it away",
     errno.EISDIR: "a folder is where a file must be: move it away",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "its links lead in a circle: remove one",

@@ -11,6 +11,7 @@ Written to a temporary folder, each file and the folder flushed to disk, then re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.disk import again, why
 from vlm_dist.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot, state: dict[st
         shutil.rmtree(temporary, ignore_errors=True)
         left = find_checkpoints(folder)
         kept = f"the last good one, {left[0]}, is intact" if left else "there is no earlier one"
-        raise CheckpointError(f"checkpoint {path}: cannot be written, {why_not_written(error)}; {kept}. {again(error)}") from None
+        raise CheckpointError(f"checkpoint {path}: cannot be written, {why_not_written(error)}; {kept}. {MAKE_ROOM}") from None
     return path
 
 
@@ -159,7 +159,8 @@ def _write_manifest(folder: Path) -> None:
 
 def why_not_written(error: Exception) -> str:
     """The reason in words. safetensors hides the error number in its message."""
-    return why(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return "the disk is full" if full else str(error).splitlines()[0]
 
 
 def _sha256(path: Path) -> str:

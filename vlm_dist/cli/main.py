@@ -85,7 +85,7 @@ def _reporting(action, *, debug: bool) -> int:
     except OSError as error:
         if debug or not is_of_disk(error):
             raise
-        what = str(error.filename or "a file")
+        what = str(error.filename or "writing")
         print(f"vlm-dist: {what[:160]}: {why(error)}; {remedy(error)}, then run the same command again", file=sys.stderr)
         return 5
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_dist.config import Config, LoraConfig
-from vlm_dist.redaction import redacted
 
 NOT_SCORES = ("exact_match", "samples", "by_kind", "step")
 
@@ -38,7 +37,7 @@ def model_card(
     form = "NF4 with double quantisation" if config.model.load_in_4bit else config.model.dtype
     length = f"{config.training.steps} steps" if config.training.steps else f"{config.training.epochs:g} epochs"
     what = "A LoRA adapter for" if merged is None else "A 16-bit model: base and adapter merged. Base:"
-    sources = ", ".join(f"`{redacted(pattern)}`" for pattern in config.data.train_shards)
+    sources = ", ".join(f"`{pattern}`" for pattern in config.data.train_shards)
     return f"""---
 base_model: {base}
 library_name: {"peft" if merged is None else "transformers"}

@@ -192,6 +192,7 @@ def _work(settings: dict[str, Any]) -> None:
             if ray.get(outcome.ranks_that_told.remote()) == context.get_world_size():
                 return
             time.sleep(0.2)
+        error.args = (redacted(str(error)),)  # Ray prints it
         raise  # the others wait for this rank: Ray must end them
     finally:
         sys.stdout.flush()

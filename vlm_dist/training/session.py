@@ -12,6 +12,7 @@ from typing import Any
 from vlm_dist.checkpoints.saver import Saver
 from vlm_dist.checkpoints.snapshot import load_checkpoint
 from vlm_dist.config import Config
+from vlm_dist.config_load import without_secrets
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Stream, merge_states
 from vlm_dist.data.tally import in_words, summed
@@ -149,7 +150,7 @@ class Session:
         if progress.step < self.steps:
             return self._interrupted(replace(progress, wall_s=self.wall_s), stop_signal)
         self.evaluate(progress.step, "after")
-        outcome.export(self.config, self.run, self.engine, self.loaded, self.ranks, self.log)
+        outcome.export(without_secrets(self.config), self.run, self.engine, self.loaded, self.ranks, self.log)
         return self._finished(replace(progress, wall_s=self.wall_s))
 
     def _finished(self, progress: Progress) -> dict[str, Any]:

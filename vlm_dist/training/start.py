@@ -143,7 +143,7 @@ def _changed_by_hash(start: Start, problem: ConfigError) -> list[str]:
 
 def _refuse_file(folder: Path) -> None:
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise MachineError(f"{folder}: is no folder, but a file or a link to nowhere; move it away, then run the same command again")
+        raise MachineError(f"{folder}: is a file or a link to nowhere, expected a folder; move it away, then run the same command again")
 
 
 def _release(lock: RunLock) -> None:
