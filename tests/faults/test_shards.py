@@ -321,12 +321,11 @@ def test_what_is_cut_is_not_read_to_its_end(checkpoint, name, family, monkeypatc
     encoder = Encoder(AutoProcessor.from_pretrained(checkpoint(family)), max_seq_length=256, on_too_long="truncate")
     tokenizer, seen = type(encoder.processor.tokenizer), []
     real = tokenizer._encode_plus
-    counted = lambda self, text, *more, **options: (
+
+    def counted(self, text, *more, **options):
         seen.append(max(map(len, [text] if isinstance(text, str) else text)))
-        or real(  # noqa: E731
-            self, text, *more, **options
-        )
-    )
+        return real(self, text, *more, **options)
+
     monkeypatch.setattr(tokenizer, "_encode_plus", counted)
     given = sample(ENDLESS[name])
     if name == "a question":
