@@ -16,7 +16,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from vlm_dist.config import Config
+from vlm_dist.config_text import read_config_text, read_value, read_yaml
 from vlm_dist.errors import ConfigError
+from vlm_dist.redaction import lacks_secret, redacted_tree
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -28,15 +30,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: one line per problem: file, line, key, what was found, what is expected.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give a YAML configuration such as configs/quickstart.yaml")
-    return parse_config(path.read_text(encoding="utf-8"), overrides, source=str(path))
+    return parse_config(read_config_text(Path(path)), overrides, source=str(path))
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config") -> Config:
     """Like `load_config`, for YAML in a string; `source` names it in errors."""
-    tree, lines = _read_yaml(text, source)
+    tree, lines = read_yaml(text, source)
     for override in overrides:
         _apply(tree, lines, override)
     try:
@@ -47,7 +46,7 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config
 
 
 def dump_config(config: Config) -> str:
-    """The whole resolved configuration as YAML."""
+    """The whole resolved configuration as YAML, without secrets."""
     from ruamel.yaml import YAML
     from ruamel.yaml.compat import StringIO
 
@@ -55,7 +54,7 @@ def dump_config(config: Config) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.dump(config.model_dump(mode="json"), stream)
+    yaml.dump(redacted_tree(config.model_dump(mode="json")), stream)
     return stream.getvalue()
 
 
@@ -84,12 +83,38 @@ def differences(old: Config, new: Config, sections: Iterable[str], harmless: Ite
 
 
 def differing(configs: Sequence[Config], sections: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each as JSON) of the leaves in the given top-level sections that are not alike in all."""
-    flat = [dict(_leaves(config.model_dump(mode="json"))) for config in configs]
+    """(key, its value in each as JSON) of the leaves in the given top-level sections that are not alike in all, secrets left out."""
+    flat = [dict(_leaves(redacted_tree(config.model_dump(mode="json")))) for config in configs]
     wanted = tuple(sections)
     keys = dict.fromkeys(key for one in flat for key in one if key.split(".")[0] in wanted)
     values = [(key, [json.dumps(one.get(key)) for one in flat]) for key in keys]
     return [(key, each) for key, each in values if len(set(each)) > 1]
+
+
+def without_secrets(config: Config) -> Config:
+    """The same as others may read it."""
+    return Config.model_validate(redacted_tree(config.model_dump(mode="json")))
+
+
+def refuse_without_secrets(config: Config, keys: Iterable[str] = ()) -> None:
+    """What a run keeps of its configuration holds no secrets, and so cannot fetch what needs one.
+
+    Args:
+        keys: only these are looked at; none: all.
+
+    Raises:
+        ConfigError: an address lacks its secret.
+    """
+    wanted = tuple(keys)
+    for key, value in _leaves(config.model_dump(mode="json")):
+        if wanted and key not in wanted:
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and lacks_secret(text):
+                raise ConfigError(
+                    f"{key}: '{_cut(text)}' lacks what a run's config.yaml leaves out (password, key or signature); "
+                    f"start from your own configuration, or give {key}=ADDRESS"
+                )
 
 
 def explain() -> Iterator[tuple[str, str, str, str]]:
@@ -102,51 +127,16 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
-def _read_yaml(text: str, source: str) -> tuple[dict, dict[tuple, int]]:
-    from ruamel.yaml import YAML, YAMLError
-    from ruamel.yaml.constructor import DuplicateKeyError
-
-    try:
-        document = YAML(typ="rt", pure=True).load(text)
-    except DuplicateKeyError as error:
-        mark = error.problem_mark
-        line = mark.line + 1 if mark else "?"
-        problem = (error.problem or "a key is given twice").split(" with value")[0]
-        raise ConfigError(f"{source}:{line}: {problem}; keep one of the two") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else "?"
-        raise ConfigError(f"{source}:{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{source}: expected keys and values such as 'name: my-run', found {type(document).__name__}")
-    lines: dict[tuple, int] = {}
-    return _plain(document, (), lines), lines
-
-
-def _plain(node: Any, path: tuple, lines: dict[tuple, int]) -> Any:
-    """Plain Python values of a ruamel tree; the line of every key goes into `lines`."""
-    if isinstance(node, dict):
-        for key in node:
-            lines[(*path, key)] = node.lc.key(key)[0] + 1  # pyright: ignore[reportAttributeAccessIssue]
-        return {key: _plain(value, (*path, key), lines) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value, (*path, number), lines) for number, value in enumerate(node)]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
-
-
 def _apply(tree: dict, lines: dict[tuple, int], override: str) -> None:
-    from ruamel.yaml import YAML, YAMLError
-
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise ConfigError(f"command line: '{override}' is no override; expected KEY=VALUE such as optim.lr=2e-4")
     try:
-        value = _plain(YAML(typ="rt", pure=True).load(text), (), {}) if text else None
-    except YAMLError:
-        raise ConfigError(f"command line: the value in '{override}' is not valid YAML") from None
+        value = read_value(text, "value") if text else None
+    except ConfigError as error:
+        problem = str(error).partition(": ")[2]
+        problem = " is not valid YAML" if problem.startswith("not valid") else f": {problem}"
+        raise ConfigError(f"command line: the value in '{_cut(override)}'{problem}") from None
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -157,6 +147,10 @@ def _apply(tree: dict, lines: dict[tuple, int], override: str) -> None:
     for known in [path for path in lines if path[: len(parents) + 1] == (*parents, last)]:
         del lines[known]
     lines[(*parents, last)] = 0  # 0: from the command line
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _describe(problem: Any, lines: dict[tuple, int], source: str) -> str:

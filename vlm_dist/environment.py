@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from importlib import metadata
 from typing import Any
 
 from vlm_dist.distributed import Ranks
-from vlm_dist.run_dir import RunDir, write_json
+from vlm_dist.redaction import redacted_words
+from vlm_dist.run_dir import PRIVATE, RunDir, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "webdataset", "triton", "ray", "wandb", "numpy", "pillow")
 
@@ -20,7 +20,7 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
     import torch
 
     return {
-        "command": [redact(argument) for argument in sys.argv],
+        "command": redacted_words(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -33,12 +33,7 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
 
 def write_environment(run: RunDir, ranks: Ranks) -> None:
     if ranks.is_first:
-        write_json(run.environment, describe_environment(ranks))
-
-
-def redact(argument: str) -> str:
-    """`some_token=abc` -> `some_token=...`"""
-    return re.sub(r"(?i)((?:key|token|secret|password)[^=]*=).+", r"\1...", argument)
+        write_json(run.environment, describe_environment(ranks), mode=PRIVATE)
 
 
 def _version(package: str) -> str | None:

@@ -6,9 +6,12 @@ import logging
 import os
 import warnings
 
+from vlm_dist.redaction import redact_log
+
 
 def quiet_libraries() -> None:
-    """Call once, before the heavy libraries are imported."""
+    """Call once, before the heavy libraries are imported. From then on what the log prints holds no secrets."""
+    redact_log()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # A repository's `kernels/` folder on the path is no reason to speak of Hugging Face's optional package of that name.

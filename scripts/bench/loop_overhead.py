@@ -88,7 +88,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             overrides = [f"output_dir={folder}", f"name=round-{number}", f"training.steps={arguments.steps}", "data.heldout=[]"]
             config = load_config(arguments.config, [*overrides, "checkpoint.save_every=0", "log.every=1000000", "log.wandb=disabled"])
-            run = RunDir.open(config)
+            run = RunDir(Path(config.output_dir) / config.name)
+            run.log(0).parent.mkdir(parents=True)
             steps = prepared_steps(config, run, ranks, arguments.steps)
             bare, ours = bare_loop(config, run, steps, ranks), our_loop(config, run, steps)
         rounds.append({"bare_s": bare, "ours_s": ours, "ratio": ours / bare})

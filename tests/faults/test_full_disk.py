@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, child_environment
-from vlm_dist.cli.main import _is_disk_full, main
+from vlm_dist.cli.main import main
 from vlm_dist.data.index_file import INDEX_NAME
+from vlm_dist.disk import disk_error
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can only be mounted by root")
 
@@ -139,7 +140,7 @@ def test_a_full_disk_is_known_in_every_form():
     except RuntimeError as error:
         caused = error
     assert (
-        all(map(_is_disk_full, (text, caused, OSError(122, "x"))))
-        and not _is_disk_full(OSError(5, "x"))
-        and not _is_disk_full(ValueError("x"))
+        all(map(disk_error, (text, caused, OSError(122, "x"), OSError(5, "x"))))
+        and disk_error(OSError(111, "x")) is None
+        and disk_error(ValueError("x")) is None
     )

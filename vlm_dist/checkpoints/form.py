@@ -12,7 +12,6 @@ scores of its evaluation) is added to state.json; meanwhile the manifest knows b
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.disk import again, why
 from vlm_dist.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
@@ -33,7 +33,6 @@ STATE = "state.json"
 STATE_VERSION = 3
 MANIFEST_VERSION = 1
 OF_STATE = {"step": int, "progress": dict, "data": dict, "health": dict, "patience": dict, "base_fingerprint": str}  # what is needed
-MAKE_ROOM = "Make room, then run the same command again to continue"
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +74,7 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot, state: dict[st
         shutil.rmtree(temporary, ignore_errors=True)
         left = find_checkpoints(folder)
         kept = f"the last good one, {left[0]}, is intact" if left else "there is no earlier one"
-        raise CheckpointError(f"checkpoint {path}: cannot be written, {why_not_written(error)}; {kept}. {MAKE_ROOM}") from None
+        raise CheckpointError(f"checkpoint {path}: cannot be written, {why(error)}; {kept}. {again(error)}") from None
     return path
 
 
@@ -132,9 +131,7 @@ def amend_state(path: Path, changes: dict[str, Any], sent: Callable[[Path], obje
         _replace(manifest, json.dumps(after, indent=1) + "\n")
         sent(manifest)
     except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {path}: its scores cannot be added, {why_not_written(error)}; it is intact. {MAKE_ROOM}"
-        ) from None
+        raise CheckpointError(f"checkpoint {path}: its scores cannot be added, {why(error)}; it is intact. {again(error)}") from None
 
 
 def kept_in_words(folder: Path) -> str:
@@ -241,12 +238,6 @@ def _write_manifest(folder: Path) -> None:
     manifest.write_text(json.dumps({"version": MANIFEST_VERSION, "sha256": {file.name: _sha256(file) for file in files}}, indent=1) + "\n")
     _flush(manifest)
     _flush(folder)
-
-
-def why_not_written(error: Exception) -> str:
-    """The reason in words. safetensors hides the error number in its message."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    return "the disk is full" if full else str(error).splitlines()[0]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from vlm_dist.cli.starter import starter_file
 from vlm_dist.config import Config
 from vlm_dist.config_load import load_config
 from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.redaction import redacted
 
 PORT = 29_500
 
@@ -101,6 +102,9 @@ def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
     workers = f"ray.workers={arguments.gpus * arguments.nodes}"
     if arguments.address is None:
         return [_python(), *_training(arguments, "ray_train.py"), workers]
+    for override in arguments.overrides:
+        if redacted(override) != override:
+            raise ConfigError(f"launch: '{redacted(override)}' holds a secret, and Ray shows the command of a job; write it into the YAML")
     left_out = '{"excludes": [".venv", ".git", "data", "runs"]}'
     job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", left_out, "--"]
     return [_beside_python("ray"), *job, _python(), *_training(arguments, "ray_train.py"), workers]

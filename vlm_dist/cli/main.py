@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,11 +10,12 @@ from collections.abc import Callable, Sequence
 from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, init, inspect, plan, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
+from vlm_dist.disk import disk_error, remedy, why
 from vlm_dist.errors import UserError
 from vlm_dist.quiet import quiet_libraries
+from vlm_dist.redaction import redacted_screen
 
 COMMANDS = (init, data, config, doctor, inspect, plan, train, launch_command, evaluate, report, checkpoints, generate, chat, export)
-FULL = (errno.ENOSPC, errno.EDQUOT)
 DESCRIPTION = """Train vision-language models from tar shards, on one GPU or many, from one YAML.
 
 prepare   init            write a first YAML for a model, a card and your data
@@ -68,7 +68,12 @@ def launch(description: str | None, run: Callable[[argparse.Namespace], int], ar
 
 
 def run_reporting(action, *, debug: bool = False) -> int:
-    """Run `action`; a user error, or a full disk, becomes one line on standard error and an exit code."""
+    """Run `action`; a user error, or a disk that fails, becomes one line on standard error and an exit code. No secret is printed."""
+    with redacted_screen():
+        return _reporting(action, debug=debug)
+
+
+def _reporting(action, *, debug: bool) -> int:
     try:
         code = action() or 0
         sys.stdout.flush()  # what cannot be printed is told here, and not when Python ends
@@ -83,26 +88,16 @@ def run_reporting(action, *, debug: bool = False) -> int:
         _forget_output()
         return 141
     except Exception as error:
-        if debug or not _is_disk_full(error):
+        failed = disk_error(error)
+        if debug or failed is None:
             raise
-        place = getattr(error, "filename", None) or "writing"
-        print(f"vlm-dist: {place}: the disk is full; make room, then run the same command again", file=sys.stderr)
+        what = str(getattr(failed, "filename", None) or "writing")
+        print(f"vlm-dist: {what[:160]}: {why(failed)}; {remedy(failed)}, then run the same command again", file=sys.stderr)
         _forget_output()
         return 5
     except KeyboardInterrupt:
         print("vlm-dist: interrupted", file=sys.stderr)
         return 130
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Also as libraries in Rust and C++ tell it: in words, as errors of their own."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _forget_output() -> None:

@@ -38,7 +38,7 @@ def content_digests(dataset: Dataset) -> dict[str, str]:
 
     with ThreadPoolExecutor(16 if dataset.is_remote else 2, "content") as pool:
         digests = list(pool.map(digest, range(len(index.shards))))
-    return dict(_grouped([shard.rsplit("/", 1)[-1] for shard in index.shards], digests))
+    return dict(_grouped(index.names, digests))
 
 
 def _spread(sizes: list[int], pieces: int) -> list[list[int]]:

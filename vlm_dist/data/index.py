@@ -8,7 +8,6 @@ user's cache.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +26,7 @@ from vlm_dist.data.cache import cache_folder
 from vlm_dist.data.index_file import INDEX_NAME, VERSION, Index, read_index, write_index
 from vlm_dist.data.storage import Storage, is_remote
 from vlm_dist.data.tar import BLOCK, check_end, check_start, scan
+from vlm_dist.disk import remedy, why
 from vlm_dist.errors import DataError
 
 RECORD = 10_240  # bytes that tar pads an archive to
@@ -113,9 +113,7 @@ def index_folders(shards: Sequence[str], storage: Storage, out: Path | None = No
             try:
                 write_index(index, Path(path))
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise DataError(f"{path}: cannot be written, the disk is full; make room, or give a folder with --out") from None
-                raise DataError(f"{path}: cannot be written ({error.strerror}); give a folder with --out") from None
+                raise DataError(f"{path}: cannot be written, {why(error)}; {remedy(error)}, or give a folder with --out") from None
         written.append(Written(path, len(members), len(index), int(index.sizes.sum())))
     return written
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlm_dist.data.tar import BLOCK
 from vlm_dist.errors import DataError
+from vlm_dist.redaction import redacted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,10 +59,14 @@ class Index:
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
 
     @cached_property
+    def names(self) -> list[str]:
+        """The shards' file names; of an address without what signs it, which the next start may have anew."""
+        return [(redacted(shard) if "://" in shard else shard).rsplit("/", 1)[-1] for shard in self.shards]
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of the shards' names, sizes and counts: whether two starts of a run see the same data."""
-        names = [shard.rsplit("/", 1)[-1] for shard in self.shards]
-        return hashlib.sha256(json.dumps([names, self.sizes.tolist(), self.counts.tolist()]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.names, self.sizes.tolist(), self.counts.tolist()]).encode()).hexdigest()
 
     def place(self, number: int) -> Place:
         """Where sample `number` is: binary search over the shards, nothing else."""

@@ -6,7 +6,6 @@ pauses; it never makes a sample unusable. Where a server says how long to wait (
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import logging
@@ -22,6 +21,7 @@ from typing import IO, Any, TypeVar
 
 from vlm_dist.data.cache import RangeCache, cache_folder
 from vlm_dist.data.web import RangeFile, asked_pause, client_maker, read_range
+from vlm_dist.disk import FULL
 from vlm_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class Storage:
                 raise
             except Exception as error:
                 cause = _cause(error)
-                if isinstance(cause, DataError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(cause, DataError) or getattr(cause, "errno", None) in FULL:
                     raise cause from None
                 reason = _words(cause)
                 is_gone = isinstance(error, FileNotFoundError | PermissionError) and not _may_pass(cause)

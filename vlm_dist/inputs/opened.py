@@ -13,10 +13,12 @@ from typing import Any
 
 from vlm_dist import distributed
 from vlm_dist.config import Config
+from vlm_dist.config_load import refuse_without_secrets
 from vlm_dist.data.collate import Positions
 from vlm_dist.data.dataset import Dataset, open_datasets
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.quarantine import HOPELESS, Quarantine
+from vlm_dist.data.quarantine_redacted import RedactedQuarantine
 from vlm_dist.data.stream import Stream
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import DataError
@@ -112,17 +114,19 @@ def open_inputs(config: Config, run: RunDir, ranks: Ranks) -> Inputs:
     """Find the model (a new one is made first, in the run directory) and read its configuration and processor. Every rank must call it.
 
     Raises:
+        ConfigError: an address lacks its secret: the configuration is what a run keeps.
         ModelError: no such checkpoint, or an architecture or processor that is not supported.
         DataError: a new model needs a tokenizer, and there is no text to train one on.
     """
     config = settle(config)
+    refuse_without_secrets(config)
     adapter = find_adapter(config.model.name) if config.model.name is not None else None
     if adapter is not None:
         check_files(adapter)
     source = str(base_of(adapter).name) if adapter else model_source(config, run, ranks)
     hf_config, family = read_model_config(config.model, source)
     processor = load_processor(config.model, str(adapter) if adapter and has_processor(adapter) else source)
-    quarantine = Quarantine(run.quarantine, config.data.max_bad_fraction)
+    quarantine = RedactedQuarantine(run.quarantine, config.data.max_bad_fraction)
     return Inputs(config, source, hf_config, family, processor, quarantine, adapter)
 
 

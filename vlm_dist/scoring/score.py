@@ -8,10 +8,10 @@ from typing import Any
 
 from vlm_dist import distributed
 from vlm_dist.config import DataConfig, EvaluationConfig
-from vlm_dist.config_load import load_config
+from vlm_dist.config_load import load_config, refuse_without_secrets
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.heldout import read_heldout
-from vlm_dist.data.quarantine import Quarantine
+from vlm_dist.data.quarantine_redacted import RedactedQuarantine
 from vlm_dist.errors import ConfigError, DataError
 from vlm_dist.models.adapters import is_adapter, run_of
 from vlm_dist.models.source import looks_like_path
@@ -44,7 +44,7 @@ def score_run(
     ranks = distributed.start()
     with tempfile.TemporaryDirectory() as folder:  # unusable samples are named in the run's own list, if there is a run
         listed = run.quarantine if run.config.exists() else Path(folder) / run.quarantine.name
-        quarantine = Quarantine(listed, settings.max_bad_fraction)
+        quarantine = RedactedQuarantine(listed, settings.max_bad_fraction)
         heldout = read_heldout(settings, samples, quarantine)
         if not heldout:
             raise DataError("no held-out sample to score; name shards with --data")
@@ -62,6 +62,8 @@ def _settings(run: RunDir, source: str, data: list[str] | None) -> tuple[DataCon
     """Those of the run, or the default ones."""
     if run.config.exists():
         config = load_config(run.config)
+        if data is None:
+            refuse_without_secrets(config, ("data.heldout",))
         return config.data if data is None else config.data.model_copy(update={"heldout": data}), config.evaluation
     if looks_like_path(source) and not is_adapter(run.path) and not (run.path / "config.json").exists():
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
-from vlm_dist.run_dir import RunDir, read_jsonl, write_text
+from vlm_dist.redaction import RedactRecords, redacted
+from vlm_dist.run_dir import RunDir, append_row, read_jsonl, write_text
 from vlm_dist.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ class Log:
         self._tracker: Tracker | None = None
         self._bar = self._task = None
         self._file = logging.FileHandler(_made(run.log(ranks.rank)), encoding="utf-8")
+        self._folder = _identity(run.path)
         self._screen = logging.StreamHandler(sys.stdout)
+        for handler in (self._file, self._screen):
+            handler.addFilter(RedactRecords())
 
     def __enter__(self) -> Log:
         ours = logging.getLogger("vlm_dist")
@@ -56,7 +61,7 @@ class Log:
     def say(self, text: str) -> None:
         """One line for people: on the first rank's screen and in its log file."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._bar.console.print(redacted(text), highlight=False, markup=False, soft_wrap=True)
             self._file.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None))
         else:
             logger.info(text)
@@ -67,14 +72,24 @@ class Log:
             if not quiet:
                 self.say(f"step {step}: {kind}: {text}")
             row = {"time": round(time.time(), 3), "step": step, "event": kind, "text": text, **details}
-            with self.run.events.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(self.run.events, row)
 
-    def rewind(self, step: int) -> None:
-        """Forget the lines after `step`: steps that were done after the checkpoint from which the run continues."""
-        if self.ranks.is_first and self.run.metrics.exists():
+    def rewind(self, step: int, *, events: bool = False) -> None:
+        """Forget the lines after `step`: steps that were done after the checkpoint from which the run continues.
+
+        Args:
+            events: those of these steps too, when they are done again. (After a rollback they have happened.)
+        """
+        if not self.ranks.is_first:
+            return
+        if self.run.metrics.exists() or step > 0:
             kept = [row for row in read_jsonl(self.run.metrics) if row["step"] <= step]
             write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            if lost := missing({row["step"] for row in kept if "loss" in row}, step):
+                self.say(f"{self.run.metrics}: the lines of {lost} are lost; curves have a gap there")
+        if events and self.run.events.exists():
+            left = events_until(read_jsonl(self.run.events), step)
+            write_text(self.run.events, "".join(json.dumps(row) + "\n" for row in left))
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step's numbers."""
@@ -114,10 +129,15 @@ class Log:
         return found
 
     def _write(self, row: dict[str, Any]) -> None:
-        with self.run.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._see_folder()
+        append_row(self.run.metrics, row)
         if self._tracker is not None:
             self._tracker.log(row)
+
+    def _see_folder(self) -> None:
+        """What is written into a folder that took the place of the run's (deleted, unmounted) would be lost, or fill another disk."""
+        if _identity(self.run.path) != self._folder:
+            raise FileNotFoundError(errno.ENOENT, "it is not the folder any more in which the run began", str(self.run.path))
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -172,6 +192,33 @@ class StepTimer:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def missing(steps: set[int], last: int) -> str:
+    """Which of the steps 1 to `last` are not among these, in words; empty if none is."""
+    gone = [step for step in range(1, last + 1) if step not in steps]
+    if not gone:
+        return ""
+    span = f"step {gone[0]}" if len(gone) == 1 else f"{len(gone)} steps between {gone[0]} and {gone[-1]}"
+    return span if len(gone) == 1 or len(gone) < gone[-1] - gone[0] + 1 else f"steps {gone[0]} to {gone[-1]}"
+
+
+def events_until(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The events that have happened for a run that continues from the checkpoint of `step`: what was told before a rollback that this
+    checkpoint knows of stays, whatever its step; of the rest what belongs to later steps goes, for they are done again."""
+    saves = [place for place, row in enumerate(rows) if row["event"] == "checkpoint" and row["step"] == step]
+    known = rows[: saves[-1]] if saves else []
+    rollbacks = [place for place, row in enumerate(known) if row["event"] == "rollback"]
+    settled = rollbacks[-1] + 1 if rollbacks else 0
+    return rows[:settled] + [row for row in rows[settled:] if row["step"] <= step]
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _made(path: Path) -> Path:

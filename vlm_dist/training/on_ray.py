@@ -18,6 +18,7 @@ from typing import Any
 from vlm_dist.config import Config, RayConfig
 from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.errors import ConfigError, MachineError, UserError
+from vlm_dist.redaction import redacted
 from vlm_dist.run_dir import RunDir
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")  # no secrets: Ray shows them
@@ -29,10 +30,14 @@ MISTAKE_TIMEOUT_S = 15  # until every rank has met a mistake that all will meet
 class _Outcome:
     """An actor that remembers how the run ended: what workers return, Ray does not hand on."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config  # kept here, since Ray shows a job's settings
         self.summary: dict[str, Any] | None = None
         self.mistake: tuple[str, int] | None = None
         self.told = 0
+
+    def what(self) -> dict[str, Any]:
+        return self.config
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.summary = summary
@@ -67,11 +72,11 @@ def train_on_ray(config: Config, *, resume_anyway: bool = False) -> dict[str, An
         workers, use_gpu = _workers(config)
         reserved = {"CPU": config.ray.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a node that may be lost
-        outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote()
+        outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote(config.model_dump(mode="json"))
         run = RunDir(Path(config.output_dir) / config.name)
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"config": config.model_dump(mode="json"), "cwd": os.getcwd(), "again": resume_anyway, "outcome": outcome},
+            train_loop_config={"cwd": os.getcwd(), "again": resume_anyway, "outcome": outcome},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=reserved),
             run_config=RunConfig(
@@ -109,6 +114,7 @@ def _connect(config: RayConfig) -> None:
     import ray
 
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment = {name: redacted(value) for name, value in environment.items()}
     environment["PYTHONPATH"] = os.pathsep.join(_python_path())
     address = config.address or os.environ.get("RAY_ADDRESS") or _cluster_here()
     try:
@@ -180,7 +186,7 @@ def _work(settings: dict[str, Any]) -> None:
         return
     os.chdir(settings["cwd"])
     try:
-        summary = train(Config(**settings["config"]), resume_anyway=settings["again"])
+        summary = train(Config(**ray.get(outcome.what.remote())), resume_anyway=settings["again"])
     except RankLost:  # no mistake: Ray starts the others again
         raise
     except UserError as error:
@@ -189,6 +195,7 @@ def _work(settings: dict[str, Any]) -> None:
             if ray.get(outcome.ranks_that_told.remote()) == context.get_world_size():
                 return
             time.sleep(0.2)
+        error.args = (redacted(str(error)),)  # Ray prints it
         raise  # the others wait for this rank: Ray must end them
     finally:
         sys.stdout.flush()

@@ -14,8 +14,10 @@ from typing import Any
 from vlm_dist.config import Config
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Counts, Step, Stream
+from vlm_dist.disk import again, why
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import CheckpointError, DataError
+from vlm_dist.redaction import redacted_tree
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, read_json, read_jsonl, write_json, write_text
 from vlm_dist.training.log import Log, StepTimer
 from vlm_dist.training.prepare import Loaded
@@ -26,8 +28,8 @@ THUMBNAIL = 128  # pixels on the longer side
 
 
 def config_hash(config: Config) -> str:
-    """sha256 of the sections that decide a run's numbers."""
-    decisive = {name: value for name, value in config.model_dump(mode="json").items() if name in DECISIVE_SECTIONS}
+    """sha256 of the sections that decide a run's numbers, secrets left out: what signs an address may be renewed."""
+    decisive = {name: redacted_tree(value) for name, value in config.model_dump(mode="json").items() if name in DECISIVE_SECTIONS}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -162,7 +164,6 @@ def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], numbers: 
 
 def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Ranks, log: Log) -> None:
     """The final adapter (loads with plain PEFT) or model (loads with plain transformers), and the processor beside it."""
-    from vlm_dist.checkpoints.form import MAKE_ROOM, why_not_written
     from vlm_dist.checkpoints.snapshot import gather_weights
     from vlm_dist.inputs.prompts import only_one
     from vlm_dist.models.card import model_card
@@ -187,7 +188,7 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
             card = model_card(config, base.name, log.evaluations(), own_code=brings_code(base.name, base.revision))
             save_adapter(engine.module, weights, loaded.processor, out, record, card)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out}: cannot be written, {why_not_written(error)}; the last checkpoint is intact. {MAKE_ROOM}") from None
+        raise CheckpointError(f"{out}: cannot be written, {why(error)}; the last checkpoint is intact. {again(error)}") from None
 
 
 def has_result(config: Config, run: RunDir, ranks: Ranks) -> bool:

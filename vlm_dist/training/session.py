@@ -14,6 +14,7 @@ from vlm_dist.checkpoints.form import kept_in_words
 from vlm_dist.checkpoints.saver import Saver
 from vlm_dist.checkpoints.snapshot import load_checkpoint
 from vlm_dist.config import Config
+from vlm_dist.config_load import without_secrets
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Stream, merge_states
 from vlm_dist.data.tally import in_words, summed
@@ -92,7 +93,7 @@ class Session:
         """
         checkpoint = self.saver.newest(insist=insist)
         if checkpoint is None:
-            self.log.rewind(-1)
+            self.log.rewind(-1, events=True)
             return Progress()
         compare_inputs(checkpoint, self.loaded.described, self.ranks, self.log, insist=insist)
         state = self._put_back(checkpoint)
@@ -102,7 +103,7 @@ class Session:
         self.loaded.prompts.restore(state.get("prompts", []))
         self.patience.restore(state["patience"])
         self._end_early(state["step"])
-        self.log.rewind(state["step"])
+        self.log.rewind(state["step"], events=True)
         self.log.say(f"continuing from {checkpoint} (step {state['step']})")
         progress = Progress(**state["progress"])
         self._wall_before = progress.wall_s
@@ -215,7 +216,7 @@ class Session:
         self.saver.wait()
         if progress.step < self.steps or not self.evaluate(progress.step, "after"):
             return self._interrupted(replace(progress, wall_s=self.wall_s))
-        outcome.export(self.config, self.run, self.engine, self.loaded, self.ranks, self.log)
+        outcome.export(without_secrets(self.config), self.run, self.engine, self.loaded, self.ranks, self.log)
         return self._finished(replace(progress, wall_s=self.wall_s))
 
     def _finished(self, progress: Progress) -> dict[str, Any]:

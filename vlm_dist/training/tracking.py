@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import Config
+from vlm_dist.redaction import redacted_tree
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Tracker:
                 resume="allow",
                 mode=mode,  # pyright: ignore[reportArgumentType]
                 dir=str(folder),
-                config=config.model_dump(mode="json"),
+                config=redacted_tree(config.model_dump(mode="json")),
                 settings=wandb.Settings(init_timeout=30, x_disable_meta=True, console="off"),
             )
         except Exception as error:  # whatever W&B raises must not end a training run

@@ -10,14 +10,11 @@ from vlm_dist.checkpoints.form import kept_in_words
 from vlm_dist.config import Config
 from vlm_dist.data.heldout import read_heldout
 from vlm_dist.deepspeed_config import check_batches
-from vlm_dist.environment import write_environment
-from vlm_dist.errors import UserError
 from vlm_dist.inputs.opened import open_inputs
 from vlm_dist.models.going_on import settle
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.planning.fits import check_fits
 from vlm_dist.quiet import quiet_libraries
-from vlm_dist.run_dir import RunDir
 from vlm_dist.scoring.evaluate import check_metrics
 from vlm_dist.training import outcome
 from vlm_dist.training.audit import FirstStep
@@ -30,6 +27,7 @@ from vlm_dist.training.prepare import load_trainable, open_training_stream
 from vlm_dist.training.progress import is_due
 from vlm_dist.training.rehearsal import rehearse
 from vlm_dist.training.session import Session
+from vlm_dist.training.start import Start, begin
 from vlm_dist.training.unchanged import describe_inputs
 from vlm_dist.training.watchdog import beat_interval, first_beat, note_earlier_start
 
@@ -43,24 +41,28 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     Raises:
         UserError: configuration, data, model, checkpoint or machine is not fit for it; says what to do.
     """
-    import torch
-
     quiet_libraries()
     ranks = distributed.start()
     config = settle(config)
     check_batches(config, ranks.world_size)
     check_metrics(config)
-    run = RunDir.open(config, resume_anyway=resume_anyway, write=ranks.is_first)
-    finished = run.read_summary()
-    if finished and finished["ended"] == "finished" and not resume_anyway and outcome.has_result(config, run, ranks):
-        return {**finished, "already_finished": True}
-    write_environment(run, ranks)
+    started = time.monotonic()
+    with begin(config, ranks, resume_anyway=resume_anyway) as start:
+        finished = start.run.read_summary()
+        if finished and finished["ended"] == "finished" and not resume_anyway and outcome.has_result(config, start.run, ranks):
+            return {**finished, "already_finished": True}
+        return _train(start, started)
+
+
+def _train(start: Start, started: float) -> dict[str, Any]:
+    import torch
+
+    config, run, ranks = start.config, start.run, start.ranks
     if ranks.is_first:
         note_earlier_start(run)
     ranks.barrier()
     first_beat(run, ranks)
     stream = None
-    started = time.monotonic()
     try:
         inputs = open_inputs(config, run, ranks)
         inputs.check_first_samples()
@@ -71,14 +73,9 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         stream = open_training_stream(inputs, loaded.model, ranks)
         heldout = read_heldout(config.data, config.evaluation.samples, inputs.quarantine)
         with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started, stop) as session:
-            return _run_loop(config, session, insist=resume_anyway)
+            return _run_loop(start, session)
     except torch.OutOfMemoryError as error:
-        problem = out_of_memory(config, error, kept_in_words(run.checkpoints))
-        outcome.record_failure(run, ranks, str(problem))
-        raise problem from None
-    except UserError as error:
-        outcome.record_failure(run, ranks, str(error))
-        raise
+        raise out_of_memory(config, error, kept_in_words(run.checkpoints)) from None
     except RuntimeError as error:  # of a collective, where another rank is gone
         let_speak()
         if (lost := lost_rank(run, ranks, error, beat_interval(config.health.timeout_s))) is None:
@@ -89,13 +86,14 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
             stream.close()
 
 
-def _run_loop(config: Config, session: Session, *, insist: bool) -> dict[str, Any]:
+def _run_loop(start: Start, session: Session) -> dict[str, Any]:
     import torch
 
-    engine, stream, ranks, log, watchdog, health = (
-        session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
+    config, engine, stream, ranks, log, watchdog, health = (
+        start.config, session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
     )  # fmt: skip
-    progress = session.restore(insist=insist)
+    progress = session.restore(insist=start.resume_anyway)
+    start.claim()
     outcome.announce(config, session.run, session.loaded, stream, session.steps, progress.step, log)
     session.catch_up(progress.step)
     saved, timer, audit = progress.step, StepTimer(ranks.device), FirstStep(engine.module, session.loaded.family)
