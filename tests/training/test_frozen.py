@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import losses_of, write_config
 from tests.pretrained import language_model, vision_encoder
 from vlm_dist import distributed, load_config, train
+from vlm_dist.buffers import moving_buffers
 from vlm_dist.checking.doctor import examine
 from vlm_dist.checking.inspection import inspect
 from vlm_dist.config import LoraConfig
@@ -23,7 +24,7 @@ from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.compose import compose
 from vlm_dist.models.generate import encode_chat, generate
 from vlm_dist.models.lora import add_lora, freeze_sides
-from vlm_dist.models.modes import Statistics, hold_frozen, moving_buffers
+from vlm_dist.models.modes import Statistics, hold_frozen
 from vlm_dist.models.record import probe_inputs
 from vlm_dist.models.trained import load_trained
 from vlm_dist.serving.export import export_run

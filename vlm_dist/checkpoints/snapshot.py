@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.buffers import moving_buffers
 from vlm_dist.checkpoints.form import MOMENTS, WEIGHTS, Snapshot, read_state
 from vlm_dist.errors import CheckpointError
-from vlm_dist.models.modes import moving_buffers
 from vlm_dist.upstream.deepspeed import create_moments
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from vlm_dist.data.pack_calls import begin, describe_source, done_before, rememb
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
-from vlm_dist.data.pack_split import split_records
+from vlm_dist.data.pack_split import check_heldout, split_records
 from vlm_dist.data.samples import METADATA
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
@@ -78,12 +78,10 @@ def pack_records(
         images: where relative paths of pictures begin; None: beside the source.
         heldout: about so many records are kept apart, by `seed`; those that show the same picture together, whatever it is called.
         dedup: pictures that look alike are one picture; of records that say the same of one the first is kept.
-        limit: keep so many training records, by `seed`.
-        processes: None: one per CPU.
+        limit, processes: keep so many training records, by `seed`; None: all; write so many shards at a time; None: one per CPU.
         columns: which keys hold question, answer and picture; None: the layout is recognised.
         fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
-        tell: takes the first look, in words.
-        look_only: after the first look nothing is packed.
+        tell, look_only: the first look is told in words; after it nothing is packed.
 
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
@@ -101,12 +99,9 @@ def pack_records(
         "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
         "columns": str(columns or Columns()), "fetcher": str(fetcher),
     }  # fmt: skip
-    if (before := done_before(out, about)) is not None:
-        if tell is not None:
-            tell(f"{out} holds what this call makes, and the source has not changed since: nothing to do")
+    if (before := done_before(out, about, tell)) is not None:
         return {part: PackedRecords.of(out, made) for part, made in before.items()}
-    if heldout >= len(records):
-        raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
+    check_heldout(heldout, len(records))
     unfinished = begin(out, about)
     parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=tell)
     tasks = [

@@ -33,6 +33,12 @@ class Parts:
     """Those that say what an earlier record says, of a picture that looks alike: `record` and `reason`."""
 
 
+def check_heldout(heldout: int, total: int) -> None:
+    """Raises DataError where nothing would be left to train on."""
+    if heldout >= total:
+        raise DataError(f"data pack: --heldout={heldout}, but the source has {total} records; keep fewer apart")
+
+
 def split_records(
     records: Sequence[Any], pictures: Pictures, columns: Columns | None = None, *, heldout: int = 0, limit: int | None = None,
     seed: int = 0, dedup: bool = False, tell: Callable[[str], None] | None = None,
@@ -46,8 +52,7 @@ def split_records(
     Raises:
         DataError: there are not so many records.
     """
-    if heldout >= len(records):
-        raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
+    check_heldout(heldout, len(records))
     rng = random.Random(seed)
     leaders = _leaders(records, pictures, columns, dedup, tell) if heldout or dedup else list(range(len(records)))
     dropped = _repeated(records, leaders, columns) if dedup else []

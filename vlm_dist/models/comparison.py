@@ -19,7 +19,7 @@ from vlm_dist.models.record import next_token_logits
 
 Case = tuple[list[dict[str, Any]], list[Any]]
 """(messages that the assistant is to answer, their pictures)"""
-WORSE_BITS, WORSE_SHARE = 0.1, 0.1  # more bits a token than this, and than this share of them, is worse
+WORSE_BITS = 0.1  # more bits a token than this is worse
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Comparison:
         """Whether it lost what it should not."""
         if self.bits_trained is None or self.bits_merged is None:
             return self.divergence_bits > WORSE_BITS
-        return not self.bits_merged - self.bits_trained <= max(WORSE_BITS, WORSE_SHARE * self.bits_trained)
+        return not self.bits_merged - self.bits_trained <= WORSE_BITS  # nor where either is no number
 
     def __str__(self) -> str:
         words = f"merged onto the {self.onto} weights in {self.dtype}"

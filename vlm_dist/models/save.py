@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.models.modes import moving_buffers
+from vlm_dist.buffers import moving_buffers
 from vlm_dist.models.record import write_record
 
 

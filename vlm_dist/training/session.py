@@ -21,7 +21,7 @@ from vlm_dist.data.tally import in_words, summed
 from vlm_dist.distributed import Ranks
 from vlm_dist.models.modes import Statistics
 from vlm_dist.run_dir import RunDir, write_json
-from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, evaluate
+from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, evaluate, evaluate_whole
 from vlm_dist.scoring.metrics import LOWER_IS_BETTER
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
@@ -172,7 +172,7 @@ class Session:
             return True
         beat, encoder = partial(self.watchdog.beat, "evaluating"), self.stream.encoder
         try:
-            evaluation = evaluate(
+            evaluation = (evaluate_whole if phase == "after" else evaluate)(
                 self.engine.module, encoder, self.heldout, self.config.evaluation, self.ranks, beat, lambda: self.is_to_stop
             )
         except EvaluationStopped:
@@ -227,6 +227,7 @@ class Session:
             summary["notes"] = notes
         if self.ranks.is_first:
             write_json(run.summary, summary)
+            log.summary(summary)
             for line in in_words(notes):
                 log.say(f"data: {line}")
             if summary["quarantined"]:
@@ -242,6 +243,7 @@ class Session:
         summary = self._summary("interrupted", progress) | {"signal": name}
         if self.ranks.is_first:
             write_json(self.run.summary, summary)
+            self.log.summary(summary)
             self.log.say(f"interrupted by {name} {interrupted_in_words(progress.step, self.stop.seconds, self.config.checkpoint.grace_s)}")
         self.ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
         return summary
