@@ -87,9 +87,8 @@ def pack_records(
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
     records = open_source(str(source), split)
-    look = first_look(str(source), records, columns)
-    if tell is not None:
-        tell("\n".join(look))
+    say = tell or (lambda text: None)
+    say("\n".join(first_look(str(source), records, columns)))
     if look_only:
         return {}
     base = images or _beside(Path(source))
@@ -99,21 +98,26 @@ def pack_records(
         "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
         "columns": str(columns or Columns()), "fetcher": str(fetcher),
     }  # fmt: skip
-    if (before := done_before(out, about, tell)) is not None:
+    if (before := done_before(out, about, say)) is not None:
         return {part: PackedRecords.of(out, made) for part, made in before.items()}
     check_heldout(heldout, len(records))
     unfinished = begin(out, about)
-    parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=tell)
-    tasks = [
-        (part, number, numbers[start : start + samples_per_shard])
-        for part, numbers in parts.numbers.items()
-        for number, start in enumerate(range(0, len(numbers), samples_per_shard))
-    ]
+    parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=say)
+    tasks = _tasks(parts.numbers, samples_per_shard)
     _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
     made = _finish(tasks, parts.dropped, out, unfinished, len(records))
     remember(out, about, {part: packed.to_dict() for part, packed in made.items()})
     shutil.rmtree(unfinished)
     return made
+
+
+def _tasks(parts: dict[str, list[int]], samples_per_shard: int) -> list[tuple[str, int, list[int]]]:
+    """(part, number of the shard, numbers of its records) of each shard."""
+    return [
+        (part, number, numbers[start : start + samples_per_shard])
+        for part, numbers in parts.items()
+        for number, start in enumerate(range(0, len(numbers), samples_per_shard))
+    ]
 
 
 def _beside(source: Path) -> Path:

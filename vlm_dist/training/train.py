@@ -30,6 +30,7 @@ from vlm_dist.training.session import Session
 from vlm_dist.training.start import Start, begin
 from vlm_dist.training.unchanged import describe_inputs
 from vlm_dist.training.watchdog import beat_interval, first_beat, note_earlier_start
+from vlm_dist.waiting import waiting
 
 
 def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def _train(start: Start, started: float) -> dict[str, Any]:
         inputs = open_inputs(config, run, ranks)
         inputs.check_first_samples()
         check_fits(inputs, ranks)
-        loaded = load_trainable(inputs, ranks)
+        with waiting(f"loading {inputs.source}"):
+            loaded = load_trainable(inputs, ranks)
         loaded.rehearsal = rehearse(inputs, loaded, ranks)
         loaded.described = describe_inputs(inputs, ranks)
         stream = open_training_stream(inputs, loaded.model, ranks)
