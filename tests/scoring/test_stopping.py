@@ -41,7 +41,7 @@ def test_how_far_it_is_stands_in_the_log(settings, tmp_path, monkeypatch, caplog
     """A line after two seconds, then every ten."""
     config = load_config(write_config(settings, tmp_path))
     clock = iter([100.0, 101.0, 103.0, 104.0, 114.0, 115.0])
-    with Log(RunDir.open(config), config, distributed.alone(), 4) as log, caplog.at_level(logging.INFO):
+    with Log(RunDir(tmp_path / "run"), config, distributed.alone(), 4) as log, caplog.at_level(logging.INFO):
         monkeypatch.setattr("vlm_dist.training.log.time.monotonic", lambda: next(clock))
         for done in (0, 8, 16, 24, 32, 40):
             log.progress("evaluating before training", done, 48)

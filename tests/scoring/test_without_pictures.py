@@ -18,7 +18,7 @@ from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Sample
 from vlm_dist.models.processor import load_processor
 from vlm_dist.scoring import evaluate as evaluating
-from vlm_dist.scoring.evaluate import evaluate_whole, greyed
+from vlm_dist.scoring.without_pictures import evaluate_whole, greyed
 
 
 def ask(number: int, colour: str | None) -> Sample:
@@ -47,7 +47,7 @@ def test_what_needs_eyes(llava, monkeypatch):
     processor = load_processor(ModelConfig(name=llava), llava)
     seen: list[int] = []
 
-    def colours(model, processor, batch, max_new_tokens, **options):
+    def colours(model, processor, batch, max_new_tokens, stops=None, **options):
         """The mean red, green and blue of each picture decide."""
         words, pictures = [], batch.get("pixel_values")
         seen.append(0 if pictures is None else len(pictures))

@@ -31,8 +31,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.scoring.evaluate import without_pictures_in_words
     from vlm_dist.scoring.score import score_run
+    from vlm_dist.scoring.without_pictures import without_pictures_in_words
 
     options = {"data": arguments.data, "samples": arguments.samples, "base": arguments.base, "base_model": arguments.base_model}
     options["without_pictures"] = arguments.without_pictures

@@ -78,7 +78,7 @@ def pack_records(
         images: where relative paths of pictures begin; None: beside the source.
         heldout: about so many records are kept apart, by `seed`; those that show the same picture together, whatever it is called.
         dedup: pictures that look alike are one picture; of records that say the same of one the first is kept.
-        limit, processes: keep so many training records, by `seed`; None: all; write so many shards at a time; None: one per CPU.
+        limit, processes: keep so many training records, by `seed` (None: all); write so many shards at a time (None: one per CPU).
         columns: which keys hold question, answer and picture; None: the layout is recognised.
         fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
         tell, look_only: the first look is told in words; after it nothing is packed.
@@ -86,8 +86,7 @@ def pack_records(
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
-    records = open_source(str(source), split)
-    say = tell or (lambda text: None)
+    records, say = open_source(str(source), split), tell or (lambda text: None)
     say("\n".join(first_look(str(source), records, columns)))
     if look_only:
         return {}

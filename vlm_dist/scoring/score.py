@@ -17,7 +17,7 @@ from vlm_dist.models.adapters import is_adapter, run_of
 from vlm_dist.models.source import looks_like_path
 from vlm_dist.models.trained import load_trained
 from vlm_dist.run_dir import RunDir
-from vlm_dist.scoring.evaluate import evaluate_whole
+from vlm_dist.scoring.without_pictures import evaluate_whole
 
 
 def score_run(

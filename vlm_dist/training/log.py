@@ -16,7 +16,7 @@ from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.redaction import RedactRecords, redacted
 from vlm_dist.run_dir import RunDir, append_row, read_jsonl, write_text
-from vlm_dist.scoring.evaluate import without_pictures_in_words
+from vlm_dist.scoring.without_pictures import without_pictures_in_words
 from vlm_dist.training.tracking import Trackers
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from vlm_dist.data.tally import in_words, summed
 from vlm_dist.distributed import Ranks
 from vlm_dist.models.modes import Statistics
 from vlm_dist.run_dir import RunDir, write_json
-from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, Watch, evaluate, evaluate_whole
+from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, Watch, evaluate
 from vlm_dist.scoring.metrics import LOWER_IS_BETTER
+from vlm_dist.scoring.without_pictures import evaluate_whole
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
 from vlm_dist.training.health import Health, StopRequest
