@@ -192,6 +192,8 @@ def test_doctor_and_inspect_tell_them(settings, seeing_by_resnet, tmp_path):
     found = {check.name: check for check in examine(config)}["BatchNorm"]
     assert found.state == "warn" and "6 layers of the vision side" in found.found and "model.freeze" in found.fix
     assert any("BatchNorm trains in 6 layers" in flag for flag in inspect(config, 1)["flags"])
+    (sample,) = inspect(config, 1, heat=True)["rows"][0]
+    assert sample["picture_tokens"] == 16 and sample["pictures"][0]["heat"].startswith("data:image")  # of a map, row by row
     frozen = load_config(write_config(settings, tmp_path), ["model.freeze=[vision]"])
     assert "BatchNorm" not in {check.name for check in examine(frozen)}
     assert not any("BatchNorm" in flag for flag in inspect(frozen, 1)["flags"])
