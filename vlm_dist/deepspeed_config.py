@@ -77,6 +77,7 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_train
         "gradient_clipping": config.optim.grad_clip if stage else 0.0,
         "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16"},
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         **config.engine.deepspeed,
         "zero_optimization": zero,
     }
