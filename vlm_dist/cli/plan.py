@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--auto", action="store_true", help="write a copy of CONFIG with the quickest settings that fit")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --auto: where to (default: CONFIG's name with .planned.yaml)")
     parser.add_argument("--profile", action="store_true", help="where the time, launches and kept bytes of a micro-batch go, by part")
-    parser.add_argument("--against", choices=("off", "auto", "all"), help="with --profile: beside these kernels (off: Hugging Face and PEFT)")
+    parser.add_argument("--against", choices=("off", "auto", "all"), help="with --profile: beside these kernels (off: PEFT)")
     parser.add_argument("--json", action="store_true", help="print JSON; bytes, FLOPs and seconds")
     parser.set_defaults(run=run)
 
