@@ -75,7 +75,8 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_train
         "gradient_accumulation_steps": check_batches(config, world_size),
         # at stage 0 the norm is taken here (`take_step`), because DeepSpeed does not report it there
         "gradient_clipping": config.optim.grad_clip if stage else 0.0,
-        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16"},
+        # no module is safe to reduce in 16 bit: gradients are added up in the float32 of what trains
+        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         **config.engine.deepspeed,

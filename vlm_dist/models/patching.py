@@ -10,6 +10,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -203,7 +204,12 @@ def _nf4_lora_linear(model: Any, patches: Patches) -> None:
             if module.lora_variant or any(module.lora_bias.values()):
                 patches.kept["nf4_lora_linear"] = "DoRA and biases in the adapter keep PEFT's own code"
                 continue
-            patches.put("nf4_lora_linear", module, "forward", bind(module, _nf4_forward))
+            patches.put("nf4_lora_linear", module, "forward", bind(module, _nf4_forward), reads=partial(_nf4_reads, module))
+
+
+def _nf4_reads(module: Any) -> list[torch.nn.Parameter]:
+    layers = [module.base_layer, *module.lora_A.values(), *module.lora_B.values()]
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
 
 
 def _nf4_forward(module: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:

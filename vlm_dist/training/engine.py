@@ -41,8 +41,20 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
             config, ranks.world_size, str(dtype).removeprefix("torch."), sum(p.numel() for p in model.parameters() if p.requires_grad)
         ),
     )
+    if engine.zero_optimization_stage() == 3:
+        _announce_reads(model)
     engine.train()
     return engine
+
+
+def _announce_reads(model: torch.nn.Module) -> None:
+    """A kernel that computes for several modules at once reads weights of modules that it does not call; ZeRO-3 gathers them around the
+    call of the one that it was put into, in `generate` too, which goes round the hooks of the whole model."""
+    import deepspeed
+
+    for module in model.modules():
+        for parameter in getattr(module, "reads_weights", list)():
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _check_nvme(path: str) -> None:
