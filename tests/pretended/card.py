@@ -52,6 +52,7 @@ class _Devices(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.wanted: torch.device | None = None
+        self.makes_here = False
         self.arguments = _Arguments(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -63,7 +64,7 @@ class _Devices(TorchDispatchMode):
         generator, wanted = kwargs.get("generator"), self.wanted
         if (device := kwargs.get("device")) is not None and device.type == "cuda":
             kwargs, wanted = {**kwargs, "device": CPU}, device
-        is_to_be = wanted.type == "cuda" if wanted is not None else here
+        is_to_be = wanted.type == "cuda" if wanted is not None else here or (self.makes_here and not given)
         if generator is not None and is_to_be and not getattr(generator, "on_card", False):
             raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator but found 'cpu'")
         known = set() if func.overloadpacket in LIFTED else {tensor.untyped_storage()._cdata for tensor in given}
@@ -86,6 +87,15 @@ class _Devices(TorchDispatchMode):
             yield
         finally:
             self.wanted = before
+
+    @contextlib.contextmanager
+    def making(self, here: bool) -> Iterator[None]:
+        """Whether what torch's own C++ makes inside, without another tensor, lies on the card: it goes by the tensors it was given."""
+        before, self.makes_here = self.makes_here, here
+        try:
+            yield
+        finally:
+            self.makes_here = before
 
     @staticmethod
     def _refuse_both(func: Any, args: tuple, given: list[torch.Tensor], here: bool) -> None:
@@ -119,13 +129,16 @@ class _Arguments(TorchFunctionMode):
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and on_card(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
         if func is torch.Tensor.backward:  # what it recomputes needs this mode, too
-            with self:
+            with self, self, self.devices.making(True):  # one of the two is used up by torch.autograd.backward
                 return torch.autograd.backward(*args, **{BACKWARD.get(name, name): value for name, value in kwargs.items()})
         if func is torch.Tensor.pin_memory:
             return args[0]
         device = kwargs.get("device")
         if device is None or torch.device(device).type not in ("cuda", "cpu"):
-            return func(*args, **kwargs)
+            if func is torch.autograd.backward:
+                return func(*args, **kwargs)
+            with self.devices.making(any(isinstance(one, torch.Tensor) and on_card(one) for one in tree_leaves((args, kwargs)))):
+                return func(*args, **kwargs)
         with self.devices.wanting(torch.device(device)):
             return func(*args, **{**kwargs, "device": CPU})
 

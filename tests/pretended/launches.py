@@ -32,11 +32,18 @@ class Launch:
     num_warps: int
 
 
+class Launches(list[Launch]):
+    """What was launched, in order."""
+
+    compute = True
+    """Whether numbers come out; else what a kernel would write stays unwritten."""
+
+
 class _Launcher:
     """One compiled kernel."""
 
-    def __init__(self, launches: list[Launch], compute: bool, source: Any, metadata: Any):
-        self.launches, self.compute, self.source, self.metadata = launches, compute, source, metadata
+    def __init__(self, launches: Launches, source: Any, metadata: Any):
+        self.launches, self.source, self.metadata = launches, source, metadata
 
     def __call__(self, *arguments: Any) -> None:
         """Triton's own order: grid, stream, function, packed metadata, launch metadata, two hooks, then the kernel's arguments."""
@@ -54,7 +61,7 @@ class _Launcher:
         self.launches.append(
             Launch(name, grid, signature, tuple((key, str(value)) for key, value in constants.items()), self.metadata.num_warps)
         )
-        if self.compute and 0 not in grid:
+        if self.launches.compute and 0 not in grid:
             with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
                 interpreter.InterpretedFunction(kernel.fn)[grid](**named)
 
@@ -69,15 +76,15 @@ def _in_interpreter(kernel: Any, *arguments: Any, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def pretended_launches(*, compute: bool = True) -> Iterator[list[Launch]]:
-    """What is launched inside is compiled for sm_90 and noted; with `compute` its numbers come from the interpreter."""
-    launches: list[Launch] = []
+def pretended_launches() -> Iterator[Launches]:
+    """What is launched inside is compiled for sm_90, noted, and computed by the interpreter."""
+    launches = Launches()
     card = SimpleNamespace(
         get_current_target=lambda: TARGET,
         get_current_device=lambda: number,
         get_current_stream=lambda _: 0,
         get_active_torch_device=lambda: torch.device("cuda", 0),
-        launcher_cls=lambda source, metadata: _Launcher(launches, compute, source, metadata),
+        launcher_cls=lambda source, metadata: _Launcher(launches, source, metadata),
         utils=SimpleNamespace(
             load_binary=lambda name, binary, shared, device: (1, 1, 32, 0, 1024),
             get_device_properties=lambda _: {"max_shared_mem": MOST_SHARED, "multiprocessor_count": 132},
