@@ -10,8 +10,8 @@ from PIL import Image
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.control_tokens import WORD_JOINER
-from vlm_dist.data.encode import IGNORED, Encoder, count_labels, is_per_token
-from vlm_dist.data.labels import in_spans
+from vlm_dist.data.encode import IGNORED, Encoder, count_labels
+from vlm_dist.data.labels import in_spans, is_per_token
 from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.samples import Sample
 from vlm_dist.errors import BadSample, ConfigError

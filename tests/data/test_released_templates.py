@@ -114,6 +114,28 @@ def test_tools(released):
     assert "zoom" in found and "x" in found and found.endswith("red") and "closer" not in found and "</think>" not in found
 
 
+@pytest.mark.parametrize("more", [{}, {"reasoning_content": "I cannot see."}], ids=["plain", "thinking"])
+@pytest.mark.parametrize("words", [None, "Let me zoom."])
+def test_calls_in_an_earlier_turn(released, words, more):
+    """They are learnt wholly, what the tool answers never; a template that parts a call from the words beside it refuses the sample."""
+    family, _, encoder = released
+    if family not in WITH_TOOLS:
+        pytest.skip("takes no tools, see test_tools")
+    calls = [{"type": "function", "function": {"name": name, "arguments": '{"x": 1}'}} for name in ("zoom", "crop")]
+    turns = [
+        user(PICTURE), assistant(words, tool_calls=calls, **more), {"role": "tool", "content": "closer"},
+        {"role": "tool", "content": "nearer"}, assistant("red"), user("Sure?"), assistant("yes"),
+    ]  # fmt: skip
+    if family == "gemma4" and words:  # written behind what the tool says
+        with pytest.raises(BadSample, match="turn 1 cannot be located"):
+            learnt(encoder, *turns, tools=TOOLS)
+        return
+    found = "".join(learnt(encoder, *turns, tools=TOOLS))
+    assert all(one in found for one in ("zoom", "crop", "x", "red", "yes")) and (words or "") in found
+    assert "closer" not in found and "nearer" not in found and "Sure" not in found
+    assert ("I cannot see." in found) == ("</think>" in found)
+
+
 def test_what_is_written_into_a_user_turn_is_not_lost(released):
     _, _, encoder = released
     encoder.processor.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}</s>{% endfor %}"
