@@ -287,10 +287,11 @@ def _by_replacing(messages: Messages, number: int, text: str, render: Render, ha
     start, end = len(before), len(text) - len(behind)
     said = text[start:end]
     is_whole = text.startswith(before) and text.endswith(behind) and start <= end
-    is_call = all(name in said for name in _names(messages[number].get("tool_calls")))
-    if not (is_whole and is_call and said in with_answers):
+    words = [part["text"].strip() for part in messages[number]["content"] if "text" in part]
+    is_all = all(one in said for one in [*words, *_names(messages[number].get("tool_calls"))])
+    if not (is_whole and is_all and said in with_answers):
         raise BadSample(
-            f"turn {number} cannot be located: the chat template writes it in several pieces, or changes what stands around it; "
+            f"the chat template writes turn {number} in several pieces or in other words, so it cannot be located; "
             "leave out the words beside its tool calls, or use single-turn samples"
         )
     return Turn(number, start, _with_end(text, end, number + 1 == len(messages), habits, tokens))
