@@ -59,6 +59,13 @@ def test_turns_are_found(released):
     assert learnt(encoder, user(PICTURE), assistant(parts)) == ["It is red."]
 
 
+def test_what_a_template_takes_away_around_an_answer_is_told(released):
+    _, _, encoder = released
+    encoded = encoder.encode(Sample("k", "s", read_messages([user("Which?"), assistant([{"type": "text", "text": "  red"}])]), []))
+    text = encoder.processor.tokenizer.decode(encoded.inputs["input_ids"][0])
+    assert ("  red" not in text) == any(kind == "stripped" for kind, _ in encoded.notes)
+
+
 def test_two_answers_in_a_row_and_an_assistant_who_begins(released):
     family, name, encoder = released
     if family in ALTERNATE:

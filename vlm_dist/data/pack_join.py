@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +114,8 @@ def picture_by_number(record: dict[str, Any], base: Path) -> list[str]:
 def _names(number: int, split: Any) -> Iterator[str]:
     """Names that COCO's pictures have, most likely first."""
     kinds = sorted(COCO, key=lambda kind: not (isinstance(split, str) and split and kind.startswith(split)))
-    for kind, name in product(kinds, (f"{number:012d}.jpg", "")):
-        yield from (name or f"COCO_{kind}_{number:012d}.jpg", f"{kind}/{name or f'COCO_{kind}_{number:012d}.jpg'}")
+    plain = f"{number:012d}.jpg"
+    for kind in kinds:
+        for name in (plain,) if "2017" in kind else (f"COCO_{kind}_{plain}", plain):
+            yield from (name, f"{kind}/{name}")
     yield from (f"{number}.jpg", f"{number}.png")

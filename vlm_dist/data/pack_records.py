@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import Columns, as_object, canonical
-from vlm_dist.data.messages import check_messages, read_messages, unread_keys
+from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, unread_keys
 from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_parts import split_up
@@ -240,6 +240,7 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     notes.update(f"unread turn key {key}" for key in unread_keys(made.get("messages") or ()))
     if isinstance(made.get("split"), str):
         notes[f"split {made['split'][:40]}"] += 1
+    notes["unread stripped line breaks"] += line_breaks_lost(made.get("messages") or ())
     several = len(pictures) > 1
     files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
     return {**files, "json": _as_json(made, notes)}

@@ -162,6 +162,8 @@ def left_out(messages: Messages, text: str, tools: list[Any] | None) -> set[Note
                 raise BadSample(f"the chat template leaves out what the {message['role']} says in turn {number}")
             if message["role"] == "system":
                 notes.add(("template", "system turns"))
+        elif message["role"] == "assistant" and any(part.get("text", "") not in text for part in message["content"]):
+            notes.add(("stripped", "spaces and line breaks, by the chat template"))
         if any(name not in text for name in _names(message.get("tool_calls"))):
             raise BadSample(f"the chat template leaves out the tool calls of turn {number}; use a model whose template takes tools")
         if str(message.get("reasoning_content") or "").strip() not in text:
