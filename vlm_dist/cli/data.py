@@ -52,7 +52,12 @@ def add_parser(commands: Any) -> None:
         "--format", choices=("records", "flickr8k"), default="records", help="default records; flickr8k: pictures with five captions each"
     )
     pack.add_argument("--images", type=Path, metavar="FOLDER", help="records: where paths of pictures begin (default: beside SOURCE)")
-    pack.add_argument("--split", metavar="NAME", help="records: of a Hugging Face data set (default train)")
+    pack.add_argument(
+        "--split",
+        metavar="NAME",
+        help="records: of a Hugging Face data set or a folder with several (default train), or of records with a key `split` (default all)",
+    )
+    pack.add_argument("--annotations", metavar="FILE", help="records: the answers to SOURCE's questions, where VQA's are two files")
     pack.add_argument("--question", metavar="COLUMN", help="records: the key of the question (default: recognised)")
     pack.add_argument("--answer", metavar="COLUMN", help="records: the key of the answer, or without --question of the caption")
     pack.add_argument("--image", metavar="COLUMN", help="records: the key of the picture or pictures")
@@ -107,10 +112,10 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if arguments.heldout is not None:
         options["heldout"] = arguments.heldout
     if arguments.format == "flickr8k":
-        _refuse(arguments, "dry_run", "question", "answer", "image", "fetch", "fetch_private")
+        _refuse(arguments, "dry_run", "annotations", "question", "answer", "image", "fetch", "fetch_private")
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
-        names = ("images", "split", "max_side", "reencode", "quality", "processes")
+        names = ("images", "split", "annotations", "max_side", "reencode", "quality", "processes")
         options |= {name: getattr(arguments, name) for name in names} | _reading(arguments)
         made = dict(pack_records(arguments.source, arguments.out, **options))
     if arguments.dry_run:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from vlm_dist.data.bounds import tokens_beyond
 from vlm_dist.data.control_tokens import ControlTokens
-from vlm_dist.data.labels import expanded, weights_of
+from vlm_dist.data.labels import expanded, is_per_token, weights_of
 from vlm_dist.data.messages import as_templates_take_it, joined, says_something
 from vlm_dist.data.placing import Placing
 from vlm_dist.data.run_tokenizer import RunTokenizer
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
-from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, with_reasoning_apart
+from vlm_dist.data.thoughts import with_reasoning_apart
+from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
 from vlm_dist.errors import BadSample
 
 if TYPE_CHECKING:
@@ -287,11 +288,6 @@ def count_labels(sample: Encoded) -> float:
     if "weights" not in sample.inputs:
         return int(supervised.sum())
     return float((1 + sample.inputs["weights"][:, 1:][supervised].double() / WEIGHT_UNIT).sum())
-
-
-def is_per_token(tensor: Any, length: int) -> bool:
-    """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
-    return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()
 
 
 def _words(error: Exception) -> str:

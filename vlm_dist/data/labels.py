@@ -47,6 +47,11 @@ def expanded(offsets: Any, replacements: list[dict]) -> Any:
     return mask
 
 
+def is_per_token(tensor: Any, length: int) -> bool:
+    """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
+    return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()
+
+
 def _after_expansion(position: int, replacements: list[dict]) -> int:
     gained = [r["new_span"][1] - r["span"][1] for r in replacements if r["span"][1] <= position]
     return position + (gained[-1] if gained else 0)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import sys
 from collections import Counter
@@ -17,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.fetch import Fetcher
-from vlm_dist.data.layouts import Columns, canonical
-from vlm_dist.data.messages import check_messages, read_messages, unread_keys
+from vlm_dist.data.layouts import Columns, as_object, canonical
+from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, unread_keys
+from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_look import first_look
+from vlm_dist.data.pack_parts import split_up
 from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
+from vlm_dist.data.pictures import NEEDS_HEIF
 from vlm_dist.data.samples import METADATA
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
@@ -52,6 +53,7 @@ def pack_records(
     limit: int | None = None,
     seed: int = 0,
     split: str | None = None,
+    annotations: str | None = None,
     max_side: int | None = None,
     reencode: str | None = None,
     quality: int = 90,
@@ -68,6 +70,8 @@ def pack_records(
     Args:
         source: see `open_source`.
         images: where relative paths of pictures begin; None: beside the source.
+        split: see `open_source`.
+        annotations: the file with the answers, where `source` has the questions alone (VQA).
         heldout: about so many records are kept apart, by `seed`; those of the same pictures together.
         limit: keep so many training records, by `seed`.
         processes: None: one per CPU.
@@ -79,7 +83,7 @@ def pack_records(
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
-    records = open_source(str(source), split)
+    records = open_source(str(source), split, annotations)
     look = first_look(str(source), records, columns)
     if tell is not None:
         tell("\n".join(look))
@@ -87,11 +91,11 @@ def pack_records(
         return {}
     path, base = Path(source), images or _beside(Path(source))
     pictures = Pictures(base, max_side, reencode, quality, fetcher)
-    parts = _split(records, heldout, limit, seed, columns)
+    parts = split_up(records, heldout, limit, seed, columns)
     about = {
         "source": str(path.resolve() if path.exists() else source), "records": len(records), "samples_per_shard": samples_per_shard,
         "heldout": heldout, "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
-        "columns": str(columns or Columns()), "fetcher": str(fetcher),
+        "columns": str(columns or Columns()), "fetcher": str(fetcher), "annotations": annotations,
     }  # fmt: skip
     unfinished = _begin(out, about)
     tasks = [
@@ -178,6 +182,7 @@ def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job:
             samples.append({"__key__": f"{part}-{number:08d}", **_members(record, job.pictures, job.columns, here)})
             notes += here
         except BadSample as reason:
+            notes["heif"] += NEEDS_HEIF in str(reason)
             problems.append({"record": number, "reason": str(reason)})
     if samples:
         write_shard(job.out / f"{_name(task)}.tar", samples)
@@ -210,41 +215,6 @@ def _finish(tasks: list[tuple[str, int, list[int]]], out: Path, unfinished: Path
     return made
 
 
-def _split(records: Sequence[Any], heldout: int, limit: int | None, seed: int, columns: Columns | None) -> dict[str, list[int]]:
-    """Numbers of the records of each part."""
-    if heldout >= len(records):
-        raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
-    rng = random.Random(seed)
-    groups: dict[str, list[int]] = {}
-    for number in range(len(records) if heldout else 0):
-        names = _picture_names(records[number], columns)
-        groups.setdefault("\n".join(map(_identity, names)) or f"\n{number}", []).append(number)
-    apart: set[int] = set()
-    for group in rng.sample(list(groups.values()), len(groups)):
-        if len(apart) >= heldout:
-            break
-        apart.update(group)
-    train = [number for number in range(len(records)) if number not in apart]
-    if limit is not None:
-        train = sorted(rng.sample(train, min(limit, len(train))))
-    return {"train": train} | ({"heldout": sorted(apart)} if apart else {})
-
-
-def _picture_names(record: Any, columns: Columns | None) -> list[Any]:
-    try:
-        return [] if isinstance(record, BadSample) else canonical(record, columns)["images"]
-    except BadSample:  # which packing will name
-        return []
-
-
-def _identity(picture: Any) -> str:
-    """What two records of one picture have in common."""
-    data = picture.get("bytes") if isinstance(picture, dict) else picture
-    if isinstance(data, bytes):
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(str(picture).encode("utf-8", "surrogatepass")).hexdigest() if len(str(picture)) > 500 else str(picture)
-
-
 def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes: Counter[str]) -> dict[str, bytes]:
     """The files of a sample.
 
@@ -254,7 +224,9 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     if isinstance(record, BadSample):
         raise record
     made = canonical(record, columns)
-    pictures = [read_picture(pictures_as, source, notes) for source in made.pop("images")]
+    sources = made.pop("images") or picture_by_number(as_object(record), pictures_as.base)
+    pictures = [read_picture(pictures_as, source, notes) for source in sources]
+    notes["crowds"] += made.pop("crowds", 0) if isinstance(made.get("crowds"), int) else 0
     if "messages" in made:
         check_messages(read_messages(made["messages"]), len(pictures))  # as training will
     elif len(pictures) != 1:
@@ -268,6 +240,7 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     notes.update(f"unread turn key {key}" for key in unread_keys(made.get("messages") or ()))
     if isinstance(made.get("split"), str):
         notes[f"split {made['split'][:40]}"] += 1
+    notes["unread stripped line breaks"] += line_breaks_lost(made.get("messages") or ())
     several = len(pictures) > 1
     files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
     return {**files, "json": _as_json(made, notes)}
