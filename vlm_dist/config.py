@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vlm_dist.config_cluster import DistributedConfig, RayConfig
+from vlm_dist.config_look import EvaluationConfig, LogConfig
 from vlm_dist.config_model import Fraction, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
 
 __all__ = [
@@ -89,6 +90,8 @@ class DataConfig(Section):
     """Folder for what is read of remote shards; none given: ~/.cache/vlm_dist/ranges."""
     cache_gb: PositiveFloat = 20
     """Gigabytes that it may hold."""
+    cache_whole: bool = False
+    """Fetch remote shards whole, each once, into ~/.cache/vlm_dist/files, and read them there: for servers that know no ranges."""
     allow_commands: bool = False
     """Let `pipe:COMMAND` stand for a shard: the command is run in a shell when training starts and its output kept in the cache."""
 
@@ -173,24 +176,6 @@ class EngineConfig(Section):
     """Further DeepSpeed settings, passed through as they are; settings that this file owns are refused."""
 
 
-class EvaluationConfig(Section):
-    """Answers are generated for held-out questions and compared with the truth: before, during and after training."""
-
-    every: NonNegativeInt = 0
-    """Evaluate every so many steps during training; 0: only before and after."""
-    samples: PositiveInt | None = 200
-    """Use the first so many held-out samples; null: all."""
-    batch_size: PositiveInt = 16
-    """Samples that one rank answers at a time."""
-    max_new_tokens: PositiveInt = 64
-    """Longest answer, in tokens."""
-    metrics: list[str] = []
-    """Scores besides exact_match: token_f1, anls, vqa_accuracy, relaxed_accuracy, cer, wer, bleu, chrf, cider, or module:function of your
-    own, called with an answer and the list of right ones."""
-    patience: PositiveInt | None = None
-    """Stop when checkpoint.best_metric has not become better in so many evaluations; null: train to the end."""
-
-
 class CheckpointConfig(Section):
     """When the state is saved. Running the same command again continues from the newest whole checkpoint."""
 
@@ -208,7 +193,8 @@ class CheckpointConfig(Section):
     write_async: bool = True
     """Training waits only for a copy in memory; it is written meanwhile. false: it waits for the disk too."""
     mirror: str | None = None
-    """Copy each checkpoint to this URL (s3://, gs://, a path; through fsspec), and start from there where the run directory has none."""
+    """Copy each checkpoint to the folder of this run's name at this URL (s3://, gs://, a path; through fsspec), and start from there where
+    the run directory has none. Runs of several names may share the URL."""
 
 
 class HealthConfig(Section):
@@ -230,17 +216,6 @@ class HealthConfig(Section):
     """On a GPU: what to do where a step is counted to need more memory than the card has; ignore: it is not counted."""
     rehearse: bool | Literal["auto"] = "auto"
     """Compute the fullest micro-batch once before training, so that too little memory shows in the first minute; auto: on a GPU."""
-
-
-class LogConfig(Section):
-    """What is written while training runs. metrics.jsonl always is."""
-
-    every: PositiveInt = 10
-    """One log line every so many steps where there is no terminal for a progress bar."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto: online where an API key is set, else disabled. Its failures never stop a run."""
-    wandb_project: str = "vlm_dist"
-    """Project name in Weights & Biases."""
 
 
 class Config(Section):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, child_environment, command, losses_of, write_config
 from tests.warm import Warm, warm_ranks
@@ -121,7 +122,7 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
 
 def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path):
     """What a GPU does, as far as a CPU can: all kernels on NF4 in bfloat16, with held-out samples of which one rank has fewer. Gradients
-    are added up in float32 at every stage, so the losses are those of stage 0; answers are given at every stage, with and without kernels."""
+    are added up in float32 at every stage, so the losses are those of stage 0; answers are given at every one, with and without kernels."""
     few = [f"model.name={qwen}", f"data.heldout={json.dumps(shards['qa-heldout'])}", "evaluation.samples=5", "evaluation.batch_size=2"]
     more = [*few, "evaluation.max_new_tokens=3", "training.micro_batch=2"]
     forms = {"bfloat16": ["model.dtype=bfloat16", "kernels=all"], "float32": ["kernels=all"], "plain": ["kernels=off"]}
@@ -136,6 +137,28 @@ def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path)
             assert losses_of(run) == pytest.approx(losses_of(first), rel=1e-6), run.name
             answers = [[row["answer"] for row in read_jsonl(one / "samples" / "after.jsonl")] for one in (run, first)]
             assert answers[0] == answers[1] and len(answers[0]) == 5, run.name
+
+
+def test_batch_norms_statistics_are_one_on_all_ranks(config, tmp_path):
+    """Each rank sees other pictures; the mean of their statistics is the model's, at every stage."""
+    from safetensors.torch import load_file
+
+    from tests.pretrained import language_model, vision_encoder
+    from vlm_dist.models.compose import compose
+
+    compose(vision_encoder(tmp_path, "resnet"), language_model(tmp_path, "chat"), tmp_path / "base")
+    model = [f"model.name={tmp_path / 'base'}", "model.load_in_4bit=false", "lora=null", "training.micro_batch=1"]
+    runs = [[*model, f"name=norm-{stage}", f"engine.zero_stage={stage}"] for stage in (0, 2, 3)]
+    two_ranks("tests/launch/many.py", many(config, runs, tmp_path))
+    found = [tmp_path / "runs" / f"norm-{stage}" for stage in (0, 2, 3)]
+    stored = [load_file(run / "model" / "model.safetensors") for run in found]
+    names = [name for name in stored[0] if "running" in name]
+    moved = load_file(tmp_path / "base" / "model.safetensors")
+    assert names and not any(torch.equal(stored[0][name], moved[name]) for name in names)
+    for run, weights in zip(found[1:], stored[1:], strict=True):
+        assert losses_of(run) == pytest.approx(losses_of(found[0]), rel=1e-4)
+        for name in names:
+            torch.testing.assert_close(weights[name], stored[0][name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_rank_with_text_alone_beside_one_with_pictures(config, reference, shards, qwen, tmp_path):

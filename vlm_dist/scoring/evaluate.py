@@ -29,6 +29,8 @@ from vlm_dist.scoring.metrics import (
     value_of,
 )
 
+GREY = 128
+
 
 @dataclass
 class Evaluation:
@@ -41,6 +43,8 @@ class Evaluation:
     """(shard, key, reason) of samples whose question cannot be put; they have no row."""
     numbers: list[int] = field(default_factory=list)
     """Of each row: the place of its sample in the list that was given."""
+    blind: Evaluation | None = None
+    """The same of the samples with pictures, these greyed out."""
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -54,6 +58,21 @@ class Evaluation:
             **{name: self._score(name) for name in self.metrics},
             "samples": len(self.rows),
             "by_kind": {kind: _share(hits) for kind, hits in sorted(by_kind.items())},
+            **({} if self.blind is None else {"without_pictures": self._beside(self.blind)}),
+        }
+
+    def _beside(self, blind: Evaluation) -> dict[str, Any]:
+        """The scores without pictures, those of the same questions with them, and the share that is right with them alone."""
+        places = set(blind.numbers)
+        seen = Evaluation([row for row, number in zip(self.rows, self.numbers, strict=True) if number in places], self.metrics)
+        scores, with_them = blind.scores, seen.scores
+        needed = [row["exact"] and not other["exact"] for row, other in zip(seen.rows, blind.rows, strict=True)]
+        names = ("exact_match", *self.metrics)
+        return {
+            "samples": scores["samples"],
+            **{name: scores[name] for name in names},
+            "with_pictures": {name: with_them[name] for name in names},
+            "needs_eyes": _share(needed),
         }
 
     def _score(self, name: str) -> float:
@@ -116,6 +135,47 @@ def evaluate(
         list(config.metrics),
         [(samples[number].shard, samples[number].key, reason) for number, reason in problems],
         [number for number, _ in ordered],
+    )
+
+
+def evaluate_whole(
+    model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks,
+    beat: Callable[[], object] = lambda: None, stops: Callable[[], bool] = lambda: False,
+) -> Evaluation:  # fmt: skip
+    """`evaluate`, and where `evaluation.without_pictures` says so the same questions with greyed pictures: what is right then too needs no
+    eyes."""
+    found = evaluate(model, encoder, samples, config, ranks, beat, stops)
+    answered = set(found.numbers)
+    shown = [number for number, sample in enumerate(samples) if sample.images and number in answered]
+    if not config.without_pictures or not shown:
+        return found
+    blind = evaluate(model, encoder, [greyed(samples[number]) for number in shown], config, ranks, beat, stops)
+    places = {shown[number]: row for number, row in zip(blind.numbers, blind.rows, strict=True)}
+    rows = [
+        {**row, "without_picture": {key: places[number][key] for key in ("answer", "exact")}} if number in places else row
+        for row, number in zip(found.rows, found.numbers, strict=True)
+    ]
+    return replace(found, rows=rows, blind=replace(blind, numbers=[shown[number] for number in blind.numbers]))
+
+
+def without_pictures_in_words(scores: dict[str, Any]) -> str:
+    """A line about the `without_pictures` of some scores."""
+    return (
+        f"with the pictures greyed out {scores['exact_match']:.1%} exact of the {scores['samples']} questions that have one, with them "
+        f"{scores['with_pictures']['exact_match']:.1%}; right with the picture alone: {scores['needs_eyes']:.1%}"
+    )
+
+
+def greyed(sample: Sample) -> Sample:
+    """The same with pictures of the same sizes that show nothing."""
+    from PIL import Image
+
+    return replace(
+        sample,
+        images=[
+            image.new_full(image.shape, GREY) if hasattr(image, "new_full") else Image.new("RGB", image.size, (GREY,) * 3)
+            for image in sample.images
+        ],
     )
 
 
@@ -203,6 +263,7 @@ def _row(encoder: Encoder, given: Sample, answer: str, metrics: dict[str, Metric
         "task": sample.meta.get("task", ""),
         "kind": sample.meta.get("kind", "") or sample.meta.get("task", ""),
         "prompt": _text(question[-1]) if question else "",
+        **({"earlier": [{"role": turn["role"], "text": _text(turn)} for turn in question[:-1]]} if question[1:] else {}),
         "answer": answer,
         "truth": without_reasoning(_text(sample.messages[len(question)])),
         "truths": truths,

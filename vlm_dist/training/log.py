@@ -16,12 +16,14 @@ from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.redaction import RedactRecords, redacted
 from vlm_dist.run_dir import RunDir, append_row, read_jsonl, write_text
-from vlm_dist.training.tracking import Tracker
+from vlm_dist.scoring.evaluate import without_pictures_in_words
+from vlm_dist.training.tracking import Trackers
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+OF_EVERY_SCORE = ("exact_match", "samples", "by_kind", "without_pictures")
 
 
 class Log:
@@ -29,7 +31,7 @@ class Log:
 
     def __init__(self, run: RunDir, config: Config, ranks: Ranks, steps: int):
         self.run, self.config, self.ranks, self.steps = run, config, ranks, steps
-        self._tracker: Tracker | None = None
+        self._trackers: Trackers | None = None
         self._bar = self._task = None
         self._file = logging.FileHandler(_made(run.log(ranks.rank)), encoding="utf-8")
         self._folder = _identity(run.path)
@@ -47,14 +49,14 @@ class Log:
                 self._start_bar()
             else:
                 ours.addHandler(self._screen)
-            self._tracker = Tracker(self.config, self.run.path)
+            self._trackers = Trackers(self.config, self.run)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._tracker is not None:
-            self._tracker.finish()
+        if self._trackers is not None:
+            self._trackers.close()
         for handler in (self._file, self._screen):
             logging.getLogger("vlm_dist").removeHandler(handler)
 
@@ -111,10 +113,17 @@ class Log:
         if not self.ranks.is_first:
             return
         self._write({"step": step, "phase": phase, "eval": scores})
-        more = "".join(f"{name} {score:.3f}  " for name, score in scores.items() if name not in ("exact_match", "samples", "by_kind"))
+        more = "".join(f"{name} {score:.3f}  " for name, score in scores.items() if name not in OF_EVERY_SCORE)
         kinds = "  ".join(f"{kind} {share:.0%}" for kind, share in scores["by_kind"].items())
         when = f"{phase} training (step {step})"
         self.say(f"held-out exact match {when}: {scores['exact_match']:.1%} of {scores['samples']} samples  {more}{kinds}")
+        if (blind := scores.get("without_pictures")) is not None:
+            self.say(without_pictures_in_words(blind))
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """summary.json, for the trackers."""
+        if self._trackers is not None:
+            self._trackers.finish(summary)
 
     def evaluations(self) -> dict[str, Any]:
         """The scores so far, also those of earlier starts of this run: {"before", "during": [...], "after"}."""
@@ -131,8 +140,8 @@ class Log:
     def _write(self, row: dict[str, Any]) -> None:
         self._see_folder()
         append_row(self.run.metrics, row)
-        if self._tracker is not None:
-            self._tracker.log(row)
+        if self._trackers is not None:
+            self._trackers.log(row)
 
     def _see_folder(self) -> None:
         """What is written into a folder that took the place of the run's (deleted, unmounted) would be lost, or fill another disk."""
