@@ -42,7 +42,7 @@ def run(tmp_path) -> Path:
             }
         )
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "summary.json").write_text(json.dumps({"ended": "finished", "wall_s": 80.0, "goodput": 0.87}))
+    (run / "summary.json").write_text(json.dumps({"ended": "finished", "step": 40, "result": "adapter", "wall_s": 80.0, "goodput": 0.87}))
     events = [{"time": 1e9, "step": step, "event": "checkpoint", "text": f"step-{step:08d}"} for step in (10, 40)]
     events.insert(0, {"time": 1e9, "step": 7, "event": "skipped", "text": "the loss is nan; no update. Samples: <b>k7</b>"})
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

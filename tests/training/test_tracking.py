@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ import pytest
 from tests.conftest import write_config
 from vlm_dist import load_config, train
 from vlm_dist.run_dir import RunDir, read_jsonl
-from vlm_dist.training.tracking import COLUMNS, Trackers, numbers_of
+from vlm_dist.training.tracker import COLUMNS
+from vlm_dist.training.tracking import Trackers, numbers_of
+
+BLOCK, FULL, LAST = 32 * 2**10, 1, 4
 
 
 def start(settings: dict, folder: Path, *overrides: str, **log) -> Path:
@@ -33,17 +38,31 @@ def expected(run: Path) -> dict[tuple[str, int], float]:
 def records_of(run: Path) -> list:
     """What lies in W&B's offline files of a run directory, in order, start after start."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     found = []
     for file in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+        for data in chunks_of(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             found.append(record)
     return found
+
+
+def chunks_of(data: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's form: blocks of 32 KiB, in them pieces of (checksum, length, type), after seven bytes that say
+    whose it is."""
+    assert data[:4] == b":W&B"
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        if BLOCK - place % BLOCK < 7:
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (FULL, LAST):
+            yield whole
+            whole = b""
 
 
 def values_of(items) -> dict:

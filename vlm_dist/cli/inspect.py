@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_dist.cli.parsers import add_config, new_parser
 from vlm_dist.errors import ConfigError
+from vlm_dist.waiting import waiting
 
 STYLES = {"supervised": "bold green", "picture": "blue", "other": "dim"}
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"-n: found {arguments.n}; expected 1 or more")
     if arguments.heat and not arguments.html:
         raise ConfigError("inspect --heat: draws on the page; add --html FILE")
-    found = inspect(load_config(arguments.config, arguments.overrides), arguments.n, heat=arguments.heat)
+    with waiting("reading, encoding and looking at the first samples"):
+        found = inspect(load_config(arguments.config, arguments.overrides), arguments.n, heat=arguments.heat)
     if arguments.html:
         write_inspection(found, arguments.html)
     if arguments.json:

@@ -27,7 +27,7 @@ def describe_source(source: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any] | None:
     """What the same call made, if all of it is there; that is told."""
     known = read_json(out / DONE)
     if known is None or known["call"] != about or (out / UNFINISHED).exists():
@@ -35,8 +35,7 @@ def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None] | 
     names = [name for part in known["made"].values() for name in part["shards"]]
     if not all((out / name).is_file() for name in names):
         return None
-    if tell is not None:
-        tell(f"{out} holds what this call makes, and the source has not changed since: nothing to do")
+    tell(f"{out} holds what this call makes, and the source has not changed since: nothing to do")
     return known["made"]
 
 

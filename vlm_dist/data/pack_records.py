@@ -22,7 +22,7 @@ from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
-from vlm_dist.data.pack_split import Parts, check_heldout, split_records
+from vlm_dist.data.pack_split import check_heldout, split_records
 from vlm_dist.data.pictures import NEEDS_HEIF
 from vlm_dist.data.samples import METADATA
 from vlm_dist.data.shards import write_shard
@@ -91,8 +91,8 @@ def pack_records(
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
     records = open_source(str(source), split, annotations)
-    if tell is not None:
-        tell("\n".join(first_look(str(source), records, columns)))
+    say = tell or (lambda text: None)
+    say("\n".join(first_look(str(source), records, columns)))
     if look_only:
         return {}
     base = images or _beside(Path(source))
@@ -102,25 +102,26 @@ def pack_records(
         "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
         "columns": str(columns or Columns()), "fetcher": str(fetcher), "annotations": annotations,
     }  # fmt: skip
-    if (before := done_before(out, about, tell)) is not None:
+    if (before := done_before(out, about, say)) is not None:
         return {part: PackedRecords.of(out, made) for part, made in before.items()}
     check_heldout(heldout, len(records))
     unfinished = begin(out, about)
-    parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=tell)
-    made = _write(parts, records, _Job(pictures, columns, out, unfinished), samples_per_shard, processes)
+    parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=say)
+    tasks = _tasks(parts.numbers, samples_per_shard)
+    _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
+    made = _finish(tasks, parts.dropped, out, unfinished, len(records))
     remember(out, about, {part: packed.to_dict() for part, packed in made.items()})
     shutil.rmtree(unfinished)
     return made
 
 
-def _write(parts: Parts, records: Sequence[Any], job: _Job, samples_per_shard: int, processes: int | None) -> dict[str, PackedRecords]:
-    tasks = [
+def _tasks(parts: dict[str, list[int]], samples_per_shard: int) -> list[tuple[str, int, list[int]]]:
+    """(part, number of the shard, numbers of its records) of each shard."""
+    return [
         (part, number, numbers[start : start + samples_per_shard])
-        for part, numbers in parts.numbers.items()
+        for part, numbers in parts.items()
         for number, start in enumerate(range(0, len(numbers), samples_per_shard))
     ]
-    _write_all(tasks, records, job, processes)
-    return _finish(tasks, parts.dropped, job.out, job.unfinished, len(records))
 
 
 def _beside(source: Path) -> Path:

@@ -17,6 +17,7 @@ from vlm_dist.models.load import read_model_config
 from vlm_dist.models.merge import Onto, merge_16bit
 from vlm_dist.models.record import make_record, probe_inputs, write_record
 from vlm_dist.models.source import fingerprint
+from vlm_dist.waiting import waiting
 
 REPORT = "merge.json"
 
@@ -47,20 +48,23 @@ def export_merged(
         if adapter is None:
             model.save_pretrained(folder)
             adapter = Path(folder)
-        merge_16bit(base, adapter, processor, out, onto, trained_dtype, dtype)
-        trained = observe(model, processor, cases, answers, max_new_tokens)
+        with waiting(f"merging into {out}"):
+            merge_16bit(base, adapter, processor, out, onto, trained_dtype, dtype)
+        with waiting("asking the trained model"):
+            trained = observe(model, processor, cases, answers, max_new_tokens)
         del model  # where the caller keeps none, only one model is in memory at a time
         gc.collect()
         merged = _load_merged(out, device)
-        comparison = compare(
-            onto, str(merged.dtype).removeprefix("torch."), trained, observe(merged, processor, cases, answers, max_new_tokens)
-        )
+        with waiting("asking the merged model"):
+            again = observe(merged, processor, cases, answers, max_new_tokens)
+        comparison = compare(onto, str(merged.dtype).removeprefix("torch."), trained, again)
         del merged
         gc.collect()
         if comparison.is_worse and comparison.dtype != "float32":
             whole = Path(folder) / "float32"
             merge_16bit(base, adapter, processor, whole, onto, trained_dtype, "float32")
-            comparison = blame(comparison, _load_merged(whole, device), answers)
+            with waiting("looking for the part whose rounding costs it"):
+                comparison = blame(comparison, _load_merged(whole, device), answers)
     (out / REPORT).write_text(json.dumps(asdict(comparison), indent=1) + "\n")
     return comparison
 

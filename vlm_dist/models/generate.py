@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
-def generate(model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: int, **options: Any) -> list[str]:
+def generate(
+    model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: int, stops: Callable[[], bool] | None = None, **options: Any
+) -> list[str]:  # fmt: skip
     """Continue each prompt of a left-padded batch, greedily unless `options` (transformers' generation settings) say otherwise.
+
+    Args:
+        stops: asked after each token; where it says so, the answers end there.
 
     Returns:
         The generated text of each row, special tokens removed.
     """
     import torch
+    from transformers import StoppingCriteriaList
 
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    if stops is not None:
+        asks = stops
+
+        def is_over(tokens: Any, *_: Any, **__: Any) -> Any:
+            return torch.full((len(tokens),), asks(), device=tokens.device)
+
+        options["stopping_criteria"] = [*options.get("stopping_criteria", []), is_over]
+    if "stopping_criteria" in options:
+        options["stopping_criteria"] = StoppingCriteriaList(options["stopping_criteria"])
     settings = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **options}
     with torch.inference_mode(), _ready_to_generate(model), autocast(model):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.buffers import moving_buffers
+from vlm_dist.disk import readable_as_others
 from vlm_dist.models.record import write_record
 
 
@@ -71,5 +72,6 @@ def fresh_folder(out: Path) -> Path:
 
 def put_in_place(temporary: Path, out: Path) -> None:
     """`out` becomes what `temporary` is."""
+    readable_as_others(temporary)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)

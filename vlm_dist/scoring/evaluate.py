@@ -84,32 +84,47 @@ class Evaluation:
         return round(sum(values) / len(values), 6) if values else 0.0
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while answers are made."""
+
+    tells: Callable[[int, int], object] = lambda done, total: None
+    """Takes the samples that are answered and all of them, before each batch."""
+    stops: Callable[[], bool] = lambda: False
+    """Asked before each batch and at the end, on every rank as often; says the same on all."""
+    cut: Callable[[], bool] | None = None
+    """Asked after each token, on this rank: whether to leave it at that, because `stops` will say so too."""
+
+
+ALONE = Watch()
+
+
 class EvaluationStopped(Exception):
     """It was asked to stop between two batches."""
 
 
 def evaluate(
     model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks,
-    beat: Callable[[], object] = lambda: None, stops: Callable[[], bool] = lambda: False,
+    watch: Watch = ALONE,
 ) -> Evaluation:  # fmt: skip
-    """Answer the last turn of each sample, greedily. Every rank answers its share, and calls `beat` before each batch; every rank gets
-    the whole result.
+    """Answer the last turn of each sample, greedily. Every rank answers its share; every rank gets the whole result.
 
     Args:
-        stops: asked before each batch, on every rank as often; must say the same on all.
+        watch: what is told and asked on the way.
 
     Raises:
         ConfigError: a metric is about objects, and no sample has any.
-        EvaluationStopped: `stops` said so.
+        EvaluationStopped: `watch.stops` said so.
     """
     mine = list(enumerate(samples))[ranks.rank :: ranks.world_size]
     metrics = {name: metric for name in config.metrics if (metric := find_metric(name)) is not None}
     _check_objects(metrics, samples)
     rows: list[tuple[int, dict[str, Any]]] = []
     refused: list[tuple[int, str]] = []
-    for start in range(0, -(-len(samples) // ranks.world_size), config.batch_size):  # as often on every rank
-        beat()
-        if stops():
+    share = -(-len(samples) // ranks.world_size)
+    for start in range(0, share, config.batch_size):  # as often on every rank
+        watch.tells(min(start * ranks.world_size, len(samples)), len(samples))
+        if watch.stops():
             raise EvaluationStopped
         asked = []
         for number, sample in mine[start : start + config.batch_size]:
@@ -124,9 +139,11 @@ def evaluate(
         if prompts:
             inputs = collate(prompts, encoder.processor.tokenizer.pad_token_id, side="left")
             options = {"synced_gpus": True} if together else {}
-            answers = generate(model, encoder.processor, inputs, config.max_new_tokens, **options)
+            answers = generate(model, encoder.processor, inputs, config.max_new_tokens, watch.cut, **options)
             said = zip(asked, answers[: len(asked)], strict=True)
             rows += [(number, _row(encoder, sample, answer, metrics)) for (number, sample, _), answer in said]
+    if watch.stops():  # the last answers may be cut short
+        raise EvaluationStopped
     parts = ranks.gather((rows, refused))
     ordered = sorted((one for part, _ in parts for one in part), key=lambda one: one[0])
     problems = sorted(one for _, part in parts for one in part)
@@ -140,16 +157,16 @@ def evaluate(
 
 def evaluate_whole(
     model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks,
-    beat: Callable[[], object] = lambda: None, stops: Callable[[], bool] = lambda: False,
+    watch: Watch = ALONE,
 ) -> Evaluation:  # fmt: skip
     """`evaluate`, and where `evaluation.without_pictures` says so the same questions with greyed pictures: what is right then too needs no
     eyes."""
-    found = evaluate(model, encoder, samples, config, ranks, beat, stops)
+    found = evaluate(model, encoder, samples, config, ranks, watch)
     answered = set(found.numbers)
     shown = [number for number, sample in enumerate(samples) if sample.images and number in answered]
     if not config.without_pictures or not shown:
         return found
-    blind = evaluate(model, encoder, [greyed(samples[number]) for number in shown], config, ranks, beat, stops)
+    blind = evaluate(model, encoder, [greyed(samples[number]) for number in shown], config, ranks, watch)
     places = {shown[number]: row for number, row in zip(blind.numbers, blind.rows, strict=True)}
     rows = [
         {**row, "without_picture": {key: places[number][key] for key in ("answer", "exact")}} if number in places else row

@@ -33,6 +33,7 @@ class Log:
         self.run, self.config, self.ranks, self.steps = run, config, ranks, steps
         self._trackers: Trackers | None = None
         self._bar = self._task = None
+        self._lasting = ("", 0.0, 0.0)
         self._file = logging.FileHandler(_made(run.log(ranks.rank)), encoding="utf-8")
         self._folder = _identity(run.path)
         self._screen = logging.StreamHandler(sys.stdout)
@@ -108,6 +109,18 @@ class Log:
             left = _clock((self.steps - metrics["step"]) * metrics["step_s"])
             logger.info("step %d/%d  %s  %s left", metrics["step"], self.steps, line, left)
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far something is that takes long: a line every ten seconds, the first after two; on a terminal beside the bar."""
+        now = time.monotonic()
+        if what != self._lasting[0] or done == 0:
+            self._lasting = (what, now, now + 2)
+        _, began, due = self._lasting
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, numbers=f"{what}: {done} of {total} samples")
+        elif self.ranks.is_first and done and now >= due:
+            self._lasting = (what, began, now + 10)
+            logger.info("%s: %d of %d samples  %s left", what, done, total, _clock((now - began) / done * (total - done)))
+
     def evaluation(self, step: int, phase: str, scores: dict[str, Any]) -> None:
         """Scores on held-out samples; phase is before, during or after."""
         if not self.ranks.is_first:
@@ -150,10 +163,12 @@ class Log:
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.table import Column
 
+        numbers = TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=False, ratio=1))  # a narrow window breaks the line
         self._bar = Progress(
-            TextColumn(self.config.name), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn(self.config.name), BarColumn(bar_width=20), MofNCompleteColumn(), numbers, TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), expand=True,
         )  # fmt: skip
         self._task = self._bar.add_task("train", total=self.steps, numbers="")
         self._bar.start()

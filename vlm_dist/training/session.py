@@ -21,7 +21,7 @@ from vlm_dist.data.tally import in_words, summed
 from vlm_dist.distributed import Ranks
 from vlm_dist.models.modes import Statistics
 from vlm_dist.run_dir import RunDir, write_json
-from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, evaluate, evaluate_whole
+from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, Watch, evaluate, evaluate_whole
 from vlm_dist.scoring.metrics import LOWER_IS_BETTER
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
@@ -170,10 +170,10 @@ class Session:
         """Score the held-out samples, and keep the answers of before and after. False: the run is to stop, and nothing was kept."""
         if not self.heldout:
             return True
-        beat, encoder = partial(self.watchdog.beat, "evaluating"), self.stream.encoder
+        watch = Watch(partial(self._tell_evaluation, phase), lambda: self.is_to_stop, lambda: self.stop.requested)
         try:
             evaluation = (evaluate_whole if phase == "after" else evaluate)(
-                self.engine.module, encoder, self.heldout, self.config.evaluation, self.ranks, beat, lambda: self.is_to_stop
+                self.engine.module, self.stream.encoder, self.heldout, self.config.evaluation, self.ranks, watch
             )
         except EvaluationStopped:
             return False
@@ -186,6 +186,10 @@ class Session:
         if phase == "during":
             self._know(step, evaluation.scores)
         return True
+
+    def _tell_evaluation(self, phase: str, done: int, total: int) -> None:
+        self.watchdog.beat("evaluating")
+        self.log.progress(f"evaluating {phase} training", done, total)
 
     def _know(self, step: int, scores: dict[str, Any]) -> None:
         """The scores of an evaluation during training; a checkpoint of this step that was taken before gets them."""

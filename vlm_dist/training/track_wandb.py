@@ -10,7 +10,7 @@ from typing import Any
 from vlm_dist.config import Config
 from vlm_dist.redaction import redacted_tree
 from vlm_dist.run_dir import RunDir, read_json, write_json
-from vlm_dist.training.tracking import COLUMNS
+from vlm_dist.training.tracker import COLUMNS
 
 
 def wandb_mode(config: Config) -> str:

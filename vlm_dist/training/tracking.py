@@ -10,35 +10,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vlm_dist.config import Config
 from vlm_dist.redaction import redacted
 from vlm_dist.run_dir import RunDir, read_jsonl
+from vlm_dist.training.tracker import COLUMNS, Tracker
 
 logger = logging.getLogger(__name__)
 MOST_PICTURES = 64
-COLUMNS = ("question", "answer before", "answer after", "truth", "exact before", "exact after", "answer without the picture")
-
-
-class Tracker(Protocol):
-    """One of them, for one start of a run."""
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        """The numbers of a step or an evaluation."""
-        ...
-
-    def pictures(self, rows: list[dict[str, Any]]) -> None:
-        """Held-out samples: `picture` (a file, or None) and `COLUMNS`."""
-        ...
-
-    def finish(self, numbers: dict[str, float], result: Path | None) -> None:
-        """The numbers of the summary, and where the adapter or model is, if the run came to its end."""
-        ...
-
-    def close(self) -> None:
-        """Nothing more comes."""
-        ...
 
 
 class Trackers:

@@ -33,6 +33,7 @@ from vlm_dist.training.session import Session
 from vlm_dist.training.start import Start, begin
 from vlm_dist.training.unchanged import describe_inputs
 from vlm_dist.training.watchdog import beat_interval, first_beat, note_earlier_start
+from vlm_dist.waiting import waiting
 
 
 def train(config: Config, *, resume_anyway: bool = False, asked: Callable[[], int | None] | None = None) -> dict[str, Any]:
@@ -73,7 +74,8 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
         inputs = open_inputs(config, run, ranks)
         inputs.check_first_samples()
         check_fits(inputs, ranks)
-        loaded = load_trainable(inputs, ranks)
+        with waiting(f"loading {inputs.source}"):
+            loaded = load_trainable(inputs, ranks)
         loaded.rehearsal = rehearse(inputs, loaded, ranks)
         loaded.described = describe_inputs(inputs, ranks)
         stream = open_training_stream(inputs, loaded.model, ranks)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import ModelError
+from vlm_dist.quiet import quiet_libraries
 
 
 class FastVisionModel:
@@ -51,6 +52,7 @@ class FastVisionModel:
         from vlm_dist.models.load import load_model
         from vlm_dist.models.trained import load_adapter
 
+        quiet_libraries()
         names = {None: "auto", torch.bfloat16: "bfloat16", torch.float32: "float32", "bfloat16": "bfloat16", "float32": "float32"}
         if dtype not in names:
             raise ModelError(f"dtype={dtype} is not supported; use None, torch.bfloat16 or torch.float32")
