@@ -120,8 +120,8 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
 
 
 def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path):
-    """What a GPU does, as far as a CPU can: all kernels on NF4 in bfloat16, with held-out samples of which one rank has fewer. Gradients are
-    added up in float32 at every stage, so the losses are those of stage 0; answers are given at every stage, with and without kernels."""
+    """What a GPU does, as far as a CPU can: all kernels on NF4 in bfloat16, with held-out samples of which one rank has fewer. Gradients
+    are added up in float32 at every stage, so the losses are those of stage 0; so are the answers, with and without kernels."""
     few = [f"model.name={qwen}", f"data.heldout={json.dumps(shards['qa-heldout'])}", "evaluation.samples=5", "evaluation.batch_size=2"]
     more = [*few, "evaluation.max_new_tokens=3", "training.micro_batch=2"]
     forms = {"bfloat16": ["model.dtype=bfloat16", "kernels=all"], "float32": ["kernels=all"], "plain": ["kernels=off"]}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.checkpoints.form import MOMENTS, WEIGHTS, Snapshot, read_state
 from vlm_dist.errors import CheckpointError
-from vlm_dist.upstream.deepspeed import create_moments
+from vlm_dist.upstream.deepspeed import create_moments, gathered, is_sharded
 
 if TYPE_CHECKING:
     import torch
@@ -107,13 +107,21 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def gather_weights(engine: Any, *, keep: bool) -> dict[str, Any]:
-    """The trainable parameters by name, whole, float32, on the CPU. Every rank must call it; only those that `keep` get them."""
+def gather_weights(engine: Any, *, keep: bool, frozen: bool = False) -> dict[str, Any]:
+    """The trainable parameters by name, whole, float32, on the CPU. Every rank must call it; only those that `keep` get them.
+
+    Args:
+        frozen: those too that do not train but are sharded (ZeRO stage 3), as they are.
+    """
     weights = {}
     for name, parameter in trainable(engine).items():
         value = _full_parameter(engine, parameter)
         if keep:
             weights[name] = _copy(value.float())
+    for name, parameter in engine.module.named_parameters() if frozen else ():
+        if not parameter.requires_grad and is_sharded(parameter):
+            with gathered([parameter]):
+                weights |= {name: _copy(parameter)} if keep else {}
     return weights
 
 

@@ -12,12 +12,14 @@ def generate(model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: 
 
     Returns:
         The generated text of each row, special tokens removed.
+
+    Not under `inference_mode`: small weights that ZeRO-3 gathers there stay, and could not be trained with afterwards.
     """
     import torch
 
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     settings = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **options}
-    with torch.inference_mode(), _ready_to_generate(model), autocast(model):
+    with torch.no_grad(), _ready_to_generate(model), autocast(model):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]

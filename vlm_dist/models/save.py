@@ -30,13 +30,15 @@ def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path, s
     """A transformers checkpoint folder with the processor in it; whole or not there.
 
     Args:
-        weights: the trainable parameters by name, complete, on the CPU; frozen ones are taken from the model.
+        weights: the trainable parameters by name, complete, on the CPU, and frozen ones that are sharded; others are taken from the model.
         system_prompt: what every sample of the training began with, if all had the same.
     """
     import torch
 
     temporary = fresh_folder(out)
-    state = {name: weights.get(name, tensor) for name, tensor in model.state_dict().items()}
+    found = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
+    shared = {name: found.get(id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}  # a head of embeddings
+    state = {name: tensor if shared.get(name) is None else shared[name] for name, tensor in model.state_dict().items()}
     dtype = model.config.dtype or torch.float32
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.save_pretrained(temporary, state_dict=state)
