@@ -243,7 +243,7 @@ def test_no_label_trains_nothing(llava):
 
 @pytest.mark.slow
 def test_training_at_zero_stage_3(settings, tmp_path):
-    """The same losses and answers with all kernels and with none, on real engines; weights are gathered where used, in `generate` too."""
+    """The same losses with all kernels and with none, on real engines; weights are gathered where they are used, in `generate` too."""
     from tests.conftest import losses_of, run_command, write_config
 
     config = str(write_config({**settings, "training": {"steps": 5, "global_batch": 4, "micro_batch": 2}}, tmp_path))

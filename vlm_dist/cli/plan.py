@@ -113,12 +113,13 @@ def _show(plan: dict[str, Any]) -> None:
     for name, size in own["memory"].items():
         table.add_row(name, _amount(size))
     table.add_row("together", _amount(own["total"]), style="bold")
+    table.add_row("while loading", _amount(own["loading"]))
     if own["host"]:
         table.add_row("and on the host", _amount(own["host"]))
     console.print(f"memory of a GPU at micro_batch {own['micro_batch']}, gradient checkpointing {own['gradient_checkpointing']}, "
                   f"ZeRO {own['zero_stage']}")  # fmt: skip
     console.print(table)
-    left = gpu["memory"] - own["total"]
+    left = gpu["memory"] - max(own["total"], own["loading"])
     if own["fits"]:
         console.print(f"fits: {left / 1e9:.1f} GB to spare", style="green")
     else:

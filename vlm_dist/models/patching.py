@@ -21,6 +21,7 @@ from vlm_dist.errors import ConfigError
 from vlm_dist.models.patches import Patches, bind
 from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
 from vlm_dist.models.patching_vision import patch_vision_windows
+from vlm_dist.upstream.deepspeed import gathered
 from vlm_kernels import reference
 
 ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
@@ -86,7 +87,8 @@ def _rms_form(module: Any) -> dict[str, Any] | None:
     ]
     if eps is None or len(needed) != 1:
         return None
-    twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.bfloat16)  # to_empty: it may have no numbers yet
+    with gathered(module.parameters()):
+        twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.bfloat16)  # to_empty: it may have no numbers yet
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
         twin.weight.copy_(torch.randn(twin.weight.shape, generator=generator))

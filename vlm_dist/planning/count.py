@@ -32,6 +32,8 @@ class Counted:
     """Bytes of "4-bit", "statistics" (of 4 bit), "16-bit" (all else that is frozen) and "trainable" weights."""
     largest_layer: int = 0
     """Bytes of the weights of the largest module that is used as one."""
+    largest_loaded: int = 0
+    """Most bytes of one weight while it is loaded: as it is stored, in 16 bit, beside what it becomes."""
     trainable: list[int] = field(default_factory=list)
     """Elements of each trainable tensor."""
     saved: int = 0
@@ -125,6 +127,8 @@ def _weigh(model: Any, counted: Counted) -> None:
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             size, state = tensor.numel() * tensor.element_size(), getattr(tensor, "quant_state", None)
             here += size
+            becomes = size if tensor.requires_grad or state is not None else 0
+            counted.largest_loaded = max(counted.largest_loaded, becomes + 2 * (tensor.numel() if state is None else state.shape.numel()))
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
