@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from vlm_dist.config_cluster import DistributedConfig, RayConfig
 from vlm_dist.config_look import EvaluationConfig, LogConfig
 from vlm_dist.config_model import Fraction, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
 
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "EngineConfig",
     "EvaluationConfig",
     "HealthConfig",
@@ -174,21 +176,6 @@ class EngineConfig(Section):
     """Further DeepSpeed settings, passed through as they are; settings that this file owns are refused."""
 
 
-class RayConfig(Section):
-    """Workers of launch/ray_train.py; one worker is one rank."""
-
-    workers: PositiveInt | None = None
-    """Workers; none given: one for every GPU of the cluster, or one where there is no GPU."""
-    min_workers: PositiveInt | None = None
-    """Go on with fewer workers, down to this number, when nodes are lost, and grow again when they come back."""
-    cpus_per_worker: PositiveFloat = 1
-    """CPUs that each worker reserves."""
-    max_failures: NonNegativeInt = 3
-    """Restarts after a worker or node was lost; each continues from the newest checkpoint."""
-    address: str | None = None
-    """A running cluster; none given: RAY_ADDRESS, else one that runs on this machine, else a new one here."""
-
-
 class CheckpointConfig(Section):
     """When the state is saved. Running the same command again continues from the newest whole checkpoint."""
 
@@ -249,6 +236,7 @@ class Config(Section):
     training: TrainingConfig
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()

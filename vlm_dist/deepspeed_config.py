@@ -25,6 +25,13 @@ def zero_stage(config: Config, world_size: int) -> int:
     return 2 if engine.offload == "optimizer" or (world_size > 1 and config.lora is None) else 0
 
 
+def loads_sharded(config: Config, world_size: int) -> bool:
+    """Whether each rank holds only its share of the weights while they are loaded. DoRA measures whole weights when it begins, and an NVMe
+    disk takes them from the engine."""
+    dora = config.lora is not None and config.lora.dora
+    return zero_stage(config, world_size) == 3 and not dora and config.engine.nvme_path is None
+
+
 def check_batches(config: Config, world_size: int) -> int:
     """Accumulation rounds per optimizer step.
 
@@ -42,16 +49,18 @@ def check_batches(config: Config, world_size: int) -> int:
     return training.global_batch // (training.micro_batch * world_size)
 
 
-def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_trainable: int = LARGEST_BUCKET) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable: int = LARGEST_BUCKET) -> dict[str, Any]:
     """The DeepSpeed JSON of a configuration.
 
     Args:
+        dtype: what is computed in (a torch.dtype, or its name).
         num_trainable: trainable parameters. DeepSpeed's bucket for their gradients is no larger: its default would take 2 GB beside
             adapters of some MB.
 
     Raises:
         ConfigError: engine.deepspeed sets what our own keys decide, or the optimizer does not fit the stage.
     """
+    dtype_name = str(dtype).removeprefix("torch.")
     owned = [key for key in config.engine.deepspeed if key in OWNED_KEYS]
     if owned:
         raise ConfigError(f"engine.deepspeed.{owned[0]} is decided by this file's own keys; remove it (see `vlm-dist config --explain`)")
@@ -75,8 +84,10 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_train
         "gradient_accumulation_steps": check_batches(config, world_size),
         # at stage 0 the norm is taken here (`take_step`), because DeepSpeed does not report it there
         "gradient_clipping": config.optim.grad_clip if stage else 0.0,
-        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16"},
+        # no module is safe to reduce in 16 bit: gradients are added up in the float32 of what trains
+        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         **config.engine.deepspeed,
         "zero_optimization": zero,
     }

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm_dist.launched import left_over
+
 if TYPE_CHECKING:
     from vlm_dist.config import Config
 
@@ -222,6 +224,9 @@ def _sockets() -> Iterator[Check]:
 
 
 def _variables() -> Iterator[Check]:
+    if (what := left_over()) is not None:
+        found, _, fix = what.partition("; ")
+        yield Check("launcher", "bad", found, fix)
     for name in SLOWING:
         if (value := os.environ.get(name, "0")) not in ("", "0"):
             yield Check(name, "warn", f"is {value}: slower transfers between GPUs", f"unset {name}, unless this cluster needs it")

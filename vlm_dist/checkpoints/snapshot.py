@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.buffers import moving_buffers
 from vlm_dist.checkpoints.form import MOMENTS, WEIGHTS, Snapshot, read_state
 from vlm_dist.errors import CheckpointError
-from vlm_dist.upstream.deepspeed import create_moments
+from vlm_dist.upstream.deepspeed import create_moments, gathered, is_sharded
 
 if TYPE_CHECKING:
     import torch
@@ -110,14 +110,22 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def gather_weights(engine: Any, *, keep: bool) -> dict[str, Any]:
+def gather_weights(engine: Any, *, keep: bool, frozen: bool = False) -> dict[str, Any]:
     """The trainable parameters, whole and in float32, and the buffers that training moves, by name, on the CPU. Every rank must call it;
-    only those that `keep` get them."""
+    only those that `keep` get them.
+
+    Args:
+        frozen: those too that do not train but are sharded (ZeRO stage 3), as they are.
+    """
     weights = {}
     for name, parameter in trainable(engine).items():
         value = _full_parameter(engine, parameter)
         if keep:
             weights[name] = _copy(value.float())
+    for name, parameter in engine.module.named_parameters() if frozen else ():
+        if not parameter.requires_grad and is_sharded(parameter):
+            with gathered([parameter]):
+                weights |= {name: _copy(parameter)} if keep else {}
     if keep:
         weights |= {name: _copy(buffer) for name, buffer in moving_buffers(engine.module).items()}
     return weights

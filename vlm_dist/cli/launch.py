@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import shlex
 import shutil
@@ -105,9 +107,22 @@ def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
     for override in arguments.overrides:
         if redacted(override) != override:
             raise ConfigError(f"launch: '{redacted(override)}' holds a secret, and Ray shows the command of a job; write it into the YAML")
-    left_out = '{"excludes": [".venv", ".git", "data", "runs"]}'
-    job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", left_out, "--"]
+    _refuse_unseen(arguments, config)
+    seconds = str(math.ceil(config.checkpoint.grace_s))
+    settings = {"excludes": [".venv", ".git", "data", "runs"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
+    job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", json.dumps(settings), "--"]
     return [_beside_python("ray"), *job, _python(), *_training(arguments, "ray_train.py"), workers]
+
+
+def _refuse_unseen(arguments: argparse.Namespace, config: Config) -> None:
+    """What a job does not find, or leaves where it is deleted: Ray sends a copy of this folder, and removes it after the job."""
+    if not Path(config.output_dir).is_absolute():
+        raise ConfigError(
+            f"output_dir: '{config.output_dir}' would lie in the copy of this folder that Ray makes for the job and deletes after it; "
+            "give an absolute path on storage that every node sees"
+        )
+    if os.path.relpath(arguments.config).startswith("..") and not Path(arguments.config).is_absolute():
+        raise ConfigError(f"'{arguments.config}' is outside of this folder, of which Ray sends a copy; give an absolute path that all see")
 
 
 def _script(name: str) -> str:

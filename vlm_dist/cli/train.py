@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_dist.cli.parsers import add_config, new_parser
 from vlm_dist.config_load import load_config
-from vlm_dist.distributed import env_rank, env_world_size
+from vlm_dist.launched import announced
 
 
 def add_parser(commands: Any) -> None:
@@ -50,7 +50,7 @@ def run_on_ray(arguments: argparse.Namespace) -> int:
 
 
 def _end(summary: dict[str, Any], arguments: argparse.Namespace) -> int:
-    if env_rank() == 0:
+    if announced().rank == 0:
         _tell(summary, arguments)
     if summary["ended"] == "interrupted":
         return 128 + signal.Signals[summary["signal"]]
@@ -60,7 +60,7 @@ def _end(summary: dict[str, Any], arguments: argparse.Namespace) -> int:
 def _dry_run(config: Any, arguments: argparse.Namespace) -> int:
     from vlm_dist.checking.dry_run import dry_run
 
-    plan = dry_run(config, env_world_size())
+    plan = dry_run(config, announced().world_size)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:

@@ -9,24 +9,24 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from vlm_dist.data.bounds import tokens_beyond
+from vlm_dist.data.bounds import beginning_beyond
 from vlm_dist.data.control_tokens import ControlTokens
-from vlm_dist.data.labels import expanded, weights_of
+from vlm_dist.data.labels import expanded, is_per_token, weights_of
 from vlm_dist.data.messages import as_templates_take_it, joined, says_something
 from vlm_dist.data.placing import Placing
 from vlm_dist.data.run_tokenizer import RunTokenizer
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
-from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, with_reasoning_apart
+from vlm_dist.data.thoughts import with_reasoning_apart
+from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
 from vlm_dist.errors import BadSample
 
 if TYPE_CHECKING:
     from vlm_dist.config import DataConfig
 
 IGNORED = -100  # the label of tokens that are not supervised, as in torch.nn.functional.cross_entropy
-RAISE_OR_CUT = "raise it, or set data.on_too_long: truncate"
 WEIGHT_UNIT = 1_000_000  # a token's weight w is handed on as the whole number (w - 1) x 10^6, so that padding's 0 is weight 1
 Tools = list[Any] | None
 
@@ -127,10 +127,10 @@ class Encoder:
         if sample.objects:
             notes -= {("kept", token) for token in self.placing.convention.tokens}
         text = self._render(messages, tools=sample.tools)
-        self._check_beginning(text)
+        bounded = self._bounded(text)
         notes |= left_out(messages, text, sample.tools)
         turns = self._learnt(messages, self._turns(messages, text, sample.tools), notes)
-        inputs, picture, offsets, replacements = self._process(text, sample.images)
+        inputs, picture, offsets, replacements = self._process(bounded, sample.images)
         labels = inputs["input_ids"].clone()
         spans = [(turn.start, turn.end) for turn in turns]
         weights = weights_of(offsets, replacements, spans, [float(messages[turn.number].get("weight", 1.0)) for turn in turns])
@@ -176,23 +176,23 @@ class Encoder:
         Raises:
             BadSample: the chat template or the tokenizer refuses it, or it is far too long.
         """
-        text = self._render(self._plain_text(messages)[0], tools=tools, **options)
-        self._check_beginning(text)
+        text = self._bounded(self._render(self._plain_text(messages)[0], tools=tools, **options))
         try:
             return len(self.processor.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))["input_ids"])
         except Exception as error:  # tokenizers raise whatever they like on text that is none
             raise BadSample(f"tokenizer: {_words(error)}") from None
 
-    def _check_beginning(self, text: str) -> None:
-        """Refuse what is far too long before more is done with it."""
-        if self.on_too_long != "refuse":
-            return
+    def _bounded(self, text: str) -> str:
+        """Of a text that is far too long only the beginning, or a refusal, before more is done with it."""
         try:
-            tokens = tokens_beyond(text, self.max_seq_length, self.processor.tokenizer)
+            piece = beginning_beyond(text, self.max_seq_length, self.processor.tokenizer)
         except Exception as error:  # tokenizers raise whatever they like on text that is none
             raise BadSample(f"tokenizer: {_words(error)}") from None
-        if tokens is not None:
-            raise BadSample(f"too long: at least {tokens} tokens, more than data.max_seq_length={self.max_seq_length}; {RAISE_OR_CUT}")
+        if piece is None:
+            return text
+        if self.on_too_long == "refuse" or piece.loses_one(text, self._tokens.pictures):
+            self._refuse(f"at least {piece.tokens} tokens")
+        return text[: piece.characters]
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Unless the chat template wrote them."""
@@ -264,17 +264,18 @@ class Encoder:
         BadSample: so many tokens are too long, and are not to be cut.
         """
         if tokens > self.max_seq_length and self.on_too_long == "refuse":
-            raise BadSample(f"too long: {tokens} tokens, more than data.max_seq_length={self.max_seq_length}; {RAISE_OR_CUT}")
+            self._refuse(f"{tokens} tokens")
+
+    def _refuse(self, size: str) -> NoReturn:
+        remedy = "raise it, or set data.on_too_long: truncate" if self.on_too_long == "refuse" else "cutting would lose picture tokens"
+        raise BadSample(f"too long: {size}, more than data.max_seq_length={self.max_seq_length}; {remedy}")
 
     def _fit(self, encoded: Encoded) -> Encoded:
         if encoded.length <= self.max_seq_length:
             return encoded
-        limit, num_picture = self.max_seq_length, int(encoded.picture.sum())
-        size = f"{encoded.length} tokens ({num_picture} of them picture), more than data.max_seq_length={limit}"
-        if self.on_too_long == "refuse":
-            raise BadSample(f"too long: {size}; {RAISE_OR_CUT}")
-        if encoded.picture[limit:].any():
-            raise BadSample(f"too long: {size}; cutting would lose picture tokens")
+        limit = self.max_seq_length
+        if self.on_too_long == "refuse" or encoded.picture[limit:].any():
+            self._refuse(f"{encoded.length} tokens ({int(encoded.picture.sum())} of them picture)")
         length = encoded.length
         cut = {name: tensor[:, :limit] if is_per_token(tensor, length) else tensor for name, tensor in encoded.inputs.items()}
         notes = encoded.notes | {("cut", "too long")}
@@ -287,11 +288,6 @@ def count_labels(sample: Encoded) -> float:
     if "weights" not in sample.inputs:
         return int(supervised.sum())
     return float((1 + sample.inputs["weights"][:, 1:][supervised].double() / WEIGHT_UNIT).sum())
-
-
-def is_per_token(tensor: Any, length: int) -> bool:
-    """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
-    return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()
 
 
 def _words(error: Exception) -> str:

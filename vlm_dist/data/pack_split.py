@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.alike import Look, groups, look_at
-from vlm_dist.data.layouts import Columns, canonical
+from vlm_dist.data.layouts import Columns, as_object, canonical
+from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_pictures import MAX_PIXELS, Pictures
 from vlm_dist.data.picture_sources import name_of, read_source
 from vlm_dist.data.pictures import decode_picture, readable_formats
@@ -81,7 +83,7 @@ def _leaders(
     starts = range(0, len(records), AT_A_TIME)
     with ThreadPoolExecutor(os.cpu_count() or 1, "look") as pool:
         for start in track(starts, "looking at the pictures", transient=True, disable=not sys.stderr.isatty()):
-            sources = [_sources(records[number], columns) for number in range(start, min(start + AT_A_TIME, len(records)))]
+            sources = [_sources(records[number], columns, pictures.base) for number in range(start, min(start + AT_A_TIME, len(records)))]
             shown += pool.map(lambda each: [_look(source, pictures) for source in each], sources)
     found = groups(shown, near=near)
     by_name = sum(any(isinstance(picture, str) for picture in each) for each in shown)
@@ -95,9 +97,11 @@ def _leaders(
     return found
 
 
-def _sources(record: Any, columns: Columns | None) -> list[Any]:
+def _sources(record: Any, columns: Columns | None, base: Path) -> list[Any]:
     try:
-        return [] if isinstance(record, BadSample) else canonical(record, columns)["images"]
+        if isinstance(record, BadSample):
+            return []
+        return canonical(record, columns)["images"] or picture_by_number(as_object(record), base)
     except BadSample:  # which packing will name
         return []
 

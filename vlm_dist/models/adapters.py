@@ -25,20 +25,30 @@ def is_adapter(folder: Path) -> bool:
 
 
 def find_adapter(source: str) -> Path | None:
-    """The adapter folder that a name means: itself, or that of a run directory. None: no adapter (a checkpoint, a run that trained every
-    weight).
+    """The adapter folder that a name means: itself, the only one in it (PEFT saves an adapter of another name than "default" as
+    FOLDER/NAME), or that of a run directory. None: no adapter (a checkpoint, a run that trained every weight).
 
     Raises:
-        ModelError: the run is not finished.
+        ModelError: the run is not finished, or several adapters lie in the folder.
     """
     run = RunDir(Path(source))
     if not run.config.exists():
-        return run.path if is_adapter(run.path) else None
+        return run.path if is_adapter(run.path) else _only_inside(run.path)
     if run.model.exists():
         return None
     if not run.adapter.exists():
         raise ModelError(f"{run.path}: has no trained model yet; finish it with `vlm-dist train {run.config}`")
     return run.adapter
+
+
+def _only_inside(folder: Path) -> Path | None:
+    """The adapter that lies in a folder without a model."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    found = sorted(path for path in folder.iterdir() if is_adapter(path))
+    if len(found) > 1:
+        raise ModelError(f"{folder}: holds {len(found)} adapters ({', '.join(path.name for path in found)}); give one, such as {found[0]}")
+    return found[0] if found else None
 
 
 def run_of(folder: Path) -> RunDir | None:

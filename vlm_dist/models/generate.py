@@ -17,6 +17,8 @@ def generate(
 
     Returns:
         The generated text of each row, special tokens removed.
+
+    Not under `inference_mode`: small weights that ZeRO-3 gathers there stay, and could not be trained with afterwards.
     """
     import torch
     from transformers import StoppingCriteriaList
@@ -32,7 +34,7 @@ def generate(
     if "stopping_criteria" in options:
         options["stopping_criteria"] = StoppingCriteriaList(options["stopping_criteria"])
     settings = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **options}
-    with torch.inference_mode(), _ready_to_generate(model), autocast(model):
+    with torch.no_grad(), _ready_to_generate(model), autocast(model):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]

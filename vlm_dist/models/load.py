@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import LoraConfig, ModelConfig
@@ -17,6 +19,8 @@ from vlm_dist.upstream.bitsandbytes import compute_in, keep_nf4_layout
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
+
+    from vlm_dist.models.sharded import Sharding
 
 STORED_IN_4BIT = "bitsandbytes, 4 bit"
 
@@ -113,12 +117,14 @@ def load_model(
 
 
 def load_weights(
-    config: ModelConfig, name: str, family: Family, device: torch.device, *, lora: LoraConfig | None = None
-) -> PreTrainedModel:
+    config: ModelConfig, name: str, family: Family, device: torch.device, *, lora: LoraConfig | None = None,
+    sharding: Sharding | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Load onto `device`: in NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), or in model.dtype.
 
     Args:
         lora: what will be adapted; modules that it trains whole are not quantised.
+        sharding: keep this rank's share only; every rank must call it.
 
     Raises:
         ModelError: no such checkpoint, or weights that are missing, of other sizes, or in pickle form.
@@ -128,30 +134,32 @@ def load_weights(
     from transformers import AutoModelForImageTextToText
 
     dtype = choose_dtype(config.dtype, device)
+    stored_in_4bit = config.load_in_4bit and is_stored_in_4bit(name, config.revision, config.trust_remote_code)
     options = {}  # a checkpoint that is stored in 4 bit has its own settings
-    if config.load_in_4bit and not is_stored_in_4bit(name, config.revision, config.trust_remote_code):
+    if config.load_in_4bit and not stored_in_4bit:
         options["quantization_config"] = nf4_config(family, dtype, trained_whole(family, lora) if lora else ())
+    prepare = partial(compute_in, dtype=dtype) if stored_in_4bit else lambda _: None
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype,
-            attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
-            device_map={"": device} if device.type == "cuda" else None,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name
-            output_loading_info=True,
-            **options,
-        )
+        with sharding.while_loading(family, prepare) if sharding else nullcontext():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=dtype,
+                attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
+                device_map={"": device} if device.type == "cuda" else None,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
+                output_loading_info=True,
+                **options,
+            )
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise not_loadable(name, error) from None
     model, found = loaded
     _check_complete(model, found, family, name)
+    prepare(model)
     if config.load_in_4bit:
         keep_nf4_layout(model)
-        if not options:
-            compute_in(model, dtype)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
     return model
 

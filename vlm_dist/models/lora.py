@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import LoraConfig
@@ -163,8 +163,12 @@ def freeze_sides(model: torch.nn.Module, family: Family, sides: Iterable[str]) -
     """Train every weight except those of the given sides, and those that the model never uses."""
     frozen = set(sides)
     for name, parameter in model.named_parameters():
-        unused = any(name.startswith(path + ".") for path in family.unused)
-        parameter.requires_grad_(family.side_of(name) not in frozen and not unused)
+        parameter.requires_grad_(trains_fully(name, family, frozen))
+
+
+def trains_fully(name: str, family: Family, frozen: Collection[str]) -> bool:
+    """Whether a weight trains where every weight does but those of these sides."""
+    return family.side_of(name) not in frozen and not any(name.startswith(path + ".") for path in family.unused)
 
 
 def count_trainable(model: torch.nn.Module, family: Family) -> Counter[str]:

@@ -200,7 +200,7 @@ def next_token_logits(model: Any, cases: list[tuple[list[dict[str, Any]], list[A
     try:
         for messages, pictures in cases:
             inputs = {name: value.to(model.device) for name, value in encode_chat(processor, messages, pictures).items()}
-            with torch.inference_mode(), autocast(model):
+            with torch.no_grad(), autocast(model):
                 found.append(model(**inputs, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu())
     finally:
         model.train(was_training)

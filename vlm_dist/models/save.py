@@ -42,7 +42,7 @@ def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path, s
     """A transformers checkpoint folder with the processor in it; whole or not there.
 
     Args:
-        weights: the trainable parameters by name, complete, on the CPU; frozen ones are taken from the model.
+        weights: the trainable parameters by name, complete, on the CPU, and frozen ones that are sharded; others are taken from the model.
         system_prompt: what every sample of the training began with, if all had the same.
     """
     import torch

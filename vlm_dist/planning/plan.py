@@ -45,15 +45,14 @@ class Planner:
         return self._counted[key]
 
     def _count(self, config: Config, rows: int, tokens: int | None) -> Counted:
-        import torch
-
         from vlm_dist.planning.count import count_micro_batch
 
         name = _mode_of(config)
         self.note(f"counting {rows} x {tokens or self.workload.tokens} tokens, gradient checkpointing: {name}")
-        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
         batch = micro_batch(self.inputs.encoder, self.workload, rows, tokens)
-        return count_micro_batch(config, self.inputs.hf_config, self.inputs.family, dtype, batch, accumulates=self.rounds(rows) > 1)
+        return count_micro_batch(
+            config, self.inputs.hf_config, self.inputs.family, number_type(config), batch, accumulates=self.rounds(rows) > 1
+        )
 
     def rounds(self, rows: int) -> int:
         return max(1, self.config.training.global_batch // (rows * self.gpus))
@@ -79,7 +78,8 @@ class Planner:
             "memory": memory.parts,
             "total": memory.total,
             "host": memory.host,
-            "fits": memory.total <= self.gpu.memory,
+            "loading": memory.loading,
+            "fits": max(memory.total, memory.loading) <= self.gpu.memory,
             "flops": {"forward": counted.forward_flops, "vision": counted.vision_flops, "backward": counted.backward_flops},
             "step_s": {"limit": time.limit, "fast": time.fast, "slow": time.slow},
             "tokens_per_s": {"limit": tokens / time.limit, "fast": tokens / time.fast, "slow": tokens / time.slow},
@@ -199,6 +199,13 @@ def _any_picture(inputs: Inputs) -> Workload:
         with suppress(ConfigError):
             return assumed(inputs.config, inputs.encoder, size, 1)
     return assumed(inputs.config, inputs.encoder, least, 1)
+
+
+def number_type(config: Config) -> Any:
+    """The torch.dtype that a plan computes in."""
+    import torch
+
+    return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
 
 
 def _mode_of(config: Config) -> str:

@@ -10,7 +10,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,15 +17,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
 from vlm_dist.models.patching_loss import as_on_gpu, workspace_bytes
+from vlm_dist.planning.counts import Count, Operation
 from vlm_dist.upstream.torch import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
     cpu_attention,
     cpu_attention_backward,
+    local_scalar,
     storage_key,
     tree_leaves,
+    unique,
     unsafe_index,
+    unsafe_view,
 )
 
 aten = torch.ops.aten
@@ -35,47 +38,47 @@ INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, u
 COMPARED = {aten.eq: False, aten.ne: True, aten.isnan: False, aten.isinf: False, aten.isfinite: True}
 IN_FLOAT32 = (torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax)
 """What autocast computes in float32 on a GPU and not on a CPU."""
-FREE = (aten.detach.default, aten.lift_fresh.default)
-
-
-@dataclass
-class Count:
-    """What ran."""
-
-    live: int = 0
-    """Bytes held now."""
-    peak: int = 0
-    """Most bytes held at once since the last `mark`."""
-    work: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(FLOPs of products, bytes read and written) of each operation -> how often."""
-
-    @property
-    def flops(self) -> int:
-        return sum(flops * number for (flops, _), number in self.work.items())
-
-    @property
-    def moved(self) -> int:
-        return sum(moved * number for (_, moved), number in self.work.items())
-
-    def mark(self) -> None:
-        """Begin anew: what is held stays held."""
-        self.peak, self.work = self.live, Counter()
+FREE = {
+    aten.detach, aten.lift_fresh, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
+    unsafe_view.overloadpacket, torch.ops.prim.device,
+}  # fmt: skip
+"""What launches nothing: questions to a tensor, other views of it, memory that is not yet written."""
+READS = {
+    aten.nonzero,
+    aten.unique_consecutive,
+    aten.masked_select,
+    aten.repeat_interleave,
+    local_scalar.overloadpacket,
+    unique.overloadpacket,
+}
+"""Whose result's size or value the host waits for."""
 
 
 class Tally(TorchDispatchMode):
     """Counts what runs inside, on tensors with data."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: Callable[[], str] = str) -> None:
         super().__init__()
         self.count = Count()
-        self._held: dict[int, int] = {}
+        self.part = part
+        self._held: dict[int, tuple[int, str]] = {}
+
+    @property
+    def held(self) -> Counter[str]:
+        """Bytes held now, by the part of the model that made them."""
+        found: Counter[str] = Counter()
+        for nbytes, part in self._held.values():
+            found[part] += nbytes
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = self.perform(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if not func.is_view and func not in FREE:
+        if waits(func, args, kwargs):
+            self.count.waits[f"{self.part()} {func.overloadpacket.__name__}".strip()] += 1
+        if not func.is_view and func.overloadpacket not in FREE:
             self._add_work(func, args, kwargs, result, [*given, *made])
         for tensor in made:
             self.hold(tensor)
@@ -89,7 +92,7 @@ class Tally(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         if key not in self._held:
-            self._held[key] = storage.nbytes()
+            self._held[key] = storage.nbytes(), self.part()
             self.use(storage.nbytes())
             weakref.finalize(storage, self._let_go, key)
 
@@ -100,21 +103,25 @@ class Tally(TorchDispatchMode):
         count.live += 0 if briefly else nbytes
 
     def _let_go(self, key: int) -> None:
-        self.count.live -= self._held.pop(key)
+        self.count.live -= self._held.pop(key)[0]
 
     def _add_work(self, func: Any, args: tuple, kwargs: dict, result: Any, tensors: list[torch.Tensor]) -> None:
         flops = flop_registry.get(func.overloadpacket)
         number = flops(*args, **kwargs, out_val=result) if flops else ATTENTION.get(func, _none)(args)
         moved = sum(_nbytes(tensor) for tensor in tensors)
         if moved:
-            self.count.work[int(number), moved] += 1
+            self.launch(func, int(number), moved)
+
+    def launch(self, func: Any, flops: int, moved: int) -> None:
+        """Count one operation."""
+        self.count.work[Operation(self.part(), func.overloadpacket.__name__, flops, moved)] += 1
 
 
 class Shapes(Tally):
     """The same on tensors without data. Use it through `counting`."""
 
-    def __init__(self, on_gpu: bool):
-        super().__init__()
+    def __init__(self, on_gpu: bool, part: Callable[[], str] = str):
+        super().__init__(part)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.on_gpu = on_gpu
 
@@ -149,12 +156,14 @@ class Shapes(Tally):
 class _AsOnGpu(TorchFunctionMode):
     """What a GPU does otherwise than a CPU: attention without a matrix of scores, and some functions in float32 under autocast."""
 
-    def __init__(self, on_gpu: bool):
+    def __init__(self, on_gpu: bool, shapes: Shapes):
         super().__init__()
-        self.on_gpu = on_gpu
+        self.on_gpu, self.shapes = on_gpu, shapes
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.tolist:  # of tensors on the CPU no dispatcher hears
+            self.shapes.count.waits[f"{self.shapes.part()} tolist".strip()] += 1
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         if self.on_gpu and func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
@@ -180,12 +189,16 @@ def _attend(
 
 
 @contextmanager
-def counting(*, on_gpu: bool) -> Iterator[Shapes]:
-    """Count what runs inside, as a GPU would hold and compute it, or as this CPU does."""
+def counting(*, on_gpu: bool, part: Callable[[], str] = str) -> Iterator[Shapes]:
+    """Count what runs inside, as a GPU would hold and compute it, or as this CPU does.
+
+    Args:
+        part: says which part of the model runs now.
+    """
     with ExitStack() as stack:
-        shapes = Shapes(on_gpu)
+        shapes = Shapes(on_gpu, part)
         stack.enter_context(shapes)
-        stack.enter_context(_AsOnGpu(on_gpu))
+        stack.enter_context(_AsOnGpu(on_gpu, shapes))
         if on_gpu:
             stack.enter_context(as_on_gpu())
         yield shapes
@@ -200,6 +213,13 @@ def _with_places(func: Any, args: tuple) -> tuple:
         is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
         places += index.nonzero(as_tuple=True) if is_mask else [index]
     return (args[0], places, *args[2:])
+
+
+def waits(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether the host must wait for the device: it asks for a number, or for how many there are."""
+    if func in INDEXED:
+        return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1])
+    return func.overloadpacket in READS and kwargs.get("output_size") is None
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -227,7 +247,7 @@ def _head_and_loss(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
     hidden, weight, bias, labels, *_, with_grad, with_dw = args
     rows = int((labels >= 0).sum())
     products = 1 + with_grad + with_dw
-    shapes.count.work[2 * rows * weight.numel() * products, _nbytes(weight) * products + 2 * rows * hidden.shape[1]] += 1
+    shapes.launch(func, 2 * rows * weight.numel() * products, _nbytes(weight) * products + 2 * rows * hidden.shape[1])
     shapes.use(workspace_bytes(rows, weight, "cuda" if shapes.on_gpu else "cpu"), briefly=True)
     return shapes.made(
         lambda: (
@@ -244,7 +264,7 @@ def _four_bit_product(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> A
     """bitsandbytes' product with 4-bit weights: they are put into 16 bit for the moment."""
     x, shape = args[0], args[2]
     size = shape[0] * shape[1]
-    shapes.count.work[2 * (x.numel() // x.shape[-1]) * size, 3 * size * x.element_size()] += 1
+    shapes.launch(func, 2 * (x.numel() // x.shape[-1]) * size, 3 * size * x.element_size())
     shapes.use(size * x.element_size(), briefly=True)
     return shapes.made(lambda: x.new_empty((*x.shape[:-1], shape[0])))
 

@@ -13,7 +13,7 @@ from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.layout_values import texts_of
 from vlm_dist.data.placing import objects_answered
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.turns import has_reasoning, without_reasoning
+from vlm_dist.data.thoughts import has_reasoning, without_reasoning
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import BadSample, ConfigError
 from vlm_dist.models.generate import generate

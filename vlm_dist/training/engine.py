@@ -18,7 +18,7 @@ from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError
 from vlm_dist.families import Family
 from vlm_dist.training.optim import build_optimizer
-from vlm_dist.upstream.deepspeed import skip_shared_memory_op
+from vlm_dist.upstream.deepspeed import shape_of, skip_shared_memory_op, widen
 
 if TYPE_CHECKING:
     import torch
@@ -33,16 +33,28 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
         _check_nvme(config.engine.nvme_path)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            widen(parameter)
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device),
         optimizer=build_optimizer(model, config.optim, family, on_cpu=config.engine.offload != "none"),
         config=deepspeed_config(
-            config, ranks.world_size, str(dtype).removeprefix("torch."), sum(p.numel() for p in model.parameters() if p.requires_grad)
+            config, ranks.world_size, dtype, sum(math.prod(shape_of(p)) for p in model.parameters() if p.requires_grad)
         ),
     )
+    if engine.zero_optimization_stage() == 3:
+        _announce_reads(model)
     engine.train()
     return engine
+
+
+def _announce_reads(model: torch.nn.Module) -> None:
+    """A kernel that computes for several modules at once reads weights of modules that it does not call; ZeRO-3 gathers them around the
+    call of the one that it was put into, in `generate` too, which goes round the hooks of the whole model."""
+    import deepspeed
+
+    for module in model.modules():
+        for parameter in getattr(module, "reads_weights", list)():
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _check_nvme(path: str) -> None:

@@ -37,16 +37,23 @@ class DivergedError(UserError):
 
 class StopRequest:
     """Within this context SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (the terminal was closed) ask for a stop after the current step; a
-    second SIGINT ends at once. Under nohup SIGHUP stays without effect."""
+    second SIGINT ends at once. Under nohup SIGHUP stays without effect.
 
-    def __init__(self) -> None:
+    Args:
+        elsewhere: another way to be asked, looked at each time: the number of a signal, or None.
+    """
+
+    def __init__(self, elsewhere: Callable[[], int | None] | None = None) -> None:
         self.signal: int | None = None
+        self._elsewhere = elsewhere
         self._asked = 0.0
         self._terminals: list[int] = []
         self._before: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
+        if self.signal is None and self._elsewhere is not None and (number := self._elsewhere()) is not None:
+            self._note(number)
         return self.signal is not None
 
     @property
@@ -72,6 +79,9 @@ class StopRequest:
             self._leave_terminal()
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._note(number)
+
+    def _note(self, number: int) -> None:
         self.signal, self._asked = number, time.monotonic() if self.signal is None else self._asked
 
     def _leave_terminal(self) -> None:

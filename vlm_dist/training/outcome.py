@@ -170,7 +170,7 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
     from vlm_dist.models.record import make_record
     from vlm_dist.models.source import brings_code
 
-    weights = gather_weights(engine, keep=ranks.is_first)
+    weights = gather_weights(engine, keep=ranks.is_first, frozen=config.lora is None)
     base = loaded.model.get_base_model().loaded_as if config.lora is not None else None
     system = only_one(loaded.prompts.over_ranks(ranks))
     record = make_record(engine.module, loaded.processor, base, loaded.fingerprint, system) if base is not None else None

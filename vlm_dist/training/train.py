@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vlm_dist import distributed
@@ -33,8 +36,11 @@ from vlm_dist.training.watchdog import beat_interval, first_beat, note_earlier_s
 from vlm_dist.waiting import waiting
 
 
-def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
+def train(config: Config, *, resume_anyway: bool = False, asked: Callable[[], int | None] | None = None) -> dict[str, Any]:
     """Train as the configuration says, or continue where the same run stopped; the same function under every launcher.
+
+    Args:
+        asked: where signals do not reach this process: called between steps, tells the number of one that asks to stop, or None.
 
     Returns:
         The content of summary.json.
@@ -43,7 +49,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         UserError: configuration, data, model, checkpoint or machine is not fit for it; says what to do.
     """
     quiet_libraries()
-    ranks = distributed.start()
+    ranks = distributed.start(os.path.abspath(Path(config.output_dir) / config.name), config.distributed.join_timeout_s)
     config = settle(config)
     check_batches(config, ranks.world_size)
     check_metrics(config)
@@ -52,10 +58,10 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         finished = start.run.read_summary()
         if finished and finished["ended"] == "finished" and not resume_anyway and outcome.has_result(config, start.run, ranks):
             return {**finished, "already_finished": True}
-        return _train(start, started)
+        return _train(start, started, asked)
 
 
-def _train(start: Start, started: float) -> dict[str, Any]:
+def _train(start: Start, started: float, asked: Callable[[], int | None] | None) -> dict[str, Any]:
     import torch
 
     config, run, ranks = start.config, start.run, start.ranks
@@ -74,7 +80,7 @@ def _train(start: Start, started: float) -> dict[str, Any]:
         loaded.described = describe_inputs(inputs, ranks)
         stream = open_training_stream(inputs, loaded.model, ranks)
         heldout = read_heldout(config.data, config.evaluation.samples, inputs.quarantine)
-        with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started, stop) as session:
+        with StopRequest(asked) as stop, Session(config, run, loaded, stream, heldout, ranks, started, stop) as session:
             return _run_loop(start, session)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, error, kept_in_words(run.checkpoints)) from None

@@ -1,8 +1,10 @@
-"""transformers: a processor's count of picture tokens, its tables of architectures, the attention that a model has chosen."""
+"""transformers: a processor's count of picture tokens, its tables of architectures, a model's attention, loading weight by weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SEEN = "5.23.0"
@@ -15,6 +17,8 @@ NAMES = (
     "transformers.AutoModelForCausalLM._model_mapping",
     "transformers.PretrainedConfig._attn_implementation",
     "transformers.modeling_layers.GradientCheckpointingLayer",
+    "transformers.core_model_loading.set_param_for_module",
+    "transformers.modeling_utils.caching_allocator_warmup",
 )
 
 
@@ -80,3 +84,29 @@ def still_when_recomputed(layer: Any) -> None:
 def attention_of(hf_config: Any) -> str:
     """The attention implementation that a model was loaded with; empty where none was chosen."""
     return hf_config._attn_implementation or ""
+
+
+@contextmanager
+def weight_by_weight(placed: Callable[[Any, str], None]) -> Iterator[None]:
+    """Inside, `from_pretrained` reads one weight after another, in the same order everywhere, and calls `placed` with the model and the
+    weight's name as soon as it is in its module. By itself it takes room for the whole model on the card first, and reads ahead in
+    threads."""
+    from transformers import core_model_loading, modeling_utils
+
+    put, warm_up = core_model_loading.set_param_for_module, modeling_utils.caching_allocator_warmup
+    in_threads = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+
+    def put_and_tell(model: Any, name: str, *rest: Any, **options: Any) -> None:
+        put(model, name, *rest, **options)
+        placed(model, name)
+
+    core_model_loading.set_param_for_module = put_and_tell
+    modeling_utils.caching_allocator_warmup = lambda *_: None
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        core_model_loading.set_param_for_module, modeling_utils.caching_allocator_warmup = put, warm_up
+        del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        if in_threads is not None:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = in_threads
