@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vlm_dist.distributed import env_rank
+from vlm_dist.errors import MachineError
+from vlm_dist.launched import announced
 
 FIRST_S, NEXT_S = 2.0, 30.0
 _stack: list[str] = []
@@ -18,7 +19,7 @@ _stack: list[str] = []
 def waiting(what: str) -> Iterator[None]:
     """Around something that may take long: after two seconds a line on standard error says what it is, and every half minute again with
     the time; at the end how long it took, if it was told. Inside another wait the inner one speaks."""
-    ended, is_first = threading.Event(), env_rank() == 0
+    ended, is_first = threading.Event(), _is_first()
     begin = time.monotonic()
     told = False
 
@@ -43,3 +44,10 @@ def waiting(what: str) -> Iterator[None]:
         _stack.remove(what)
         if told:
             print(f"{what}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    try:
+        return announced().rank == 0
+    except MachineError:  # told by whoever starts the ranks
+        return True
