@@ -98,7 +98,7 @@ def start(run: str = "", join_timeout_s: float = 600.0) -> Ranks:
     for name, value in ours.items():
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(place.port or _free_port())
+        os.environ["MASTER_PORT"] = str(place.port or free_port())
     local_rank = place.local_rank
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -127,7 +127,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

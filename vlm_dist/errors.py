@@ -7,6 +7,8 @@ class UserError(ValueError):
     exit_code = 2
     told = False
     """Another rank says it: this one only ends."""
+    of_one = False
+    """One rank says it, and the others know."""
 
 
 class ConfigError(UserError):

@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from vlm_dist.errors import MachineError
+from vlm_dist.errors import MachineError, UserError
 from vlm_dist.launched import Place, start_id
 
 TELL_S = 10.0
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+MISTAKE = "mistake"
+_connected: list[Any] = []
 NAMED = 16  # ranks named in one line
 
 
@@ -32,16 +35,18 @@ def join(place: Place, run: str, timeout_s: float) -> Any:
 
     Raises:
         MachineError: they are not; the port is taken; or the store is another run's.
+        UserError: torchrun has started the ranks again, after a mistake that a new start does not mend.
     """
     import torch.distributed as dist
 
     if place.world_size == 1:
         return dist.HashStore()
     ends = time.monotonic() + timeout_s
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     whose = f"{run}\n{start_id()}"
     with _telling(place):
-        store = dist.PrefixStore(f"vlm_dist/{attempt}", _store(place, timeout_s))
+        base = connected(place, timeout_s)
+        _refuse_again(base)
+        store = dist.PrefixStore(f"vlm_dist/{os.environ.get(RESTARTS, '0')}", base)
         if place.rank == 0:
             store.set("whose", whose)
         else:
@@ -54,25 +59,49 @@ def join(place: Place, run: str, timeout_s: float) -> Any:
     return dist.PrefixStore("group", store)
 
 
-def _store(place: Place, timeout_s: float) -> Any:
+def connected(place: Place, timeout_s: float) -> Any:
+    """The store of all ranks of a launcher's start, connected once; nothing is known yet of who else is there.
+
+    Raises:
+        MachineError: the port is taken, or nobody listens there.
+    """
     import torch.distributed as dist
 
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps one
+    if _connected:
+        return _connected[0]
     if place.rank > 0:
         _await_first(place, timeout_s)
+    seconds = timedelta(seconds=timeout_s)
     try:
-        return dist.TCPStore(
-            place.host, place.port, place.world_size, place.rank == 0 and not agent, timedelta(seconds=timeout_s), wait_for_workers=False
+        store = dist.TCPStore(
+            place.host, place.port, place.world_size, place.rank == 0 and not is_of_agent(), seconds, wait_for_workers=False
         )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            raise MachineError(
-                f"port {place.port} (MASTER_PORT) of this machine is in use, by another run or program; give this start another one "
-                f"(deepspeed --master_port, torchrun --master-port; `vlm-dist launch` finds a free one)"
-            ) from None
-        raise _missing(place, [0], timeout_s, str(error)) from None
-    except dist.DistStoreError as error:
-        raise _missing(place, [0], timeout_s, str(error)) from None
+    except dist.DistError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
+            raise _missing(place, [0], timeout_s, str(error)) from None
+        raise MachineError(
+            f"port {place.port} (MASTER_PORT) of this machine is in use, by another run or program; give this start another one "
+            f"(deepspeed --master_port, torchrun --master-port; `vlm-dist launch` finds a free one)"
+        ) from None
+    _connected.append(store)
+    return store
+
+
+def is_of_agent() -> bool:
+    """Whether torchrun itself keeps the store: it outlives the ranks, and starts them again."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _refuse_again(store: Any) -> None:
+    """Raises:
+    UserError: an earlier start of these ranks has told a mistake that a new start does not mend.
+    """
+    if not store.check([MISTAKE]):
+        return
+    code, _, text = store.get(MISTAKE).decode().partition(" ")
+    error = UserError(text)
+    error.exit_code, error.told = int(code), True
+    raise error
 
 
 def _await_first(place: Place, timeout_s: float) -> None:
@@ -94,7 +123,7 @@ def _compare(store: Any, place: Place, whose: str, timeout_s: float) -> None:
     try:
         store.wait(["whose"], timedelta(seconds=timeout_s))
         found = store.get("whose").decode()
-    except dist.DistStoreError as error:
+    except dist.DistError as error:
         raise _missing(place, [0], timeout_s, str(error)) from None
     if found != whose:
         run = found.partition("\n")[0]
@@ -113,7 +142,7 @@ def _wait_for_all(store: Any, place: Place, ends: float, timeout_s: float) -> No
     if place.rank > 0:
         try:
             store.wait(["all"], timedelta(seconds=max(1.0, ends - time.monotonic()) + TELL_S))
-        except dist.DistStoreError as error:
+        except dist.DistError as error:
             raise _missing(place, [0], timeout_s, str(error)) from None
         return
     told = time.monotonic()

@@ -48,7 +48,7 @@ def announced() -> Place:
     if (rank is None) != (world_size is None) and (rank, world_size) not in ((0, None), (None, 1)):
         there, missing = ("RANK", "WORLD_SIZE") if world_size is None else ("WORLD_SIZE", "RANK")
         raise MachineError(f"{there}={values[there]} is set, but {missing} is not; {_unset(names)}")
-    rank, world_size = rank or 0, world_size or 1
+    rank, world_size = rank or 0, 1 if world_size is None else world_size
     said_by = " and ".join(f"{names[name]}={values[name]}" for name in ("RANK", "WORLD_SIZE") if name in values)
     if world_size < 1 or rank >= world_size:
         raise MachineError(f"{said_by}: ranks are counted from 0 to WORLD_SIZE - 1; {_unset(names)}")

@@ -236,6 +236,11 @@ _OF_ACCELERATOR: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _over_gloo(start: Callable) -> Callable:
+    """NCCL asks for real cards."""
+    return lambda backend=None, *arguments, **options: start(backend and "gloo", *arguments, **options)
+
+
 def _autocast_here(enter: Callable) -> Callable:
     """autocast("cuda") reaches the tensors, which torch itself takes for a CPU's."""
 
@@ -275,6 +280,8 @@ def pretended_card() -> Iterator[None]:
         stack.enter_context(mock.patch.object(tensor, "get_device", lambda t: 0 if on_card(t) else -1))
         stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _autocast_here(torch.autocast.__enter__)))
         stack.enter_context(mock.patch.object(torch.autocast, "__exit__", _autocast_gone(torch.autocast.__exit__)))
+        start = torch.distributed.init_process_group
+        stack.enter_context(mock.patch.object(torch.distributed, "init_process_group", _over_gloo(start)))
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         stack.enter_context(devices.arguments)
         stack.enter_context(devices)

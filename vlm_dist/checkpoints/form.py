@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.checkpoints.contents import problem_of
 from vlm_dist.disk import again, readable_as_others, why
 from vlm_dist.errors import CheckpointError
 
@@ -100,7 +101,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is of another version.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = _json_of(path / STATE)
     version = state["version"] if isinstance(state, dict) and "version" in state else None
     if version != STATE_VERSION:
         raise CheckpointError(
@@ -121,8 +122,8 @@ def amend_state(path: Path, changes: dict[str, Any], sent: Callable[[Path], obje
     """
     manifest, file = path / MANIFEST, path / STATE
     try:
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-        state = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+        before = _json_of(manifest)
+        state = {**_json_of(file), **changes}
         text = json.dumps({name: value for name, value in state.items() if value is not None or name not in changes}, indent=1) + "\n"
         after = {**before, "sha256": {**before["sha256"], STATE: hashlib.sha256(text.encode()).hexdigest()}}
         _replace(manifest, json.dumps({**after, "before": {STATE: before["sha256"][STATE]}}, indent=1) + "\n")
@@ -159,7 +160,7 @@ def verify_checkpoint(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file that one needs must be in its manifest, and be there with its sha256; and
     state.json must hold what continuing needs."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _json_of(path / MANIFEST)
         files, before = {**manifest["sha256"]}, {**manifest.get("before", {})}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
@@ -189,7 +190,7 @@ def _lacking(files: dict[str, Any]) -> str | None:
 def _problem_of_state(path: Path) -> str | None:
     """What continuing would miss. Another version is no damage: `read_state` refuses it."""
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = _json_of(path / STATE)
     except ValueError:
         return f"{STATE} is no JSON"
     if not isinstance(state, dict):
@@ -200,7 +201,10 @@ def _problem_of_state(path: Path) -> str | None:
     if odd is not None:
         return f"{STATE} holds no '{odd}'"
     step = int(path.name.rpartition("-")[2].removesuffix(".partial"))
-    return None if state["step"] == step else f"{STATE} is of step {state['step']}"
+    if state["step"] != step:
+        return f"{STATE} is of step {state['step']}"
+    problem = problem_of(state)
+    return problem and f"{STATE}: {problem}"
 
 
 def newest_good_checkpoint(folder: Path) -> Path | None:
@@ -248,6 +252,17 @@ def _replace(path: Path, text: str) -> None:
     _flush(partial)
     os.replace(partial, path)
     _flush(path.parent)
+
+
+def _json_of(path: Path) -> Any:
+    """Raises:
+    ValueError: it holds no JSON.
+    OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _sha256(path: Path) -> str:

@@ -16,10 +16,10 @@ from vlm_dist.cli.parsers import add_config, new_parser
 from vlm_dist.cli.starter import starter_file
 from vlm_dist.config import Config
 from vlm_dist.config_load import load_config
+from vlm_dist.distributed import free_port
 from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.launched import port_of
 from vlm_dist.redaction import redacted
-
-PORT = 29_500
 
 
 def add_parser(commands: Any) -> None:
@@ -40,6 +40,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--gpus", metavar="N", type=_positive, help="processes on each node, one a GPU (default: the GPUs of this machine)")
     parser.add_argument("--nodes", metavar="M", type=_positive, default=1, help="nodes (default: 1)")
     parser.add_argument("--head", metavar="HOST", help="several nodes: name or address of the first")
+    parser.add_argument(
+        "--port",
+        metavar="N",
+        type=_positive,
+        help="where ranks meet (default: a free one; on several nodes one that follows from the run's name)",
+    )
     parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
     parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
@@ -51,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.deepspeed_config import check_batches
 
     config = load_config(arguments.config, arguments.overrides)
-    arguments.gpus = arguments.gpus or _gpus_here()
+    arguments.gpus = arguments.gpus or _gpus_here(arguments)
     check_batches(config, arguments.gpus * arguments.nodes)
     command = arguments.launcher(arguments, config)
     print(shlex.join(command), flush=True)
@@ -67,7 +73,7 @@ def _training(arguments: argparse.Namespace, script: str = "train.py") -> list[s
 
 
 def _deepspeed(arguments: argparse.Namespace, config: Config) -> list[str]:
-    command = [_beside_python("deepspeed")]
+    command = [_beside_python("deepspeed"), "--master_port", str(_port(arguments, config))]
     if arguments.nodes > 1:
         if not Path(arguments.hostfile).exists() and not arguments.only_print:
             raise ConfigError(f"--hostfile: '{arguments.hostfile}' is missing; write a line `HOST slots={arguments.gpus}` for each node")
@@ -78,26 +84,28 @@ def _deepspeed(arguments: argparse.Namespace, config: Config) -> list[str]:
 def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
     command = [_beside_python("torchrun"), "--nproc-per-node", str(arguments.gpus)]
     if arguments.nodes > 1:
-        endpoint = f"{_head(arguments)}:{PORT}"
-        command += ["--nnodes", str(arguments.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", config.name]
+        port = _port(arguments, config)
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{_head(arguments)}:{port}", "--rdzv-id", f"{config.name}-{port}"]
+        command += ["--nnodes", str(arguments.nodes), *meeting]
     else:
         command += ["--standalone"]
     return [*command, *_training(arguments)]
 
 
+def _port(arguments: argparse.Namespace, config: Config) -> int:
+    """On one node a free one. On several each node must come to the same without asking: it follows from the run's directory."""
+    if arguments.port:
+        return arguments.port
+    return port_of(str(Path(config.output_dir).absolute() / config.name)) if arguments.nodes > 1 else free_port()
+
+
 def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
+    """Absolute paths: SLURM runs a copy of the script, and the command may be given elsewhere."""
     size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}"]
-    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", *_where_not_here()]
-    return ["sbatch", *options, _script("slurm/train.sbatch"), arguments.config, *arguments.overrides]
-
-
-def _where_not_here() -> list[str]:
-    """train.sbatch looks for launch/ and .venv in the folder that it is submitted from; from another one it is told where they are."""
-    training = starter_file("launch/train.py")
-    if training == Path.cwd() / "launch" / "train.py":
-        return []
-    python = os.environ.get("VLM_DIST_PYTHON", _python())
-    return [f"--export=ALL,VLM_DIST_PYTHON={python},VLM_DIST_TRAIN={training}"]
+    python = shutil.which(os.environ.get("VLM_DIST_PYTHON", sys.executable)) or sys.executable
+    where = f"--export=ALL,VLM_DIST_PYTHON={os.path.abspath(python)},VLM_DIST_TRAIN={starter_file('launch/train.py')}"
+    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", f"--chdir={Path.cwd()}", where]
+    return ["sbatch", *options, str(starter_file("launch/slurm/train.sbatch")), os.path.abspath(arguments.config), *arguments.overrides]
 
 
 def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
@@ -148,10 +156,13 @@ def _head(arguments: argparse.Namespace) -> str:
     return arguments.head
 
 
-def _gpus_here() -> int:
+def _gpus_here(arguments: argparse.Namespace) -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
+    here = torch.cuda.device_count()
+    if not here and (arguments.launcher is _slurm or arguments.address):
+        raise ConfigError("--gpus: this machine has no GPU to count, and the nodes are others; say how many each of them has")
+    return max(1, here)
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,163 @@
+"""What uses a GPU, each run once on a card that is not there; with the lines of ours that ran.
+
+    python -m tests.pretended.scenarios FOLDER     # writes FOLDER/ran.json
+
+A process of its own: DeepSpeed looks for a card once in a process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from tests.pretended.card import CARD, pretended_card
+from tests.pretended.launches import Launches, pretended_launches
+from vlm_dist.config_load import parse_config
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = tuple(str(ROOT / room) + "/" for room in ("vlm_dist", "kernels", "launch"))
+
+
+def settings(folder: Path, name: str) -> dict[str, Any]:
+    """A run on the tiny LLaVA and the synthetic shards of `prepare`."""
+    shards = sorted(str(path) for path in (folder / "data").rglob("*.tar"))
+    return {
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "kernels": "off",
+        "model": {"name": str(folder / "llava"), "load_in_4bit": True, "dtype": "bfloat16"},
+        "lora": {"r": 4},
+        "data": {
+            "train": [path for path in shards if "train" in path],
+            "heldout": [path for path in shards if "heldout" in path],
+            "max_seq_length": 256,
+        },
+        "optim": {"lr": 1e-3},
+        "training": {"steps": 2, "global_batch": 4, "micro_batch": 2},
+        "evaluation": {"samples": 2, "max_new_tokens": 2},
+        "log": {"wandb": "disabled"},
+    }  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    from vlm_dist.data.synthetic import synthesise
+    from vlm_dist.testing import tiny_checkpoint
+
+    tiny_checkpoint("llava", folder / "llava")
+    synthesise(
+        folder / "data", train=20, heldout=4, tasks=("qa",), seed=1, size=32, image_format="jpg", shard_size=20, questions_per_picture=1
+    )
+
+
+def train(folder: Path, name: str) -> None:
+    """Loading in NF4, DeepSpeed, evaluation, checkpoint, adapter."""
+    from vlm_dist.training.train import train
+
+    assert train(parse_config(json.dumps(settings(folder, name))))["ended"] == "finished"
+
+
+def step(folder: Path, launches: Launches) -> None:
+    """All kernels that fit, one step of them."""
+    from tests.pretended.stepped import one_step
+
+    one_step(str(folder / "llava"), CARD, launches)
+
+
+def export(folder: Path, launches: Launches) -> None:
+    """Opened to be asked, merged, and the merged one compared."""
+    from vlm_dist.models.export import export_merged
+    from vlm_dist.serving.trained import open_trained
+
+    run = str(folder / "runs" / "card")
+    trained = open_trained(run)
+    assert trained.model.device == CARD
+    export_merged(run, folder / "merged", max_new_tokens=2)
+
+
+def inspect(folder: Path, launches: Launches) -> None:
+    from vlm_dist.checking.heat import Heat
+    from vlm_dist.inputs.opened import inputs_apart
+
+    with inputs_apart(parse_config(json.dumps(settings(folder, "heat")))) as inputs:
+        assert Heat(inputs).model.device == CARD
+
+
+def notebooks(folder: Path, launches: Launches) -> None:
+    """FastVisionModel and the half precision of SFTConfig."""
+    from vlm_dist import FastVisionModel
+    from vlm_dist.unsloth.sft import SFTConfig
+
+    model, _ = FastVisionModel.from_pretrained(str(folder / "llava"), load_in_4bit=True)
+    assert model.device == CARD and model.dtype == torch.bfloat16
+    assert SFTConfig(output_dir=str(folder / "sft"), bf16=True, report_to="none").bf16
+
+
+def machine(folder: Path, launches: Launches) -> None:
+    """What the commands say of the machine."""
+    from vlm_dist.checking.doctor import examine
+    from vlm_dist.cli.launch import _gpus_here
+    from vlm_dist.environment import describe_environment
+    from vlm_dist.models.load import choose_dtype
+    from vlm_dist.planning.gpus import this_gpu
+    from vlm_dist.training.health import out_of_memory
+    from vlm_dist.upstream.torch import flight_record
+
+    found = {check.name: check for check in examine()}
+    assert found["4-bit"].found.startswith("NF4 on cuda") and found["kernels"].state == "ok", found
+    gpu = this_gpu()
+    assert gpu is not None and gpu.name.startswith("h100") and _gpus_here() == 1
+    assert describe_environment(SimpleNamespace(world_size=1, rank=0, device=CARD))["gpus"] == ["NVIDIA H100 80GB HBM3"]  # type: ignore
+    assert choose_dtype("auto", CARD) == torch.bfloat16
+    flight_record()
+    out_of_memory(parse_config(json.dumps(settings(folder, "x"))), torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "")
+
+
+SCENARIOS: dict[str, Callable[[Path, Launches], None]] = {
+    "train": lambda folder, _: train(folder, "card"), "step": step, "export": export, "inspect": inspect, "notebooks": notebooks,
+    "machine": machine,
+}  # fmt: skip
+
+
+class Lines:
+    """The lines of ours that run inside."""
+
+    def __init__(self) -> None:
+        self.ran: dict[str, set[int]] = {}
+
+    def __enter__(self) -> Lines:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(OURS) else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self.ran.setdefault(frame.f_code.co_filename.removeprefix(f"{ROOT}/"), set()).add(frame.f_lineno)
+        return self._line
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    prepare(folder)
+    ran: dict[str, dict[str, list[int]]] = {}
+    kernels: set[str] = set()
+    for name, scenario in SCENARIOS.items():
+        print(name, flush=True)
+        with pretended_card(), pretended_launches() as launches, Lines() as lines:
+            scenario(folder, launches)
+        ran[name] = {file: sorted(numbers) for file, numbers in sorted(lines.ran.items())}
+        kernels |= {launch.kernel for launch in launches}
+    (folder / "ran.json").write_text(json.dumps({"lines": ran, "kernels": sorted(kernels)}))
+
+
+if __name__ == "__main__":
+    main()
