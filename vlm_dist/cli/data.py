@@ -34,6 +34,13 @@ def add_parser(commands: Any) -> None:
     synth.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     synth.add_argument("--questions", type=int, default=3, metavar="N", help="most questions a training picture of task qa (default 3)")
     synth.set_defaults(run=run_synth)
+    _add_pack(kinds)
+    add_index(kinds)
+    add_verify(kinds)
+    add_order(kinds)
+
+
+def _add_pack(kinds: Any) -> None:
     pack = new_parser(
         kinds,
         "pack",
@@ -75,9 +82,6 @@ def add_parser(commands: Any) -> None:
     pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     pack.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     pack.set_defaults(run=run_pack)
-    add_index(kinds)
-    add_verify(kinds)
-    add_order(kinds)
 
 
 def run_synth(arguments: argparse.Namespace) -> int:

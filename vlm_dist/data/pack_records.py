@@ -68,17 +68,14 @@ def pack_records(
     OUT/left_out.jsonl. Several processes write shards, each renamed into place when whole; the same call continues after a crash.
 
     Args:
-        source: see `open_source`.
+        source, split, annotations: see `open_source`.
         images: where relative paths of pictures begin; None: beside the source.
-        split: see `open_source`.
-        annotations: the file with the answers, where `source` has the questions alone (VQA).
         heldout: about so many records are kept apart, by `seed`; those of the same pictures together.
         limit: keep so many training records, by `seed`.
         processes: None: one per CPU.
         columns: which keys hold question, answer and picture; None: the layout is recognised.
         fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
-        tell: takes the first look, in words.
-        look_only: after the first look nothing is packed.
+        tell: takes the first look, in words; with `look_only` nothing is packed after it.
 
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
