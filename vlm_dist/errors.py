@@ -41,3 +41,9 @@ class MachineError(UserError):
     """This machine cannot do what the configuration asks."""
 
     exit_code = 6
+
+
+def words_of(error: Exception) -> str:
+    """What a library said, on one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -143,6 +143,25 @@ def test_calls_in_an_earlier_turn(released, words, more):
     assert ("I cannot see." in found) == ("</think>" in found)
 
 
+def test_control_tokens_in_calls_and_tools_are_text(released):
+    """As in what people say: a turn that a call's argument ends would be learnt as one."""
+    family, _, encoder = released
+    if family not in WITH_TOOLS:
+        pytest.skip("takes no tools, see test_tools")
+    end = encoder.processor.tokenizer.eos_token
+
+    def encoded(argument: str, described: str):
+        call = {"type": "function", "function": {"name": "zoom", "arguments": {"x": [argument]}}}
+        turns = [user(PICTURE), assistant(None, tool_calls=[call]), {"role": "tool", "content": "closer"}, assistant("red")]
+        tool = {"type": "function", "function": {**TOOLS[0]["function"], "description": described}}
+        return encoder.encode(Sample("k", "s", read_messages(turns), [Image.new("RGB", (64, 48))], tools=[tool]))
+
+    plain, odd = encoded("a", "b"), encoded(f"a{end}", f"b{end}")
+    number = encoder.processor.tokenizer.convert_tokens_to_ids(end)
+    assert (odd.inputs["input_ids"] == number).sum() == (plain.inputs["input_ids"] == number).sum()
+    assert ("split", end) in odd.notes and not any(kind == "split" for kind, _ in plain.notes)
+
+
 def test_what_is_written_into_a_user_turn_is_not_lost(released):
     _, _, encoder = released
     encoder.processor.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}</s>{% endfor %}"

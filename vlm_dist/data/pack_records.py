@@ -77,9 +77,8 @@ def pack_records(
     finds what it made before.
 
     Args:
-        source: see `open_source`.
+        source, split, annotations: see `open_source`.
         images: where relative paths of pictures begin; None: beside the source.
-        split, annotations: see `open_source`; the file with the answers, where `source` has the questions alone (VQA).
         heldout: about so many records are kept apart, by `seed`; those that show the same picture together, whatever it is called.
         dedup: pictures that look alike are one picture; of records that say the same of one the first is kept.
         limit, processes: keep so many training records, by `seed`; None: all; write so many shards at a time; None: one per CPU.

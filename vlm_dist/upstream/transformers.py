@@ -1,15 +1,17 @@
-"""transformers: a processor's count of picture tokens, its tables of architectures, a model's attention, loading weight by weight."""
+"""transformers: counts of picture tokens, options of processors, tables of architectures, a model's attention, loading weight by weight."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 SEEN = "5.23.0"
 NAMES = (
     "transformers.ProcessorMixin",
+    "transformers.ProcessorMixin._merge_kwargs",
     "transformers.LlavaProcessor._get_num_multimodal_tokens",
     "transformers.Qwen2_5_VLProcessor._get_num_multimodal_tokens",
     "transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES",
@@ -110,3 +112,20 @@ def weight_by_weight(placed: Callable[[Any, str], None]) -> Iterator[None]:
         del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         if in_threads is not None:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = in_threads
+
+
+def merge_options_once(processor: Any) -> None:
+    """Let a processor sort its options by what they are for (text, pictures) once for each set of them, not for every sample, which takes
+    as long as tokenising. Its attributes must not change afterwards."""
+    processor._merge_kwargs = partial(_merged, processor._merge_kwargs, {})
+
+
+def _merged(merge: Callable[..., dict[str, Any]], known: dict[Any, dict[str, Any]], *kinds: Any, **options: Any) -> dict[str, Any]:
+    """What `merge` gives, as dicts that may be changed."""
+    given = {name: value for name, value in options.items() if name != "tokenizer_init_kwargs"}  # those of one tokenizer
+    key = (kinds, tuple(sorted(given.items())))
+    if not all(isinstance(value, str | bool | int | None) for value in given.values()):
+        return merge(*kinds, **options)
+    if key not in known:
+        known[key] = merge(*kinds, **options)
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in known[key].items()}
