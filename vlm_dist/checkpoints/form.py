@@ -12,6 +12,7 @@ scores of its evaluation) is added to state.json; meanwhile the manifest knows b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -90,8 +91,12 @@ def prune(folder: Path, keep_last: int, keep_best: int = 0, metric: str = "exact
     scored = [path for path in found if score_of(path, metric) is not None]
     best = sorted(scored, key=lambda path: score_of(path, metric) or 0.0, reverse=not lower_is_better)[:keep_best]
     gone = [path for path in found[keep_last:] if path not in best]
-    for path in gone:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in gone:  # a kill leaves no half of one under its name
+        with contextlib.suppress(OSError):
+            os.replace(path, path.with_name(f".{path.name}.partial"))
+    for partial in folder.glob(".step-*.partial"):
+        if found and _step_of(partial) <= _step_of(found[0]):  # a later one is being written
+            shutil.rmtree(partial, ignore_errors=True)
     return gone
 
 
@@ -178,6 +183,10 @@ def verify_checkpoint(path: Path) -> str | None:
     return _problem_of_state(path)
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2].removesuffix(".partial"))
+
+
 def _lacking(files: dict[str, Any]) -> str | None:
     """A file that a checkpoint cannot do without."""
     weights = [name for name in WEIGHTS if name in files]
@@ -200,8 +209,7 @@ def _problem_of_state(path: Path) -> str | None:
     odd = next((name for name, kind in OF_STATE.items() if not isinstance(state.get(name), kind)), None)
     if odd is not None:
         return f"{STATE} holds no '{odd}'"
-    step = int(path.name.rpartition("-")[2].removesuffix(".partial"))
-    if state["step"] != step:
+    if state["step"] != _step_of(path):
         return f"{STATE} is of step {state['step']}"
     problem = problem_of(state)
     return problem and f"{STATE}: {problem}"
