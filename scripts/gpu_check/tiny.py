@@ -129,15 +129,20 @@ def compare(part: Part, case: tuple[str, int, bool, str], losses: list[float], e
     return part.judge(len(losses) == 4 and apart < WITHIN, label(case), f"losses within {apart:.2%} of the CPU's")
 
 
-def go_on(part: Part, folder: Path, case: tuple[str, int, bool, str], losses: list[float]) -> None:
-    """As if it had been killed after its first checkpoint: steps 3 and 4 are what they were."""
+def cut(folder: Path, name: str) -> None:
+    """The run "cut": as if the run `name` had been killed after its first checkpoint."""
     run = folder / "runs" / "cut"
-    shutil.copytree(folder / "runs" / "case-0", run)
+    shutil.copytree(folder / "runs" / name, run)
     shutil.rmtree(run / "checkpoints" / "step-00000004")
     (run / "summary.json").unlink()
+    (run / "config.yaml").unlink()
     kept = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 2]
     (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
-    (run / "config.yaml").unlink()
+
+
+def go_on(part: Part, folder: Path, case: tuple[str, int, bool, str], losses: list[float]) -> None:
+    """Steps 3 and 4 are what they were."""
+    cut(folder, "case-0")
     again = train(folder, case, "cut")
     apart = max(abs(a / b - 1) for a, b in zip(again[-2:], losses[-2:], strict=True))
     part.judge(apart < 1e-3, "continued", f"steps 3 and 4 within {apart:.2%} of the uninterrupted run")
