@@ -122,6 +122,11 @@ def machine(folder: Path, launches: Launches) -> None:
     out_of_memory(parse(folder, "x"), torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "")
 
 
+def losses_of(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
 SCENARIOS: dict[str, Callable[[Path, Launches], None]] = {
     "train": lambda folder, _: train(folder, "card"), "step": step, "export": export, "inspect": inspect, "notebooks": notebooks,
     "machine": machine,
@@ -149,7 +154,7 @@ def main() -> None:
             scenario(folder, launches)
         ran[name] = {file: sorted(lines) for file, lines in sorted(marks.ran.items())}
         kernels |= {launch.kernel for launch in launches}
-    (folder / "ran.json").write_text(json.dumps({"lines": ran, "kernels": sorted(kernels)}))
+    (folder / "ran.json").write_text(json.dumps({"lines": ran, "kernels": sorted(kernels), "losses": losses_of(folder / "runs" / "card")}))
 
 
 if __name__ == "__main__":
