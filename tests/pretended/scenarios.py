@@ -11,17 +11,21 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from scripts.cuda_branches import all_places
 from tests.pretended.card import CARD, pretended_card
 from tests.pretended.launches import Launches, pretended_launches
-from vlm_dist.config_load import parse_config
+from tests.pretended.marked import listen
 
-ROOT = Path(__file__).resolve().parents[2]
-OURS = tuple(str(ROOT / room) + "/" for room in ("vlm_dist", "kernels", "launch"))
+
+def parse(folder: Path, name: str) -> Any:
+    from vlm_dist.config_load import parse_config
+
+    return parse_config(json.dumps(settings(folder, name)))
 
 
 def settings(folder: Path, name: str) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def train(folder: Path, name: str) -> None:
     """Loading in NF4, DeepSpeed, evaluation, checkpoint, adapter."""
     from vlm_dist.training.train import train
 
-    assert train(parse_config(json.dumps(settings(folder, name))))["ended"] == "finished"
+    assert train(parse(folder, name))["ended"] == "finished"
 
 
 def step(folder: Path, launches: Launches) -> None:
@@ -84,7 +88,7 @@ def inspect(folder: Path, launches: Launches) -> None:
     from vlm_dist.checking.heat import Heat
     from vlm_dist.inputs.opened import inputs_apart
 
-    with inputs_apart(parse_config(json.dumps(settings(folder, "heat")))) as inputs:
+    with inputs_apart(parse(folder, "heat")) as inputs:
         assert Heat(inputs).model.device == CARD
 
 
@@ -115,7 +119,12 @@ def machine(folder: Path, launches: Launches) -> None:
     assert describe_environment(SimpleNamespace(world_size=1, rank=0, device=CARD))["gpus"] == ["NVIDIA H100 80GB HBM3"]  # type: ignore
     assert choose_dtype("auto", CARD) == torch.bfloat16
     flight_record()
-    out_of_memory(parse_config(json.dumps(settings(folder, "x"))), torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "")
+    out_of_memory(parse(folder, "x"), torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "")
+
+
+def losses_of(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 SCENARIOS: dict[str, Callable[[Path, Launches], None]] = {
@@ -124,39 +133,28 @@ SCENARIOS: dict[str, Callable[[Path, Launches], None]] = {
 }  # fmt: skip
 
 
-class Lines:
-    """The lines of ours that run inside."""
-
-    def __init__(self) -> None:
-        self.ran: dict[str, set[int]] = {}
-
-    def __enter__(self) -> Lines:
-        sys.settrace(self._enter)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        sys.settrace(None)
-
-    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(OURS) else None
-
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        self.ran.setdefault(frame.f_code.co_filename.removeprefix(f"{ROOT}/"), set()).add(frame.f_lineno)
-        return self._line
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
+    wanted: dict[str, set[int]] = {}
+    for place in all_places():
+        wanted.setdefault(place.file, set()).update(place.lines)
+    marks = listen(wanted)
+    with pretended_card():
+        from deepspeed.accelerator import get_accelerator
+
+        assert get_accelerator().device_name() == "cuda"
     prepare(folder)
     ran: dict[str, dict[str, list[int]]] = {}
     kernels: set[str] = set()
     for name, scenario in SCENARIOS.items():
         print(name, flush=True)
-        with pretended_card(), pretended_launches() as launches, Lines() as lines:
+        for lines in marks.ran.values():
+            lines.clear()
+        with pretended_card(), pretended_launches() as launches:
             scenario(folder, launches)
-        ran[name] = {file: sorted(numbers) for file, numbers in sorted(lines.ran.items())}
+        ran[name] = {file: sorted(lines) for file, lines in sorted(marks.ran.items())}
         kernels |= {launch.kernel for launch in launches}
-    (folder / "ran.json").write_text(json.dumps({"lines": ran, "kernels": sorted(kernels)}))
+    (folder / "ran.json").write_text(json.dumps({"lines": ran, "kernels": sorted(kernels), "losses": losses_of(folder / "runs" / "card")}))
 
 
 if __name__ == "__main__":
