@@ -165,6 +165,8 @@ class EngineConfig(Section):
     """ZeRO stage: what is sharded over ranks. auto: 0 with lora or on one rank, 2 for full training on several; 2 or 3 with offload."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """optimizer: its moments and the update stay in the host's memory (ZeRO-Offload; zero_stage 1 to 3); all: the weights too (3)."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a card for each rank, where there are cards; one that CUDA cannot start on is refused. cpu: none is used."""
     nvme_path: str | None = None
     """What is offloaded goes to a folder on an NVMe disk instead of the host's memory (ZeRO-Infinity; zero_stage 3)."""
     deepspeed: dict[str, Any] = {}

@@ -9,14 +9,17 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from vlm_dist.cards import card_id, check_cards, choose_device
 from vlm_dist.errors import MachineError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,17 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def first_on_node(self, do: Callable[[], T]) -> T:
+        """What `do` returns, on every rank; one rank of each node does it before the others, who then find on the disk what it fetched.
+        Every rank must call it."""
+        if self.local_rank:
+            self.barrier()
+            return do()
+        try:
+            return do()
+        finally:
+            self.barrier()
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(0)
@@ -95,9 +109,15 @@ def _from_slurm() -> dict[str, str]:
     }
 
 
-def start() -> Ranks:
-    """Join the process group that the launcher describes (or a group of one), and choose the device of this rank."""
-    import torch
+def start(device: Literal["auto", "cpu"] = "auto") -> Ranks:
+    """Join the process group that the launcher describes (or a group of one), and choose the device of this rank.
+
+    Args:
+        device: auto: the card that belongs to this rank, where there are cards.
+
+    Raises:
+        MachineError: there are cards, but CUDA does not start, or not every rank has its own; or srun did not say where the first node is.
+    """
     import torch.distributed as dist
 
     if "RANK" not in os.environ:
@@ -113,14 +133,12 @@ def start() -> Ranks:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    chosen = choose_device(local_rank, device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    ranks = Ranks(dist.get_rank(), local_rank, dist.get_world_size(), chosen)
+    check_cards(ranks.gather((socket.gethostname(), card_id(chosen))))
+    return ranks
 
 
 def alone() -> Ranks:

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm_dist.cards import why_no_cuda
+
 if TYPE_CHECKING:
     from vlm_dist.config import Config
 
@@ -26,6 +28,7 @@ LEAST_MEMORY = 8 * 10**9
 MOST_APART = 2.0  # seconds between clocks
 READ = 200 * 10**6  # bytes of the data that are read to tell its speed
 SLOWING = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 LEFT_ON = ("NCCL_DEBUG", "CUDA_LAUNCH_BLOCKING", "TORCH_DISTRIBUTED_DEBUG", "TRITON_INTERPRET")
 
 
@@ -115,11 +118,12 @@ def _gpus() -> Iterator[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi") is None:
+        if (problem := why_no_cuda()) is None:
             yield Check("gpu", "warn", "none; training runs on the CPU", "fine for the quickstart and tiny models")
             return
-        found = f"there is a driver, but torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda})"
-        yield Check("gpu", "bad", found, "check nvidia-smi, CUDA_VISIBLE_DEVICES, and that this driver is new enough for that CUDA version")
+        yield Check(
+            "gpu", "bad", problem, "check nvidia-smi, CUDA_VISIBLE_DEVICES, and that this driver is new enough for that CUDA version"
+        )
         return
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
@@ -214,10 +218,19 @@ def _sockets() -> Iterator[Check]:
         probe.bind(("127.0.0.1", 0))
     name = socket.gethostname()
     try:
-        yield Check("network", "ok", f"{name} is {socket.gethostbyname(name)}")
+        address = socket.gethostbyname(name)
     except OSError:
         fix = "on several nodes: add it to DNS or /etc/hosts, or set MASTER_ADDR to an address"
         yield Check("network", "warn", f"the host's own name '{name}' does not resolve", fix)
+        return
+    chosen = [variable for variable in INTERFACES if os.environ.get(variable)]
+    inside = address.startswith("127.") and len(chosen) < len(INTERFACES)
+    fix = (
+        f"on several nodes: ranks would wait for one another at an address that no other node reaches; "
+        f"{' and '.join(f'export {variable}=INTERFACE' for variable in INTERFACES if variable not in chosen)} (`ip -br addr` names them), "
+        f"or take '{name}' off the line of {address} in /etc/hosts"
+    )
+    yield _judge("network", not inside, f"{name} is {address}" + "".join(f", {one}={os.environ[one]}" for one in chosen), fix)
 
 
 def _variables() -> Iterator[Check]:

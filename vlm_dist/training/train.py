@@ -46,7 +46,7 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     import torch
 
     quiet_libraries()
-    ranks = distributed.start()
+    ranks = distributed.start(config.engine.device)
     config = settle(config)
     check_batches(config, ranks.world_size)
     check_metrics(config)
