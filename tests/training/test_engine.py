@@ -52,6 +52,20 @@ def test_on_an_nvme_disk(run, tmp_path):
     assert offloaded == pytest.approx(losses_of(run("plain")), rel=1e-4)
 
 
+@pytest.mark.parametrize("error", ["builder.MissingCUDAException('CUDA_HOME does not exist')", "TypeError('expected str, not None')"])
+def test_a_compiler_for_cuda_that_is_missing(run, tmp_path, monkeypatch, error):
+    """DeepSpeed asks nvcc for its version where torch has CUDA; what it raises without one is no RuntimeError."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder, builder
+
+    def compile_it(*_, **__):
+        raise eval(error, {"builder": builder})
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    monkeypatch.setattr(AsyncIOBuilder, "load", compile_it)
+    with pytest.raises(MachineError, match=r"engine.nvme_path: .*does not work here: .*nvcc"):
+        run("refused", "engine.zero_stage=3", "engine.offload=all", f"engine.nvme_path={tmp_path}")
+
+
 def test_a_folder_that_asynchronous_io_cannot_use(run, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: True)
     with pytest.raises(MachineError, match=r"engine.nvme_path: .*(libaio|does not work here)"):

@@ -17,6 +17,7 @@ from vlm_dist.config_load import load_config
 from vlm_dist.errors import ConfigError, MachineError
 
 PORT = 29_500
+CPUS = 8  # of a rank: it reads and decodes beside training
 
 
 def add_parser(commands: Any) -> None:
@@ -39,6 +40,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--head", metavar="HOST", help="several nodes: name or address of the first")
     parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
+    parser.add_argument("--cpus", metavar="N", type=_positive, default=CPUS, help=f"--slurm: CPUs of each process (default: {CPUS})")
     parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
     parser.add_argument("--print", dest="only_print", action="store_true", help="print the command, start nothing")
     parser.set_defaults(run=run)
@@ -83,7 +85,8 @@ def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
 
 
 def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
-    size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}"]
+    size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}",
+            f"--cpus-per-task={arguments.cpus}"]  # fmt: skip
     options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", *_where_not_here()]
     return ["sbatch", *options, _script("slurm/train.sbatch"), arguments.config, *arguments.overrides]
 

@@ -51,4 +51,5 @@ def _too_large(own: dict[str, Any], card: Gpu) -> str:
     largest = sorted(own["memory"].items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
     needed = f"loading needs {own['loading'] / 1e9:.1f} GB, a step about {own['total'] / 1e9:.1f} GB"
-    return f"training.micro_batch={own['micro_batch']}: {needed}, {card.name} has {card.memory / 1e9:.1f} ({parts}); `vlm-dist plan CONFIG --auto` finds settings that fit"
+    found = f"training.micro_batch={own['micro_batch']}: {needed}, {card.name} has {card.memory / 1e9:.1f} ({parts})"
+    return f"{found}; `vlm-dist plan CONFIG --auto` finds settings that fit"

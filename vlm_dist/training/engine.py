@@ -15,7 +15,7 @@ from vlm_dist.checkpoints.snapshot import trainable
 from vlm_dist.config import Config
 from vlm_dist.deepspeed_config import deepspeed_config
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import MachineError
+from vlm_dist.errors import MachineError, UserError
 from vlm_dist.families import Family
 from vlm_dist.training.optim import build_optimizer
 from vlm_dist.upstream.deepspeed import shape_of, skip_shared_memory_op, widen
@@ -68,16 +68,22 @@ def _check_nvme(path: str) -> None:
 
     if not os.access(path, os.W_OK):
         raise MachineError(f"engine.nvme_path: '{path}' is no folder that can be written; make it, or give another")
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise MachineError("engine.nvme_path: DeepSpeed's asynchronous I/O needs libaio (on Debian: apt-get install libaio-dev)")
     block, back = torch.ones(1 << 18), torch.zeros(1 << 18)
     try:
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise MachineError("engine.nvme_path: DeepSpeed's asynchronous I/O needs libaio (on Debian: apt-get install libaio-dev)")
         with tempfile.NamedTemporaryFile(dir=path) as file:
             handle = AsyncIOBuilder().load(verbose=False).aio_handle(1 << 20, 8, False, True, 1)
             handle.sync_pwrite(block, file.name, 0)
             handle.sync_pread(back, file.name, 0)
-    except (RuntimeError, OSError) as error:  # RuntimeError: of the compiler, or of the handle
-        raise MachineError(f"engine.nvme_path: DeepSpeed's asynchronous I/O does not work here: {str(error)[-300:]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the compiler, nvcc that is missing or of another CUDA, and the handle each have their own
+        what = (str(error).strip() or type(error).__name__)[-300:].replace("\n", " ")
+        raise MachineError(
+            f"engine.nvme_path: DeepSpeed's asynchronous I/O does not work here: {what}; it is compiled at first use, with g++ and, "
+            "on a GPU, nvcc of torch's CUDA version (CUDA_HOME)"
+        ) from None
     if not torch.equal(block, back):
         raise MachineError(f"engine.nvme_path: asynchronous I/O cannot write or read files in '{path}'; give a folder of another disk")
 
