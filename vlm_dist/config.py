@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from vlm_dist.config_model import Fraction, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
+from vlm_dist.config_model import Fraction, Kernel, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
 
 __all__ = [
     "CheckpointConfig",
@@ -30,9 +30,6 @@ __all__ = [
     "SourceConfig",
     "TrainingConfig",
 ]
-
-
-Kernel = Literal["layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows", "vision_windows"]
 
 
 class SourceConfig(Section):

@@ -8,6 +8,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Literal["vision", "projector", "language"]
+Kernel = Literal[
+    "layer_norm",
+    "linear_cross_entropy",
+    "mlp",
+    "nf4_lora_linear",
+    "patch_embedding",
+    "rms_norm",
+    "rope",
+    "supervised_rows",
+    "vision_windows",
+]
 
 
 def _as_list(value: Any) -> Any:

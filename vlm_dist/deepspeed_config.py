@@ -49,13 +49,16 @@ def check_batches(config: Config, world_size: int) -> int:
     return training.global_batch // (training.micro_batch * world_size)
 
 
-def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable: int = LARGEST_BUCKET) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, world_size: int, dtype: Any, num_trainable: int = LARGEST_BUCKET, *, on_gpu: bool = False
+) -> dict[str, Any]:
     """The DeepSpeed JSON of a configuration.
 
     Args:
         dtype: what is computed in (a torch.dtype, or its name).
         num_trainable: trainable parameters. DeepSpeed's bucket for their gradients is no larger: its default would take 2 GB beside
             adapters of some MB.
+        on_gpu: gradients of many weights travel while others are computed, and what is offloaded lies in pinned memory.
 
     Raises:
         ConfigError: engine.deepspeed sets what our own keys decide, or the optimizer does not fit the stage.
@@ -74,9 +77,9 @@ def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable:
     bucket = {"reduce_bucket_size": min(num_trainable, LARGEST_BUCKET)}
     zero = {
         "stage": stage,
-        "overlap_comm": False,
+        "overlap_comm": on_gpu and stage >= 2 and (config.lora is None or config.engine.offload != "none"),
         **bucket,
-        **_offload(config, stage),
+        **_offload(config, stage, pinned=on_gpu),
         **config.engine.deepspeed.get("zero_optimization", {}),
     }
     return {
@@ -92,7 +95,7 @@ def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable:
     }
 
 
-def _offload(config: Config, stage: int) -> dict[str, Any]:
+def _offload(config: Config, stage: int, *, pinned: bool) -> dict[str, Any]:
     """DeepSpeed's words for engine.offload and engine.nvme_path (ZeRO-Offload, arXiv:2101.06840; ZeRO-Infinity, arXiv:2104.07857)."""
     engine = config.engine
     if engine.offload == "none":
@@ -106,6 +109,6 @@ def _offload(config: Config, stage: int) -> dict[str, Any]:
         raise ConfigError(
             f"engine.offload={engine.offload}: the update runs on the CPU, which optim.name={config.optim.name} cannot; use adamw"
         )
-    place: dict[str, Any] = {"device": "nvme" if engine.nvme_path else "cpu", "pin_memory": False}
+    place: dict[str, Any] = {"device": "nvme" if engine.nvme_path else "cpu", "pin_memory": pinned}
     place |= {"nvme_path": engine.nvme_path} if engine.nvme_path else {}
     return {"offload_optimizer": place} | ({"offload_param": place} if engine.offload == "all" else {})

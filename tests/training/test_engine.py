@@ -97,3 +97,22 @@ def test_buckets_are_no_larger_than_what_is_reduced(settings, tmp_path):
     assert deepspeed_config(config, 1, "float32", 10**10)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
     more = load_config(write_config(settings, tmp_path), ["engine.deepspeed={zero_optimization: {reduce_bucket_size: 77}}"])
     assert deepspeed_config(more, 1, "float32", 1000)["zero_optimization"]["reduce_bucket_size"] == 77
+
+
+@pytest.mark.parametrize(
+    ("options", "overlaps"),
+    [
+        (["lora=null", "model.load_in_4bit=false", "engine.zero_stage=2"], True),
+        (["lora=null", "model.load_in_4bit=false", "engine.zero_stage=3"], True),
+        (["engine.offload=all"], True),
+        (["engine.offload=optimizer", "engine.zero_stage=1"], False),
+        (["engine.zero_stage=3"], False),  # adapters: little to send
+    ],
+)
+def test_what_a_card_does_meanwhile(settings, tmp_path, options, overlaps):
+    config = load_config(write_config(settings, tmp_path), options)
+    here, on_gpu = (deepspeed_config(config, 2, "bfloat16", on_gpu=value)["zero_optimization"] for value in (False, True))
+    assert here["overlap_comm"] is False and on_gpu["overlap_comm"] is overlaps
+    for place in ("offload_optimizer", "offload_param"):
+        assert (place in here) == (place in on_gpu)
+        assert place not in here or (here[place]["pin_memory"], on_gpu[place]["pin_memory"]) == (False, True)

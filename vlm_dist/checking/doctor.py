@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_dist.cards import why_no_cuda
+from vlm_dist.environment import available_memory
 
 if TYPE_CHECKING:
     from vlm_dist.config import Config
@@ -191,11 +192,7 @@ def _compiler() -> Iterator[Check]:
 
 
 def _memory() -> Iterator[Check]:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    available = available_memory()
     found = f"{available / 1e9:.1f} GB of memory free, {len(os.sched_getaffinity(0))} CPUs"
     fix = "close other programs, or lower data.workers, data.prefetch and data.pack_lookahead"
     yield _judge("host", available >= LEAST_MEMORY, found, fix)

@@ -8,9 +8,10 @@ import tempfile
 import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import ModelConfig
+from vlm_dist.environment import available_memory
 from vlm_dist.errors import ModelError
 from vlm_dist.models.generate import encode_chat, generate
 from vlm_dist.models.load import read_model_config
@@ -18,7 +19,11 @@ from vlm_dist.models.merge import Onto, merge_16bit
 from vlm_dist.models.record import make_record, next_token_logits, probe_inputs, write_record
 from vlm_dist.models.source import fingerprint
 
+if TYPE_CHECKING:
+    import torch
+
 REPORT = "merge.json"
+ROOM = 1.2  # of the weights: activations and the KV cache of one short answer
 Case = tuple[list[dict[str, Any]], list[Any]]
 """(messages that the assistant is to answer, their pictures)"""
 
@@ -34,8 +39,12 @@ class Comparison:
     """Standard deviation of the trained model's logits: what the difference is to be measured by."""
     same_next_token: int
     same_answer: int
+    left_out: str = ""
+    """Why they were not compared, if they were not."""
 
     def __str__(self) -> str:
+        if self.left_out:
+            return f"merged onto the {self.onto} weights; not compared with the trained model: {self.left_out}"
         return (
             f"merged onto the {self.onto} weights; beside the trained model on {self.samples} samples: largest logit difference "
             f"{self.largest_logit_difference:.3g} (logits spread {self.logit_spread:.3g}), same next token {self.same_next_token} of "
@@ -47,7 +56,8 @@ def export_merged(
     model: Any, processor: Any, base: ModelConfig, out: Path, *, adapter: Path | None = None, onto: Onto | None = None,
     cases: list[Case] | None = None, max_new_tokens: int = 32,
 ) -> Comparison:  # fmt: skip
-    """Merge, load the result with plain transformers, and compare the two models' logits and answers.
+    """Merge, load the result with plain transformers, and compare the two models' logits and answers: on the model's card where there is
+    room for the merged weights beside it, else on the CPU; where it fits neither, the comparison says so.
 
     Args:
         model: the trained PeftModel.
@@ -64,14 +74,28 @@ def export_merged(
         if adapter is None:
             model.save_pretrained(folder)
         merge_16bit(base, adapter or Path(folder), processor, out, onto, _trained_dtype(model))
-    cases = probe_inputs(processor) if cases is None else cases
-    device = model.device
-    trained = _observe(model, processor, cases, max_new_tokens)
-    del model  # where the caller keeps none, only one model is in memory at a time
-    gc.collect()
-    comparison = _compare(onto, trained, _observe(_load_merged(out, device), processor, cases, max_new_tokens))
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    place = place_for(size, model.device)
+    if place is None:
+        free = f"the GPU and the host's memory have too little room ({available_memory() / 1e9:.1f} GB are free here)"
+        comparison = Comparison(onto, 0, 0.0, 0.0, 0, 0, f"its weights take {size / 1e9:.1f} GB, {free}")
+    else:
+        cases = probe_inputs(processor) if cases is None else cases
+        trained = _observe(model, processor, cases, max_new_tokens)
+        del model  # where the caller keeps none, only one model is in memory at a time
+        gc.collect()
+        comparison = _compare(onto, trained, _observe(_load_merged(out, place), processor, cases, max_new_tokens))
     (out / REPORT).write_text(json.dumps(asdict(comparison), indent=1) + "\n")
     return comparison
+
+
+def place_for(size: int, device: torch.device) -> torch.device | None:
+    """Where a model of so many bytes can be loaded and run: on this card beside what it holds, or on the CPU; None: nowhere."""
+    import torch
+
+    if device.type == "cuda" and size * ROOM <= torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu") if size * ROOM <= available_memory() else None
 
 
 def allow_merging(model: Any) -> Any:

@@ -34,12 +34,11 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
     for parameter in model.parameters():
         if parameter.requires_grad:
             widen(parameter)
+    number = sum(math.prod(shape_of(p)) for p in model.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device),
         optimizer=build_optimizer(model, config.optim, family, on_cpu=config.engine.offload != "none"),
-        config=deepspeed_config(
-            config, ranks.world_size, dtype, sum(math.prod(shape_of(p)) for p in model.parameters() if p.requires_grad)
-        ),
+        config=deepspeed_config(config, ranks.world_size, dtype, number, on_gpu=ranks.device.type == "cuda"),
     )
     if engine.zero_optimization_stage() == 3:
         _announce_reads(model)

@@ -62,7 +62,8 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     check_files(Path(inputs.source))  # of a run's model; a checkpoint of others has no record
     torch.manual_seed(config.seed)
     dtype = choose_dtype(config.model.dtype, ranks.device)
-    sharding = Sharding.of(config, deepspeed_config(config, ranks.world_size, dtype)) if loads_sharded(config, ranks.world_size) else None
+    zero = deepspeed_config(config, ranks.world_size, dtype, on_gpu=ranks.device.type == "cuda")
+    sharding = Sharding.of(config, zero) if loads_sharded(config, ranks.world_size) else None
     model: Any = load_weights(config.model, inputs.source, family, ranks.device, lora=config.lora, sharding=sharding)
     check_vocabulary(inputs.processor, model, inputs.source)
     torch.manual_seed(config.seed)  # adapters start alike whatever loading drew
