@@ -64,6 +64,7 @@ def deepspeed_config(
         ConfigError: engine.deepspeed sets what our own keys decide, or the optimizer does not fit the stage.
     """
     dtype_name = str(dtype).removeprefix("torch.")
+    half = dtype_name in ("bfloat16", "float16")
     owned = [key for key in config.engine.deepspeed if key in OWNED_KEYS]
     if owned:
         raise ConfigError(f"engine.deepspeed.{owned[0]} is decided by this file's own keys; remove it (see `vlm-dist config --explain`)")
@@ -88,7 +89,7 @@ def deepspeed_config(
         # at stage 0 the norm is taken here (`take_step`), because DeepSpeed does not report it there
         "gradient_clipping": config.optim.grad_clip if stage else 0.0,
         # no module is safe to reduce in 16 bit: gradients are added up in the float32 of what trains
-        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "torch_autocast": {"enabled": half, "dtype": dtype_name if half else "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 2**31,
         **config.engine.deepspeed,
         "zero_optimization": zero,

@@ -131,7 +131,7 @@ def _gpus() -> Iterator[Check]:
         major, minor = torch.cuda.get_device_capability(number)
         about = f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, capability {major}.{minor}"
         if major < 8:
-            yield Check(f"gpu {number}", "warn", f"{about}: no bfloat16", "model.dtype: float32")
+            yield Check(f"gpu {number}", "warn", f"{about}: no bfloat16", "model.dtype: auto takes float16, and scales the loss")
         else:
             yield _judge(f"gpu {number}", free >= 0.9 * total, about, "another process holds memory: nvidia-smi names it")
 

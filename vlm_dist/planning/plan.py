@@ -51,7 +51,7 @@ class Planner:
 
         name = _mode_of(config)
         self.note(f"counting {rows} x {tokens or self.workload.tokens} tokens, gradient checkpointing: {name}")
-        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+        dtype = getattr(torch, config.model.dtype)
         batch = micro_batch(self.inputs.encoder, self.workload, rows, tokens)
         return count_micro_batch(config, self.inputs.hf_config, self.inputs.family, dtype, batch, accumulates=self.rounds(rows) > 1)
 

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: started without a launcher too, stepped, and read from.
 
-Number types: frozen weights are held in model.dtype, trainable weights in float32, and with bfloat16 the computation runs under
-DeepSpeed's `torch_autocast`. So the optimizer's weights are the master weights at every ZeRO stage.
+Number types: frozen weights are held in model.dtype, trainable weights in float32, and in 16 bit the computation runs under DeepSpeed's
+`torch_autocast` (in float16 with a scaled loss: loss_scale.py). So the optimizer's weights are the master weights at every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -93,8 +93,11 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def take_step(engine: Any, grad_clip: float) -> float:
+def take_step(engine: Any, grad_clip: float, loss_scale: float = 1.0) -> float:
     """End a micro-batch: on the last of an optimizer step, clip and update, unless the gradient is not finite somewhere.
+
+    Args:
+        loss_scale: what the losses were multiplied by (ZeRO's optimizers know by themselves).
 
     Returns:
         The gradient norm over all ranks before clipping: NaN where no update was made.
@@ -107,6 +110,10 @@ def take_step(engine: Any, grad_clip: float) -> float:
     if engine.zero_optimization_stage():  # leaves out such an update by itself
         engine.step()
         return float(engine.get_global_grad_norm() or 0.0) if engine.was_step_applied() else math.nan
+    if loss_scale != 1.0:
+        for parameter in trainable(engine).values():
+            if parameter.grad is not None:
+                parameter.grad /= loss_scale
     norm = float(torch.nn.utils.clip_grad_norm_(trainable(engine).values(), grad_clip or float("inf")))
     if not math.isfinite(norm):
         for parameter in trainable(engine).values():
