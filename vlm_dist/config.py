@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vlm_dist.config_cluster import DistributedConfig, RayConfig
 from vlm_dist.config_look import EvaluationConfig, LogConfig
-from vlm_dist.config_model import Fraction, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
+from vlm_dist.config_model import Fraction, Kernel, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
 
 __all__ = [
     "CheckpointConfig",
@@ -33,9 +33,6 @@ __all__ = [
     "SourceConfig",
     "TrainingConfig",
 ]
-
-
-Kernel = Literal["layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows", "vision_windows"]
 
 
 class SourceConfig(Section):
@@ -170,6 +167,8 @@ class EngineConfig(Section):
     """ZeRO stage: what is sharded over ranks. auto: 0 with lora or on one rank, 2 for full training on several; 2 or 3 with offload."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """optimizer: its moments and the update stay in the host's memory (ZeRO-Offload; zero_stage 1 to 3); all: the weights too (3)."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a card for each rank, where there are cards; one that CUDA cannot start on is refused. cpu: none is used."""
     nvme_path: str | None = None
     """What is offloaded goes to a folder on an NVMe disk instead of the host's memory (ZeRO-Infinity; zero_stage 3)."""
     deepspeed: dict[str, Any] = {}

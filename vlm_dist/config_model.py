@@ -8,6 +8,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Literal["vision", "projector", "language"]
+Kernel = Literal[
+    "layer_norm",
+    "linear_cross_entropy",
+    "mlp",
+    "nf4_lora_linear",
+    "patch_embedding",
+    "rms_norm",
+    "rope",
+    "supervised_rows",
+    "vision_windows",
+]
 
 
 def _as_list(value: Any) -> Any:
@@ -79,8 +90,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub id."""
     load_in_4bit: bool = True
     """Hold the base in NF4 with double quantisation (bitsandbytes); needs lora."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number type of weights and computation; auto: bfloat16 on a GPU that has it, else float32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number type of weights and computation; auto: bfloat16 on a GPU that has it, float16 on an older one (its loss is scaled), float32
+    on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel that transformers uses; auto: sdpa."""
     gradient_checkpointing: bool | dict[Literal["vision", "language"], bool | PositiveInt] = False

@@ -49,18 +49,22 @@ def check_batches(config: Config, world_size: int) -> int:
     return training.global_batch // (training.micro_batch * world_size)
 
 
-def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable: int = LARGEST_BUCKET) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, world_size: int, dtype: Any, num_trainable: int = LARGEST_BUCKET, *, on_gpu: bool = False
+) -> dict[str, Any]:
     """The DeepSpeed JSON of a configuration.
 
     Args:
         dtype: what is computed in (a torch.dtype, or its name).
         num_trainable: trainable parameters. DeepSpeed's bucket for their gradients is no larger: its default would take 2 GB beside
             adapters of some MB.
+        on_gpu: gradients of many weights travel while others are computed, and what is offloaded lies in pinned memory.
 
     Raises:
         ConfigError: engine.deepspeed sets what our own keys decide, or the optimizer does not fit the stage.
     """
     dtype_name = str(dtype).removeprefix("torch.")
+    half = dtype_name in ("bfloat16", "float16")
     owned = [key for key in config.engine.deepspeed if key in OWNED_KEYS]
     if owned:
         raise ConfigError(f"engine.deepspeed.{owned[0]} is decided by this file's own keys; remove it (see `vlm-dist config --explain`)")
@@ -74,9 +78,9 @@ def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable:
     bucket = {"reduce_bucket_size": min(num_trainable, LARGEST_BUCKET)}
     zero = {
         "stage": stage,
-        "overlap_comm": False,
+        "overlap_comm": on_gpu and stage >= 2 and (config.lora is None or config.engine.offload != "none"),
         **bucket,
-        **_offload(config, stage),
+        **_offload(config, stage, pinned=on_gpu),
         **config.engine.deepspeed.get("zero_optimization", {}),
     }
     return {
@@ -85,7 +89,7 @@ def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable:
         # at stage 0 the norm is taken here (`take_step`), because DeepSpeed does not report it there
         "gradient_clipping": config.optim.grad_clip if stage else 0.0,
         # no module is safe to reduce in 16 bit: gradients are added up in the float32 of what trains
-        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "torch_autocast": {"enabled": half, "dtype": dtype_name if half else "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         **config.engine.deepspeed,
@@ -93,7 +97,7 @@ def deepspeed_config(config: Config, world_size: int, dtype: Any, num_trainable:
     }
 
 
-def _offload(config: Config, stage: int) -> dict[str, Any]:
+def _offload(config: Config, stage: int, *, pinned: bool) -> dict[str, Any]:
     """DeepSpeed's words for engine.offload and engine.nvme_path (ZeRO-Offload, arXiv:2101.06840; ZeRO-Infinity, arXiv:2104.07857)."""
     engine = config.engine
     if engine.offload == "none":
@@ -107,6 +111,6 @@ def _offload(config: Config, stage: int) -> dict[str, Any]:
         raise ConfigError(
             f"engine.offload={engine.offload}: the update runs on the CPU, which optim.name={config.optim.name} cannot; use adamw"
         )
-    place: dict[str, Any] = {"device": "nvme" if engine.nvme_path else "cpu", "pin_memory": False}
+    place: dict[str, Any] = {"device": "nvme" if engine.nvme_path else "cpu", "pin_memory": pinned}
     place |= {"nvme_path": engine.nvme_path} if engine.nvme_path else {}
     return {"offload_optimizer": place} | ({"offload_param": place} if engine.offload == "all" else {})

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from vlm_dist.cards import card_id, check_cards, choose_device
 from vlm_dist.joining import join
 from vlm_dist.launched import announced
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,34 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def first_on_node(self, do: Callable[[], T]) -> T:
+        """What `do` returns, on every rank; one rank of each node does it before the others, who then find on the disk what it fetched.
+        Every rank must call it."""
+        if self.local_rank:
+            self.barrier()
+            return do()
+        try:
+            return do()
+        finally:
+            self.barrier()
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(0)
 
 
-def start(run: str = "", join_timeout_s: float = 600.0) -> Ranks:
+def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", "cpu"] = "auto") -> Ranks:
     """Join the process group that the launcher describes (or a group of one), and choose the device of this rank.
 
     Args:
         run: what all ranks have in common, such as the run's directory; one that has come to another run's ranks leaves them alone.
         join_timeout_s: until all must be there; who is missing is told after 10 s.
+        device: auto: the card that belongs to this rank, where there are cards.
 
     Raises:
-        MachineError: the launcher's variables do not agree, or the others did not come.
+        MachineError: the launcher's variables do not agree, or the others did not come; there are cards, but CUDA does not start, or not
+            every rank has its own.
     """
-    import torch
     import torch.distributed as dist
 
     place = announced()
@@ -99,17 +114,14 @@ def start(run: str = "", join_timeout_s: float = 600.0) -> Ranks:
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(place.port or free_port())
-    local_rank = place.local_rank
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    chosen = choose_device(place.local_rank, device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = join(place, run, join_timeout_s)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    ranks = Ranks(dist.get_rank(), place.local_rank, dist.get_world_size(), chosen)
+    check_cards(ranks.gather((socket.gethostname(), card_id(chosen))))
+    return ranks
 
 
 def alone() -> Ranks:

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from vlm_dist.distributed import Ranks
@@ -29,6 +30,16 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "cpus": os.cpu_count(),
     }
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that this process can still take: what is free, or what its control group leaves."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return available
 
 
 def write_environment(run: RunDir, ranks: Ranks) -> None:

@@ -31,6 +31,8 @@ class Family:
     """Paths of modules that the checkpoint holds and the model never runs; never adapted."""
     boxes: str = "thousand"
     """How its makers taught it to write boxes and points, a name of `data/conventions.py`; thousand where they document nothing."""
+    overflows_in_float16: bool = False
+    """Whether its hidden states are known to grow beyond 65,504, the largest float16."""
     packs: bool = False
     """Whether several samples may share a row without one seeing another (tests/models/test_packing.py shows it by their losses)."""
 
@@ -49,7 +51,7 @@ SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-lan
 FAMILIES = {
     row.model_type: row
     for row in (
-        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma"),
+        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True),
         Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma"),
         Family("idefics3", *IDEFICS_PARTS, packs=True),
         Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl"),

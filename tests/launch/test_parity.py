@@ -381,7 +381,11 @@ def test_zero_3_shards_the_4_bit_base(config, tmp_path):
         (["--deepspeed", "--gpus", "2", "--port", "9"], ["deepspeed --master_port 9 --num_gpus 2 launch/train.py --config"]),
         (["--deepspeed", "--gpus", "2", "--nodes", "2", "--head", "a"], ["--hostfile hostfile --num_nodes 2 --master_addr a --num_gpus 2"]),
         (["--torchrun", "--nodes", "2", "--head", "a"], ["--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:2", "--rdzv-id tiny-2"]),
-        (["--slurm", "--gpus", "2", "--nodes", "2"], ["sbatch --job-name=tiny --nodes=2 --ntasks-per-node=2 --gpus-per-node=2"]),
+        (
+            ["--slurm", "--gpus", "2", "--nodes", "2"],
+            ["sbatch --job-name=tiny --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=8"],
+        ),
+        (["--slurm", "--gpus", "2", "--cpus", "4"], ["--gpus-per-node=2 --cpus-per-task=4"]),
         (["--ray", "--gpus", "4"], ["launch/ray_train.py --config", "optim.lr=0.1", "ray.workers=4"]),
         (
             ["--ray", "--gpus", "1", "--address", "http://127.0.0.1:8265"],

@@ -77,6 +77,18 @@ def test_a_job_saves_before_its_limit_queues_again_and_ends(slurm, config, tmp_p
     assert losses_of(tmp_path / "runs" / "limited") == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
 
 
+def test_a_rank_has_eight_cpus(slurm, config, tmp_path):
+    """SLURM gives one by default; and srun takes the number from the job only when it is handed on."""
+    script = tmp_path / "cpus.sh"
+    script.write_text("echo a rank has $SLURM_CPUS_PER_TASK\n")
+    for more, expected in (([], 8), (["--cpus-per-task=3"], 3)):
+        log = tmp_path / f"job-{expected}.log"
+        words = ["sbatch", "--wait", f"--output={log}", *more, "launch/slurm/train.sbatch", config]
+        there = environment(slurm) | {"VLM_DIST_PYTHON": "/bin/sh", "VLM_DIST_TRAIN": str(script)}
+        subprocess.run(words, capture_output=True, cwd=ROOT, env=there, check=True, timeout=240)
+        assert f"a rank has {expected}\n" in log.read_text()
+
+
 def wait_for(condition, folder) -> None:
     for _ in range(6000):
         if condition():

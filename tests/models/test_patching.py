@@ -18,8 +18,9 @@ from vlm_dist.models.generate import generate
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.patches import Patches
 from vlm_dist.models.patching import patch_model
-from vlm_dist.models.patching_vision import attend_in_windows
+from vlm_dist.models.patching_vision import attend_in_windows, patch_patch_embedding
 
 CPU = torch.device("cpu")
 
@@ -191,6 +192,27 @@ def test_windows_are_attended_to_one_by_one(lengths):
     window = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     expected = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=window[:, None] == window, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_embedded_by_a_product(dtype):
+    """The numbers and gradients of the convolution; one whose patches overlap stays, and so does an input of another size."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(3, 64, (2, 14, 14), (2, 14, 14), bias=False, dtype=dtype)
+    x = torch.randn(20, 3, 2, 14, 14, dtype=dtype)
+    expected = conv(x)
+    expected.float().square().sum().backward()
+    gradient, conv.weight.grad = conv.weight.grad, None
+    holder = torch.nn.ModuleList([conv, torch.nn.Conv3d(3, 8, (2, 4, 4), (2, 2, 2))])
+    patches = Patches()
+    patch_patch_embedding(holder, patches)
+    assert patches.counts["patch_embedding"] == 1 and "overlap" in patches.kept["patch_embedding"]
+    y = conv(x)
+    y.float().square().sum().backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(y, expected, **tolerance)
+    assert (conv.weight.grad - gradient).norm() <= tolerance["rtol"] * gradient.norm()
+    assert conv(torch.zeros(1, 3, 4, 28, 28, dtype=dtype)).shape == (1, 64, 2, 2, 2)
 
 
 def test_a_kernel_that_fits_nothing_is_refused(qwen):

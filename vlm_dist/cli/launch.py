@@ -21,6 +21,8 @@ from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.launched import port_of
 from vlm_dist.redaction import redacted
 
+CPUS = 8  # of a rank: it reads and decodes beside training
+
 
 def add_parser(commands: Any) -> None:
     parser = new_parser(
@@ -48,6 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
+    parser.add_argument("--cpus", metavar="N", type=_positive, default=CPUS, help=f"--slurm: CPUs of each process (default: {CPUS})")
     parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
     parser.add_argument("--print", dest="only_print", action="store_true", help="print the command, start nothing")
     parser.set_defaults(run=run)
@@ -101,7 +104,8 @@ def _port(arguments: argparse.Namespace, config: Config) -> int:
 
 def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
     """Absolute paths: SLURM runs a copy of the script, and the command may be given elsewhere."""
-    size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}"]
+    size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}",
+            f"--cpus-per-task={arguments.cpus}"]  # fmt: skip
     python = shutil.which(os.environ.get("VLM_DIST_PYTHON", sys.executable)) or sys.executable
     where = f"--export=ALL,VLM_DIST_PYTHON={os.path.abspath(python)},VLM_DIST_TRAIN={starter_file('launch/train.py')}"
     options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", f"--chdir={Path.cwd()}", where]

@@ -54,6 +54,13 @@ class Comparison:
     """Of the same merge in float32, where this one is worse."""
     rounding_bits: dict[str, float] = field(default_factory=dict)
     """How many bits more rounding one part alone of that costs."""
+    left_out: str = ""
+    """Why they were not compared, if they were not."""
+
+    @classmethod
+    def without(cls, onto: Onto, why: str) -> Comparison:
+        """Of models that could not be compared."""
+        return cls(onto, "", 0, None, None, 0.0, 0.0, 0.0, 0, 0, left_out=why)
 
     @property
     def is_worse(self) -> bool:
@@ -63,6 +70,8 @@ class Comparison:
         return not self.bits_merged - self.bits_trained <= WORSE_BITS  # nor where either is no number
 
     def __str__(self) -> str:
+        if self.left_out:
+            return f"merged onto the {self.onto} weights; not compared with the trained model: {self.left_out}"
         words = f"merged onto the {self.onto} weights in {self.dtype}"
         if self.bits_trained is not None and self.bits_merged is not None:
             words += (

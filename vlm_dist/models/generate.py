@@ -52,11 +52,12 @@ def encode_chat(processor: Any, messages: list[dict[str, Any]], pictures: list[A
 
 
 def autocast(model: Any) -> Any:
-    """Compute in the base's number type, where adapters are held in float32 beside a bfloat16 base."""
+    """Compute in the base's number type, where adapters are held in float32 beside a base in 16 bit."""
     import torch
 
-    dtype = getattr(model, "compute_dtype", None) or next((p.dtype for p in model.parameters() if p.dtype == torch.bfloat16), torch.float32)
-    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
+    halves = (torch.bfloat16, torch.float16)
+    dtype = getattr(model, "compute_dtype", None) or next((p.dtype for p in model.parameters() if p.dtype in halves), torch.float32)
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in halves)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
     from vlm_dist.models.sharded import Sharding
 
+logger = logging.getLogger(__name__)
 STORED_IN_4BIT = "bitsandbytes, 4 bit"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`, `bfloat16` or `float32` -> torch dtype for this device.
+    """`auto`, `bfloat16`, `float16` or `float32` -> torch dtype for this device.
 
     Raises:
         MachineError: bfloat16 was asked of a GPU that has none (before compute capability 8.0).
@@ -35,13 +37,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        return torch.bfloat16 if has_bfloat16 else torch.float32
+        return torch.bfloat16 if has_bfloat16 else torch.float16 if device.type == "cuda" else torch.float32
     if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
         raise MachineError(
             f"model.dtype=bfloat16: this GPU ({torch.cuda.get_device_name(device)}) has no bfloat16 "
-            "(it needs compute capability 8.0 or newer); use model.dtype=float32"
+            "(it needs compute capability 8.0 or newer); use model.dtype=float16"
         )
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return getattr(torch, name)
+
+
+def overflow_words(family: Family) -> str:
+    """What a user of float16 is told of an architecture whose numbers are known to grow beyond it."""
+    return (
+        f"model.dtype=float16: '{family.model_type}' is known to compute numbers above 65,504, the largest in float16, which become "
+        "infinite: its loss may be no number. Use model.dtype=float32, or a GPU with bfloat16"
+    )
 
 
 def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
@@ -130,10 +140,13 @@ def load_weights(
         ModelError: no such checkpoint, or weights that are missing, of other sizes, or in pickle form.
         MachineError: the device lacks the number type.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     dtype = choose_dtype(config.dtype, device)
+    if dtype == torch.float16 and family.overflows_in_float16:
+        logger.warning("%s", overflow_words(family))
     stored_in_4bit = config.load_in_4bit and is_stored_in_4bit(name, config.revision, config.trust_remote_code)
     options = {}  # a checkpoint that is stored in 4 bit has its own settings
     if config.load_in_4bit and not stored_in_4bit:

@@ -205,7 +205,7 @@ def number_type(config: Config) -> Any:
     """The torch.dtype that a plan computes in."""
     import torch
 
-    return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    return getattr(torch, config.model.dtype)
 
 
 def _mode_of(config: Config) -> str:

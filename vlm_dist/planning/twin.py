@@ -37,8 +37,8 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
 
 @contextmanager
 def autocast(dtype: torch.dtype) -> Iterator[None]:
-    """As DeepSpeed's torch_autocast, which training uses with bfloat16."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    """As DeepSpeed's torch_autocast, which training uses in 16 bit."""
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         yield
 
 

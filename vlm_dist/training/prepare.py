@@ -56,13 +56,15 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.patching import patch_model
     from vlm_dist.models.processor import check_vocabulary
     from vlm_dist.models.sharded import Sharding
-    from vlm_dist.models.source import fingerprint
+    from vlm_dist.models.source import fingerprint, weight_files
 
     config, family = inputs.config, inputs.family
+    ranks.first_on_node(lambda: weight_files(inputs.source, config.model.revision))
     check_files(Path(inputs.source))  # of a run's model; a checkpoint of others has no record
     torch.manual_seed(config.seed)
     dtype = choose_dtype(config.model.dtype, ranks.device)
-    sharding = Sharding.of(config, deepspeed_config(config, ranks.world_size, dtype)) if loads_sharded(config, ranks.world_size) else None
+    zero = deepspeed_config(config, ranks.world_size, dtype, on_gpu=ranks.device.type == "cuda")
+    sharding = Sharding.of(config, zero) if loads_sharded(config, ranks.world_size) else None
     model: Any = load_weights(config.model, inputs.source, family, ranks.device, lora=config.lora, sharding=sharding)
     check_vocabulary(inputs.processor, model, inputs.source)
     torch.manual_seed(config.seed)  # adapters start alike whatever loading drew

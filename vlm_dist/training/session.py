@@ -28,6 +28,7 @@ from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
 from vlm_dist.training.health import Health, StopRequest
 from vlm_dist.training.log import Log
+from vlm_dist.training.loss_scale import LossScale
 from vlm_dist.training.prepare import Loaded
 from vlm_dist.training.progress import Progress, count_steps, interrupted_in_words, is_due
 from vlm_dist.training.unchanged import compare_inputs
@@ -51,6 +52,7 @@ class Session:
         self.steps = count_steps(config, stream, ranks)
         self.engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
         self.statistics = Statistics(self.engine.module, ranks)
+        self.scale = LossScale(self.engine, loaded.dtype)
         self.log = Log(run, config, ranks, self.steps)
         self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
         self.health = Health(config.health, self.log, ranks, lambda: kept_in_words(run.checkpoints))
@@ -101,6 +103,7 @@ class Session:
         self._owes_evaluation = state.get("owes") == "evaluation"
         self.stream.restore(state["data"])
         self.health.restore(state["health"])
+        self.scale.restore(state.get("loss_scale"))
         self.loaded.prompts.restore(state.get("prompts", []))
         self.patience.restore(state["patience"])
         self._end_early(state["step"])
@@ -154,6 +157,7 @@ class Session:
             "progress": vars(progress),
             "data": merge_states(self.ranks.gather(self.stream.state())),
             "health": self.health.state(),
+            "loss_scale": self.scale.state(),
             "prompts": self.loaded.prompts.over_ranks(self.ranks),
             "patience": self.patience.state(),
             "scores": scores,

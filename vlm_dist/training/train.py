@@ -49,7 +49,8 @@ def train(config: Config, *, resume_anyway: bool = False, asked: Callable[[], in
         UserError: configuration, data, model, checkpoint or machine is not fit for it; says what to do.
     """
     quiet_libraries()
-    ranks = distributed.start(os.path.abspath(Path(config.output_dir) / config.name), config.distributed.join_timeout_s)
+    run = os.path.abspath(Path(config.output_dir) / config.name)
+    ranks = distributed.start(run, config.distributed.join_timeout_s, config.engine.device)
     config = settle(config)
     check_batches(config, ranks.world_size)
     check_metrics(config)
@@ -97,8 +98,8 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
 def _run_loop(start: Start, session: Session) -> dict[str, Any]:
     import torch
 
-    config, engine, stream, ranks, log, watchdog, health = (
-        start.config, session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
+    config, engine, stream, ranks, log, watchdog, health, scale = (
+        start.config, session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health, session.scale
     )  # fmt: skip
     progress = session.restore(insist=start.resume_anyway)
     start.claim()
@@ -121,18 +122,19 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
             with timer.forward():
                 loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
             part = poisoned_unless_finite(loss.sum()) * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
-            engine.backward(part, scale_wrt_gas=False)
-            grad_norm = take_step(engine, config.optim.grad_clip)  # updates on the last micro-batch only
+            engine.backward(scale.apply(part), scale_wrt_gas=False)
+            grad_norm = take_step(engine, config.optim.grad_clip, scale.value)  # updates on the last micro-batch only
             losses.append(loss.detach())
         watchdog.beat("adding up")
         loss_sums, (busy_s,) = ranks.sum_and_gather(torch.stack(losses).sum(0).reshape(-1).tolist(), timer.busy_s)
         mean_loss, step_s = sum(loss_sums) / num_labels, timer.seconds
-        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses])
+        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses], scaled=scale.can_fall)
         session.statistics.settle()
         health.watch_speed(progress.step + 1, busy_s)
-        progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
+        progress = progress.after(counts, session.wall_s, step_s, skipped=verdict in ("skipped", "overflow"))
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
-        log.step(metrics | shares.metrics(stream.names, loss_sums))
+        log.step(metrics | shares.metrics(stream.names, loss_sums) | scale.metrics())
+        scale.after(progress.step, verdict)
         audit.tell(progress.step, counts, log)
         outcome.refuse_useless(progress, config, stream, session.steps)
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:

@@ -18,6 +18,7 @@ NAMES = (
     "deepspeed.zero.GatheredParameters",
     "deepspeed.zero.register_external_parameter",
     "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
 )
 
 
@@ -124,3 +125,17 @@ def gathered_in_use(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def scale_by_ourselves(engine: Any) -> None:
+    """With torch_autocast in float16 DeepSpeed puts torch's GradScaler beside every optimizer: it clips gradients before they are unscaled
+    at stages 1 to 3 (0.19), is in no checkpoint of ours, and each stage asks it at another moment."""
+    engine.torch_autocast_z0_gradscaler = None
+    if engine.zero_optimization_stage():
+        engine.optimizer.torch_autocast_gradscaler = None
+
+
+def tell_scale(engine: Any, scale: float) -> None:
+    """What ZeRO multiplies a loss by, and divides the gradients by before it clips them and updates. At stage 0 the caller does both."""
+    if engine.zero_optimization_stage():
+        engine.optimizer.loss_scaler.cur_scale = scale
