@@ -127,20 +127,20 @@ class Shapes(Tally):
         if name in COMPARED:
             return torch.full(torch.broadcast_shapes(*(tensor.shape for tensor in given)), COMPARED[name])
         rule = RULES.get(name)
-        return rule(self, func, args, kwargs) if rule else self._run(func, _with_places(func, args), kwargs)
+        return rule(self, func, args, kwargs) if rule else self.run(func, _with_places(func, args), kwargs)
 
     def made(self, make: Callable[[], Any]) -> Any:
         """Fake tensors that `make` constructs."""
         with self.fake:
             return make()
 
-    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """An operation on shapes. The mode is called, not entered: entering looks for CUDA's libraries each time."""
         return self.fake.__torch_dispatch__(func, (), args, kwargs)
 
     def _construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Numbers without data; integers and masks as they are."""
-        fake = self._run(func, args, kwargs)
+        fake = self.run(func, args, kwargs)
         if not isinstance(fake, torch.Tensor) or fake.is_floating_point():
             return fake
         return func(*args, **{**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
@@ -249,15 +249,41 @@ def _four_bit_product(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> A
     return shapes.made(lambda: x.new_empty((*x.shape[:-1], shape[0])))
 
 
+def _of_experts(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
+    """The products of experts: of packed weights those that were hit are put into 16 bit for the moment, where a GPU computes all in one
+    product; how many are hit is not known without numbers, and taken to be as many as can be."""
+    x, weight, statistics, counts, packed, _ = args
+    result = shapes.run(func, args, kwargs)
+    hit = min(len(counts), len(x))
+    size = hit * (packed[1] * packed[2] if packed else weight[0].numel())
+    read = hit * _nbytes(weight) // len(counts) + sum(map(_nbytes, statistics)) * hit // len(counts)
+    moved = read + (2 * size * x.element_size() if packed else 0) + _nbytes(x) + _nbytes(result)
+    shapes.count.work[2 * x.numel() * result.shape[1], moved] += 1
+    shapes.use(size * x.element_size() // (1 if shapes.on_gpu else hit) if packed else 0, briefly=True)
+    return result
+
+
+def _outer_of_experts(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
+    """Their products for gradients."""
+    left, right, _ = args
+    result = shapes.run(func, args, kwargs)
+    shapes.count.work[2 * left.numel() * right.shape[1], sum(map(_nbytes, (left, right, result)))] += 1
+    return result
+
+
 RULES: dict[Any, Callable[..., Any]] = {}
 
 
 def _add_rules() -> None:
-    """Operations whose cost does not show in their arguments; both libraries register them when they are imported."""
+    """Operations whose cost does not show in their arguments; their modules register them when they are imported."""
     import bitsandbytes  # noqa: F401
+
+    import vlm_dist.models.experts_product  # noqa: F401
 
     RULES[torch.ops.vlm_kernels.linear_cross_entropy] = _head_and_loss
     RULES[torch.ops.bitsandbytes.gemm_4bit] = _four_bit_product
+    RULES[torch.ops.vlm_dist.expert_product] = _of_experts
+    RULES[torch.ops.vlm_dist.expert_outer] = _outer_of_experts
 
 
 _add_rules()

@@ -1,8 +1,10 @@
-"""transformers: a processor's count of picture tokens, its tables of architectures, the attention that a model has chosen."""
+"""transformers: a processor's count of picture tokens, its tables of architectures, attention and experts that a model has
+chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SEEN = "5.23.0"
@@ -14,6 +16,9 @@ NAMES = (
     "transformers.AutoModelForImageTextToText._model_mapping",
     "transformers.AutoModelForCausalLM._model_mapping",
     "transformers.PretrainedConfig._attn_implementation",
+    "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts._apply_gate",
+    "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING",
 )
 
 
@@ -50,3 +55,33 @@ def writes_text(hf_config: Any) -> bool:
 def attention_of(hf_config: Any) -> str:
     """The attention implementation that a model was loaded with; empty where none was chosen."""
     return hf_config._attn_implementation or ""
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module holds the experts of a layer and computes by name of an implementation (`use_experts_implementation`)."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate")
+
+
+def register_experts(name: str, function: Callable) -> None:
+    """Add an implementation of experts to transformers' table."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def apply_gate(module: Any, gate_and_up: Any) -> Any:
+    """What experts compute between their two products, from both halves of the first."""
+    return module._apply_gate(gate_and_up)
+
+
+@contextmanager
+def nf4_quantiser(kind: type) -> Iterator[None]:
+    """While models are loaded in 4 bit, `kind` (a Bnb4BitHfQuantizer) puts them there."""
+    from transformers.quantizers import auto
+
+    of_library = auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = kind
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = of_library
