@@ -28,6 +28,11 @@ def expert_weights(model: Any) -> dict[str, Any]:
     }
 
 
+def of_experts(name: str) -> bool:
+    """Whether a parameter of this name is an expert's, or an adapter's on one."""
+    return ".experts." in name
+
+
 def routers(model: Any) -> list[str]:
     """Paths of the modules that choose among the experts: they lie beside them."""
     found = []

@@ -27,6 +27,8 @@ def compute_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     chosen_S, top_k = top_k_index.reshape(-1), top_k_index.shape[-1]
     order_S = chosen_S.argsort(stable=True)
     counts_E = chosen_S.new_zeros(module.num_experts).scatter_add(0, chosen_S, torch.ones_like(chosen_S))
+    if vars(module).get("watched"):  # training counts how many tokens each expert gets
+        module.load = counts_E.clone() if vars(module).get("load") is None else module.load + counts_E
     dtype = _computing_dtype(module, hidden_states)
     x = _Spread.apply(hidden_states.to(dtype), order_S, top_k)
     x = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", x, counts_E, chosen_S, order_S)

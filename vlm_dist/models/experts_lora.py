@@ -37,6 +37,15 @@ def experts_choice(model: Any, config: LoraConfig) -> tuple[bool, str]:
     return not against, f"lora.experts=auto: {'off, by ' + against[0] if against else 'lora'}"
 
 
+def experts_in_words(model: Any, config: LoraConfig) -> str:
+    """How many experts there are and what was chosen for them; nothing of a model without."""
+    modules = list(expert_modules(model).values())
+    if not modules:
+        return ""
+    ranks = f" of rank {config.r_experts} on each" if (choice := experts_choice(model, config))[0] else ""
+    return f"experts: {len(modules)} layers of {modules[0].num_experts}; {choice[1]}{ranks}; router {config.router}"
+
+
 def expert_targets(model: Any, family: Family, config: LoraConfig, in_layer: Any) -> list[str]:
     """Paths of the experts' weights that get adapters.
 
@@ -93,7 +102,7 @@ def ranks_of_parameters() -> Iterator[None]:
 
 def gather_with_experts(model: Any) -> None:
     """ZeRO stage 3 gathers a weight around its own module's call; adapters on experts are read in the call of their wrapper."""
-    from deepspeed.zero import register_external_parameter
+    import deepspeed
 
     from vlm_dist.upstream.peft import ParamWrapper
 
@@ -101,5 +110,5 @@ def gather_with_experts(model: Any) -> None:
         if isinstance(module, ParamWrapper):
             for factors in module.factors().values():
                 for a, b, _ in factors:
-                    register_external_parameter(module, a)
-                    register_external_parameter(module, b)
+                    deepspeed.zero.register_external_parameter(module, a)
+                    deepspeed.zero.register_external_parameter(module, b)

@@ -14,6 +14,7 @@ from vlm_dist.models.adapters import find_adapter, put_on_shapes
 from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.experts import expert_weights, use_our_experts
 from vlm_dist.models.experts_nf4 import is_quantised
+from vlm_dist.models.held import weights_in_words
 from vlm_dist.models.load import kept_in_16bit, nf4_config
 from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
 from vlm_dist.models.patching import patch_model
@@ -34,6 +35,13 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
         patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
     _give_shapes(model, dtype)
     return model.train()
+
+
+def weights_of_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtype) -> list[str]:
+    """What training will say of weights that stay in 16 bit or have no adapter."""
+    with torch.device("meta"):
+        model = _skeleton(config, hf_config, family, dtype)
+    return weights_in_words(model, str(dtype).removeprefix("torch."))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from vlm_dist.deepspeed_config import deepspeed_config
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError
 from vlm_dist.families import Family
+from vlm_dist.models.experts_lora import gather_with_experts
 from vlm_dist.training.optim import build_optimizer
 from vlm_dist.upstream.deepspeed import skip_shared_memory_op
 
@@ -41,6 +42,7 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
             config, ranks.world_size, str(dtype).removeprefix("torch."), sum(p.numel() for p in model.parameters() if p.requires_grad)
         ),
     )
+    gather_with_experts(model)
     engine.train()
     return engine
 

@@ -110,9 +110,11 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         losses, grad_norm = [], 0.0
         for batch in step.micro_batches:
             watchdog.beat("computing")
-            with timer.forward():
+            with timer.forward(), session.experts.forward():
                 loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
-            part = poisoned_unless_finite(loss.sum()) * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
+            part = poisoned_unless_finite(loss.sum() + session.experts.balance(batch)) * (
+                ranks.world_size / num_labels
+            )  # DeepSpeed averages over ranks: undo
             engine.backward(part, scale_wrt_gas=False)
             grad_norm = take_step(engine, config.optim.grad_clip)  # updates on the last micro-batch only
             losses.append(loss.detach())
@@ -123,7 +125,7 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         health.watch_speed(progress.step + 1, busy_s)
         progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
-        log.step(metrics | shares.metrics(stream.names, loss_sums))
+        log.step(metrics | shares.metrics(stream.names, loss_sums) | session.experts.metrics(ranks, num_labels))
         audit.tell(progress.step, counts, log)
         outcome.refuse_useless(progress, config, stream, session.steps)
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:

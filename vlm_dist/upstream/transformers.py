@@ -85,3 +85,13 @@ def nf4_quantiser(kind: type) -> Iterator[None]:
         yield
     finally:
         auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = of_library
+
+
+def routers_with_logits(model: Any) -> list[tuple[Any, int]]:
+    """The modules that choose among experts and give out their logits, and where among their outputs these are."""
+    recorders = {}
+    for module in model.modules():
+        found = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        if found is not None and hasattr(found, "target_class"):
+            recorders[found.target_class] = found.index
+    return [(module, recorders[type(module)]) for module in model.modules() if type(module) in recorders]
