@@ -69,6 +69,7 @@ class Tally(TorchDispatchMode):
         super().__init__()
         self.count = Count()
         self._held: dict[int, int] = {}
+        self._kept = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -98,6 +99,11 @@ class Tally(TorchDispatchMode):
         count = self.count
         count.peak = max(count.peak, count.live + nbytes)
         count.live += 0 if briefly else nbytes
+
+    def keep(self, nbytes: int) -> None:
+        """A buffer that all share, as large as the largest that was asked for."""
+        self.use(max(0, nbytes - self._kept))
+        self._kept = max(self._kept, nbytes)
 
     def _let_go(self, key: int) -> None:
         self.count.live -= self._held.pop(key)
@@ -259,7 +265,11 @@ def _of_experts(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
     read = hit * _nbytes(weight) // len(counts) + sum(map(_nbytes, statistics)) * hit // len(counts)
     moved = read + (2 * size * x.element_size() if packed else 0) + _nbytes(x) + _nbytes(result)
     shapes.count.work[2 * x.numel() * result.shape[1], moved] += 1
-    shapes.use(size * x.element_size() // (1 if shapes.on_gpu else hit) if packed else 0, briefly=True)
+    if packed and shapes.on_gpu:  # unpacked into one buffer for all layers; the codes of those that are hit, and their scales, are copied
+        shapes.keep(size * x.element_size())
+        shapes.use(size // 2 + 2 * 4 * size // packed[3], briefly=True)
+    elif packed:
+        shapes.use(size // hit * x.element_size(), briefly=True)
     return result
 
 
