@@ -123,6 +123,8 @@ class OptimConfig(Section):
     """Highest learning rate of the projector, if another."""
     lr_language: PositiveFloat | None = None
     """Highest learning rate of the language model, if another."""
+    lr_experts: PositiveFloat | None = None
+    """Highest learning rate of experts, or of the adapters on them, if another."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: PositiveFloat = 1e-8
@@ -150,6 +152,8 @@ class TrainingConfig(Section):
     """Samples (with data.packing: rows) in one optimizer step, over all ranks and accumulation rounds."""
     micro_batch: PositiveInt = 1
     """Samples that one rank computes at a time; global_batch / (micro_batch x ranks) rounds are accumulated."""
+    router_aux_loss: NonNegativeFloat | None = None
+    """Weight of the loss that evens out the load of experts; null: the model's own where its routers train, else 0."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

@@ -47,6 +47,7 @@ class Family:
 LLAVA_PARTS = ("model.vision_tower", ("model.multi_modal_projector",), "model.language_model")
 IDEFICS_PARTS = ("model.vision_model", ("model.connector",), "model.text_model")
 QWEN_PARTS = ("model.visual", ("model.visual.merger",), "model.language_model")
+QWEN3_PARTS = ("model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model")
 SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-language model takes the patches
 FAMILIES = {
     row.model_type: row
@@ -67,9 +68,8 @@ FAMILIES = {
         Family("qwen2_5_vl", *QWEN_PARTS, packs=True, boxes="absolute"),
         Family("qwen2_vl", *QWEN_PARTS, packs=True, boxes="qwen2"),
         Family("qwen3_5", *QWEN_PARTS),
-        Family(
-            "qwen3_vl", "model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model", packs=True,
-        ),
+        Family("qwen3_vl", *QWEN3_PARTS, packs=True),
+        Family("qwen3_vl_moe", *QWEN3_PARTS, packs=True),
         Family("smolvlm", *IDEFICS_PARTS, packs=True),
     )
 }  # fmt: skip

@@ -68,6 +68,7 @@ LACKING = {  # what a family has no module for, or none that the kernel fits
     "mistral3": {"layer_norm"},
     "pixtral": {"layer_norm"},
     "qwen2_5_vl": {"layer_norm"},
+    "qwen3_vl_moe": {"mlp"},
 }
 
 

@@ -89,6 +89,8 @@ def _show(found: dict[str, Any]) -> None:
         for stage in found["flow"]:
             shape = " x ".join(map(str, stage["shape"]))
             console.print(f"  {stage['name']:<24} {shape:<22} {stage['module']}", markup=False)
+    for line in found["weights"]:
+        console.print(line, markup=False)
     for one in found["refused"][:10]:
         console.print(f"left out: {one['key']}: {one['reason']}", markup=False)
     for line in in_words(found["notes"]):

@@ -119,6 +119,8 @@ def _show(plan: dict[str, Any]) -> None:
     console.print(f"memory of a GPU at micro_batch {own['micro_batch']}, gradient checkpointing {own['gradient_checkpointing']}, "
                   f"ZeRO {own['zero_stage']}")  # fmt: skip
     console.print(table)
+    for line in plan["weights"]:
+        console.print(line, markup=False)
     left = gpu["memory"] - max(own["total"], own["loading"])
     if own["fits"]:
         console.print(f"fits: {left / 1e9:.1f} GB to spare", style="green")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import MachineError, ModelError
 from vlm_dist.families import Family
+from vlm_dist.models.experts import NEVER_IN_4BIT, expert_weights, use_our_experts
 from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
 from vlm_dist.models.processor import check_vocabulary, load_processor
@@ -144,16 +146,19 @@ def load_weights(
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    from vlm_dist.models.experts_nf4 import experts_in_4bit
+
     dtype = choose_dtype(config.dtype, device)
     if dtype == torch.float16 and family.overflows_in_float16:
         logger.warning("%s", overflow_words(family))
     stored_in_4bit = config.load_in_4bit and is_stored_in_4bit(name, config.revision, config.trust_remote_code)
     options = {}  # a checkpoint that is stored in 4 bit has its own settings
     if config.load_in_4bit and not stored_in_4bit:
-        options["quantization_config"] = nf4_config(family, dtype, trained_whole(family, lora) if lora else ())
+        keep = kept_in_16bit(config, family, trained_whole(family, lora) if lora else ())
+        options["quantization_config"] = nf4_config(family, dtype, keep)
     prepare = partial(compute_in, dtype=dtype) if stored_in_4bit else lambda _: None
     try:
-        with sharding.while_loading(family, prepare) if sharding else nullcontext():
+        with experts_in_4bit(), sharding.while_loading(family, prepare) if sharding else nullcontext():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 name,
                 revision=config.revision,
@@ -171,6 +176,8 @@ def load_weights(
     model, found = loaded
     _check_complete(model, found, family, name)
     prepare(model)
+    use_our_experts(model)
+    _check_kept(config, model)
     if config.load_in_4bit:
         keep_nf4_layout(model)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
@@ -188,8 +195,24 @@ def nf4_config(family: Family, dtype: torch.dtype, keep: Iterable[str] = ()) -> 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
-        llm_int8_skip_modules=[family.head, *keep],
+        llm_int8_skip_modules=[family.head, *NEVER_IN_4BIT, *keep],
     )
+
+
+def kept_in_16bit(config: ModelConfig, family: Family, trained: Iterable[str] = ()) -> list[str]:
+    """Patterns of the modules that loading in 4 bit leaves as they are: those that train whole, and model.keep_16bit."""
+    sides = {"vision": (family.vision,), "projector": family.projector}
+    return [*trained, *(path for word in config.keep_16bit for path in sides.get(word, (f".*({word})",)))]
+
+
+def _check_kept(config: ModelConfig, model: torch.nn.Module) -> None:
+    """Raises ModelError where a pattern of model.keep_16bit matches nothing, so that what it means is in 4 bit all the same."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in config.keep_16bit:
+        if pattern not in ("vision", "projector") and not any(re.search(pattern, name) for name in names):
+            raise ModelError(
+                f"model.keep_16bit: no module is called '{pattern}'; give vision, projector, or part of a path, e.g. {names[-1]}"
+            )
 
 
 def _check_complete(model: torch.nn.Module, found: dict[str, Any], family: Family, name: str) -> None:
@@ -209,6 +232,10 @@ def _check_complete(model: torch.nn.Module, found: dict[str, Any], family: Famil
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and tuple(state.shape) != (expected := (module.out_features, module.in_features)):
             sizes.append((f"{path}.weight", tuple(state.shape), expected))
+    for path, weight in expert_weights(model).items():
+        state = getattr(weight, "quant_state", None)
+        if state is not None and state.shape != weight.expected:
+            sizes.append((path, tuple(state.shape), tuple(weight.expected)))
     if sizes:
         key, stored, expected = sizes[0]
         raise ModelError(

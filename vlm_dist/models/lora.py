@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.config import LoraConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
+from vlm_dist.models.experts_lora import (
+    as_target_parameters,
+    expert_ranks,
+    expert_targets,
+    prepare_experts,
+    ranks_of_parameters,
+    router_endings,
+)
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # a module's name up to the number of its layer
 
@@ -26,10 +34,11 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
         ModelError: no linear layer matches the choice.
     """
     import peft
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # where only whole modules train
 
-    modules = find_targets(model, family, config)
-    whole = trained_whole(family, config)
-    if not modules and not whole:
+    modules, experts = find_targets(model, family, config), find_expert_targets(model, family, config)
+    whole = trained_whole(family, config) + (router_endings(model) if config.router == "full" else [])
+    if not modules and not whole and not experts:
         raise ModelError(
             f"lora: no linear layer of '{family.model_type}' matches vision={config.vision}, language={config.language}, "
             f"attention={config.attention}, mlp={config.mlp}, modules={config.modules or 'all'}, layers={config.layers or 'all'}"
@@ -39,19 +48,22 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
     names = [name for name, _ in model.named_modules()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    ranks, alphas = expert_ranks(experts, config)
     peft_config = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=as_pattern(modules, names) if modules else [],
-        rank_pattern=_by_side(config, "r", family, modules, names),
-        alpha_pattern=_by_side(config, "alpha", family, modules, names),
+        target_modules=as_pattern(modules, names) if modules else [] if experts else DUMMY_TARGET_MODULES,
+        target_parameters=as_target_parameters(experts, model),
+        rank_pattern=_by_side(config, "r", family, modules, names) | ranks,
+        alpha_pattern=_by_side(config, "alpha", family, modules, names) | alphas,
         modules_to_save=[part for name in whole for part in _trainable_whole(name, model, names)] or None,
         bias=config.bias,
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
-    return peft.get_peft_model(model, peft_config)  # pyright: ignore[reportReturnType]
+    with ranks_of_parameters():
+        return peft.get_peft_model(model, prepare_experts(model, peft_config))  # pyright: ignore[reportReturnType]
 
 
 def trained_whole(family: Family, config: LoraConfig) -> list[str]:
@@ -84,6 +96,15 @@ def find_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> 
         and _in_chosen_layer(name, family, config, linear)
         and not _is_idle(name, model, family)
     ]
+
+
+def find_expert_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> list[str]:
+    """Paths of the experts' weights that the configuration adapts.
+
+    Raises:
+        ModelError: it asks for adapters on experts, and the model has none.
+    """
+    return expert_targets(model, family, config, lambda name, names: _in_chosen_layer(name, family, config, names))
 
 
 def _in_chosen_layer(name: str, family: Family, config: LoraConfig, linear: list[str]) -> bool:

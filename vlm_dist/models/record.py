@@ -35,7 +35,10 @@ def make_record(
     """
     return {
         "version": 1,
-        "base": {**base.model_dump(mode="json", include={"name", "revision", "load_in_4bit", "dtype"}), "fingerprint": fingerprint_of_base},
+        "base": {
+            **base.model_dump(mode="json", include={"name", "revision", "load_in_4bit", "dtype", "keep_16bit"}),
+            "fingerprint": fingerprint_of_base,
+        },
         "preprocessing": describe_processor(processor),
         "probe": probe(model, processor),
         "buffers": _digests_of_buffers(model),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Operation(NamedTuple):
@@ -43,3 +46,8 @@ class Count:
     def mark(self) -> None:
         """Begin anew: what is held stays held."""
         self.peak, self.work, self.waits = self.live, Counter(), Counter()
+
+
+def nbytes_of(tensor: torch.Tensor) -> int:
+    """Bytes of its elements."""
+    return tensor.numel() * tensor.element_size()

@@ -15,6 +15,8 @@ from vlm_dist.inputs.opened import Inputs, inputs_apart
 from vlm_dist.inputs.workload import Workload, assumed, micro_batch
 
 if TYPE_CHECKING:
+    import torch
+
     from vlm_dist.planning.count import Counted
     from vlm_dist.planning.gpus import Gpu
 
@@ -51,7 +53,7 @@ class Planner:
         self.note(f"counting {rows} x {tokens or self.workload.tokens} tokens, gradient checkpointing: {name}")
         batch = micro_batch(self.inputs.encoder, self.workload, rows, tokens)
         return count_micro_batch(
-            config, self.inputs.hf_config, self.inputs.family, number_type(config), batch, accumulates=self.rounds(rows) > 1
+            config, self.inputs.hf_config, self.inputs.family, torch_dtype(config), batch, accumulates=self.rounds(rows) > 1
         )
 
     def rounds(self, rows: int) -> int:
@@ -151,11 +153,26 @@ def make_plan(planner: Planner, *, others: bool = True) -> dict[str, Any]:
         "gpus": planner.gpus,
         "row": {"tokens": planner.workload.tokens, "pictures": list(planner.workload.pictures), "why": planner.workload.why},
         "own": own,
+        "weights": weights_in_16bit(planner),
     }
     if others:
         plan["choices"] = list(planner.choices())
         plan["longest_row"] = planner.longest_row(config)
     return plan
+
+
+def weights_in_16bit(planner: Planner) -> list[str]:
+    """What stays in 16 bit beside 4-bit weights, and what has no adapter, in words."""
+    from vlm_dist.planning.twin import weights_of_twin
+
+    return weights_of_twin(planner.config, planner.inputs.hf_config, planner.inputs.family, torch_dtype(planner.config))
+
+
+def torch_dtype(config: Config) -> torch.dtype:
+    """What a plan computes in; auto: what a new GPU does."""
+    import torch
+
+    return torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
 
 
 def best_of(plan: dict[str, Any]) -> dict[str, Any]:
@@ -199,13 +216,6 @@ def _any_picture(inputs: Inputs) -> Workload:
         with suppress(ConfigError):
             return assumed(inputs.config, inputs.encoder, size, 1)
     return assumed(inputs.config, inputs.encoder, least, 1)
-
-
-def number_type(config: Config) -> Any:
-    """The torch.dtype that a plan computes in."""
-    import torch
-
-    return getattr(torch, config.model.dtype)
 
 
 def _mode_of(config: Config) -> str:

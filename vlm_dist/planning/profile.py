@@ -10,7 +10,7 @@ from vlm_dist.data.lengths import count_patches
 from vlm_dist.inputs.workload import micro_batch
 from vlm_dist.planning.count import Counted, count_micro_batch, seconds_of
 from vlm_dist.planning.gpus import Gpu
-from vlm_dist.planning.plan import Planner, number_type
+from vlm_dist.planning.plan import Planner, torch_dtype
 
 
 def profile(planner: Planner, config: Config | None = None) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def profile(planner: Planner, config: Config | None = None) -> dict[str, Any]:
     batch = micro_batch(planner.inputs.encoder, planner.workload, rows)
     inputs = planner.inputs
     counted = count_micro_batch(
-        config, inputs.hf_config, inputs.family, number_type(config), batch, accumulates=planner.rounds(rows) > 1, by_part=True
+        config, inputs.hf_config, inputs.family, torch_dtype(config), batch, accumulates=planner.rounds(rows) > 1, by_part=True
     )
     return described(counted, planner.gpu, batch["input_ids"].numel(), count_patches(batch))
 

@@ -16,8 +16,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
-from vlm_dist.models.patching_loss import as_on_gpu, workspace_bytes
-from vlm_dist.planning.counts import Count, Operation
+from vlm_dist.models.patching_loss import as_on_gpu
+from vlm_dist.planning.costs import RULES
+from vlm_dist.planning.counts import Count, Operation, nbytes_of
 from vlm_dist.upstream.torch import (
     FakeTensor,
     FakeTensorMode,
@@ -62,6 +63,7 @@ class Tally(TorchDispatchMode):
         self.count = Count()
         self.part = part
         self._held: dict[int, tuple[int, str]] = {}
+        self._kept = 0
 
     @property
     def held(self) -> Counter[str]:
@@ -102,13 +104,18 @@ class Tally(TorchDispatchMode):
         count.peak = max(count.peak, count.live + nbytes)
         count.live += 0 if briefly else nbytes
 
+    def keep(self, nbytes: int) -> None:
+        """A buffer that all share, as large as the largest that was asked for."""
+        self.use(max(0, nbytes - self._kept))
+        self._kept = max(self._kept, nbytes)
+
     def _let_go(self, key: int) -> None:
         self.count.live -= self._held.pop(key)[0]
 
     def _add_work(self, func: Any, args: tuple, kwargs: dict, result: Any, tensors: list[torch.Tensor]) -> None:
         flops = flop_registry.get(func.overloadpacket)
         number = flops(*args, **kwargs, out_val=result) if flops else ATTENTION.get(func, _none)(args)
-        moved = sum(_nbytes(tensor) for tensor in tensors)
+        moved = sum(nbytes_of(tensor) for tensor in tensors)
         if moved:
             self.launch(func, int(number), moved)
 
@@ -134,20 +141,20 @@ class Shapes(Tally):
         if name in COMPARED:
             return torch.full(torch.broadcast_shapes(*(tensor.shape for tensor in given)), COMPARED[name])
         rule = RULES.get(name)
-        return rule(self, func, args, kwargs) if rule else self._run(func, _with_places(func, args), kwargs)
+        return rule(self, func, args, kwargs) if rule else self.run(func, _with_places(func, args), kwargs)
 
     def made(self, make: Callable[[], Any]) -> Any:
         """Fake tensors that `make` constructs."""
         with self.fake:
             return make()
 
-    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """An operation on shapes. The mode is called, not entered: entering looks for CUDA's libraries each time."""
         return self.fake.__torch_dispatch__(func, (), args, kwargs)
 
     def _construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Numbers without data; integers and masks as they are."""
-        fake = self._run(func, args, kwargs)
+        fake = self.run(func, args, kwargs)
         if not isinstance(fake, torch.Tensor) or fake.is_floating_point():
             return fake
         return func(*args, **{**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
@@ -222,10 +229,6 @@ def waits(func: Any, args: tuple, kwargs: dict) -> bool:
     return func.overloadpacket in READS and kwargs.get("output_size") is None
 
 
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _none(args: tuple) -> int:
     return 0
 
@@ -240,44 +243,3 @@ ATTENTION: dict[Any, Callable[[tuple], int]] = {
     cpu_attention.default: lambda args: _attention_flops(*args[:2], products=2),
     cpu_attention_backward.default: lambda args: _attention_flops(*args[1:3], products=5),
 }
-
-
-def _head_and_loss(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
-    """vlm_kernels.linear_cross_entropy: how many rows are supervised is read off the labels; a chunk of logits exists for a moment."""
-    hidden, weight, bias, labels, *_, with_grad, with_dw = args
-    rows = int((labels >= 0).sum())
-    products = 1 + with_grad + with_dw
-    shapes.launch(func, 2 * rows * weight.numel() * products, _nbytes(weight) * products + 2 * rows * hidden.shape[1])
-    shapes.use(workspace_bytes(rows, weight, "cuda" if shapes.on_gpu else "cpu"), briefly=True)
-    return shapes.made(
-        lambda: (
-            torch.empty(()),
-            torch.empty(rows, dtype=torch.int64),
-            hidden.new_empty((rows if with_grad else 0, hidden.shape[1])),
-            weight.new_empty(weight.shape if with_dw else (0,)),
-            weight.new_empty(len(weight) if with_dw and bias is not None else 0),
-        )
-    )
-
-
-def _four_bit_product(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
-    """bitsandbytes' product with 4-bit weights: they are put into 16 bit for the moment."""
-    x, shape = args[0], args[2]
-    size = shape[0] * shape[1]
-    shapes.launch(func, 2 * (x.numel() // x.shape[-1]) * size, 3 * size * x.element_size())
-    shapes.use(size * x.element_size(), briefly=True)
-    return shapes.made(lambda: x.new_empty((*x.shape[:-1], shape[0])))
-
-
-RULES: dict[Any, Callable[..., Any]] = {}
-
-
-def _add_rules() -> None:
-    """Operations whose cost does not show in their arguments; both libraries register them when they are imported."""
-    import bitsandbytes  # noqa: F401
-
-    RULES[torch.ops.vlm_kernels.linear_cross_entropy] = _head_and_loss
-    RULES[torch.ops.bitsandbytes.gemm_4bit] = _four_bit_product
-
-
-_add_rules()

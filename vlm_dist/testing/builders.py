@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_dist.testing.parts import CLIP, small_text, small_tokenizer, template
-from vlm_dist.testing.qwen import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from vlm_dist.testing.qwen import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe
 
 
 def _clip_images() -> Any:
@@ -235,6 +235,6 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     builder.__name__: builder
     for builder in (
         gemma3, gemma4, idefics3, internvl, llava, llava_next, llava_onevision, mini_vlm, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl,
-        qwen3_5, qwen3_vl, smolvlm,
+        qwen3_5, qwen3_vl, qwen3_vl_moe, smolvlm,
     )
 }  # fmt: skip

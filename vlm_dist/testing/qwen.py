@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the Qwen families: M-RoPE, windows, deepstack, gated delta rule."""
+"""Tiny checkpoints of the Qwen families: M-RoPE, windows, deepstack, gated delta rule, experts."""
 
 from __future__ import annotations
 
@@ -52,14 +52,23 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     return _qwen("Qwen2_5_VL", vision, {"mrope_section": [2, 3, 3]}, QWEN2_PIXELS, "Qwen2VLVideoProcessor")
 
 
+QWEN3_VISION = {
+    "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64, "patch_size": 16,
+    "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
+}  # fmt: skip
+QWEN3_ROPE = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
+
+
 def qwen3_vl() -> tuple[Any, Any]:
     """Three language layers: the second deepstack feature, added behind the second, then meets one more."""
-    vision = {
-        "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64, "patch_size": 16,
-        "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64,
-    }  # fmt: skip
-    rope = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
-    return _qwen("Qwen3VL", vision, rope, QWEN3_PIXELS, "Qwen3VLVideoProcessor", head_dim=16, num_hidden_layers=3)
+    return _qwen("Qwen3VL", QWEN3_VISION, QWEN3_ROPE, QWEN3_PIXELS, "Qwen3VLVideoProcessor", head_dim=16, num_hidden_layers=3)
+
+
+def qwen3_vl_moe() -> tuple[Any, Any]:
+    """The same with eight experts a layer, two for each token; of the experts are 294,912 parameters."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "tie_word_embeddings": False}
+    text = {"head_dim": 16, "num_hidden_layers": 3, **experts}
+    return _qwen("Qwen3VLMoe", QWEN3_VISION, QWEN3_ROPE, QWEN3_PIXELS, "Qwen3VLVideoProcessor", processor="Qwen3VLProcessor", **text)
 
 
 def qwen3_5() -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from vlm_dist.deepspeed_config import deepspeed_config
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError, UserError
 from vlm_dist.families import Family
+from vlm_dist.models.experts_lora import gather_with_experts
 from vlm_dist.training.optim import build_optimizer
 from vlm_dist.upstream.deepspeed import shape_of, skip_shared_memory_op, widen
 
@@ -40,6 +41,7 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
         optimizer=build_optimizer(model, config.optim, family, on_cpu=config.engine.offload != "none"),
         config=deepspeed_config(config, ranks.world_size, dtype, number, on_gpu=ranks.device.type == "cuda"),
     )
+    gather_with_experts(model)
     if engine.zero_optimization_stage() == 3:
         _announce_reads(model)
     engine.train()

@@ -34,6 +34,8 @@ class Loaded:
     """What was put into the model, in words."""
     prompts: SystemPrompts
     """The system prompts of the samples, as they are trained on."""
+    choices: tuple[str, ...] = ()
+    """What was chosen where the configuration leaves it open, in words."""
     described: dict[str, Any] = field(default_factory=dict)
     """What a run that goes on must find again besides the base; see unchanged.py."""
     rehearsal: str = ""
@@ -49,6 +51,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     import torch
 
     from vlm_dist.models.checkpointing import checkpoint_gradients
+    from vlm_dist.models.experts_lora import experts_in_words
     from vlm_dist.models.files import check_files
     from vlm_dist.models.load import choose_dtype, load_weights
     from vlm_dist.models.lora import add_lora, freeze_sides
@@ -79,7 +82,8 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     with gathered_in_use(model):
         patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)
-    return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts)
+    choices = (chosen,) if config.lora is not None and (chosen := experts_in_words(model, config.lora)) else ()
+    return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts, choices)
 
 
 def _go_on(model: Any, inputs: Inputs) -> Any:

@@ -26,6 +26,7 @@ from vlm_dist.scoring.metrics import LOWER_IS_BETTER
 from vlm_dist.scoring.without_pictures import evaluate_whole
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
+from vlm_dist.training.experts import ExpertWatch
 from vlm_dist.training.health import Health, StopRequest
 from vlm_dist.training.log import Log
 from vlm_dist.training.loss_scale import LossScale
@@ -50,6 +51,7 @@ class Session:
         self.stop = stop
         self.config, self.run, self.loaded, self.stream, self.heldout, self.ranks = config, run, loaded, stream, heldout, ranks
         self.steps = count_steps(config, stream, ranks)
+        self.experts = ExpertWatch(loaded.model, config)
         self.engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
         self.statistics = Statistics(self.engine.module, ranks)
         self.scale = LossScale(self.engine, loaded.dtype)

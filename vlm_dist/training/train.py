@@ -119,9 +119,10 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         losses, grad_norm = [], 0.0
         for batch in step.micro_batches:
             watchdog.beat("computing")
-            with timer.forward():
+            with timer.forward(), session.experts.forward():
                 loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
-            part = poisoned_unless_finite(loss.sum()) * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
+            part = poisoned_unless_finite(loss.sum() + session.experts.balance(batch))
+            part = part * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
             engine.backward(scale.apply(part), scale_wrt_gas=False)
             grad_norm = take_step(engine, config.optim.grad_clip, scale.value)  # updates on the last micro-batch only
             losses.append(loss.detach())
@@ -133,7 +134,7 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         health.watch_speed(progress.step + 1, busy_s)
         progress = progress.after(counts, session.wall_s, step_s, skipped=verdict in ("skipped", "overflow"))
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
-        log.step(metrics | shares.metrics(stream.names, loss_sums) | scale.metrics())
+        log.step(metrics | shares.metrics(stream.names, loss_sums) | scale.metrics() | session.experts.metrics(ranks, num_labels))
         scale.after(progress.step, verdict)
         audit.tell(progress.step, counts, log)
         outcome.refuse_useless(progress, config, stream, session.steps)

@@ -1,4 +1,5 @@
-"""transformers: counts of picture tokens, options of processors, tables of architectures, a model's attention, loading weight by weight."""
+"""transformers: counts of picture tokens, options of processors, tables of architectures, a model's attention and experts, loading weight
+by weight."""
 
 from __future__ import annotations
 
@@ -21,6 +22,9 @@ NAMES = (
     "transformers.modeling_layers.GradientCheckpointingLayer",
     "transformers.core_model_loading.set_param_for_module",
     "transformers.modeling_utils.caching_allocator_warmup",
+    "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts._apply_gate",
+    "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING",
 )
 
 
@@ -129,3 +133,43 @@ def _merged(merge: Callable[..., dict[str, Any]], known: dict[Any, dict[str, Any
     if key not in known:
         known[key] = merge(*kinds, **options)
     return {name: dict(value) if isinstance(value, dict) else value for name, value in known[key].items()}
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module holds the experts of a layer and computes by name of an implementation (`use_experts_implementation`)."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate")
+
+
+def register_experts(name: str, function: Callable) -> None:
+    """Add an implementation of experts to transformers' table."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def apply_gate(module: Any, gate_and_up: Any) -> Any:
+    """What experts compute between their two products, from both halves of the first."""
+    return module._apply_gate(gate_and_up)
+
+
+@contextmanager
+def nf4_quantiser(kind: type) -> Iterator[None]:
+    """While models are loaded in 4 bit, `kind` (a Bnb4BitHfQuantizer) puts them there."""
+    from transformers.quantizers import auto
+
+    of_library = auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = kind
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = of_library
+
+
+def routers_with_logits(model: Any) -> list[tuple[Any, int]]:
+    """The modules that choose among experts and give out their logits, and where among their outputs these are."""
+    recorders = {}
+    for module in model.modules():
+        found = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        if found is not None and hasattr(found, "target_class"):
+            recorders[found.target_class] = found.index
+    return [(module, recorders[type(module)]) for module in model.modules() if type(module) in recorders]
