@@ -158,9 +158,12 @@ def go_on(part: Part, folder: Path, case: tuple[str, int, bool, str], losses: li
 
 
 def export(part: Part, folder: Path) -> None:
-    from vlm_dist.models.export import export_merged
+    from vlm_dist.models.export import save_pretrained_merged
+    from vlm_dist.serving.trained import open_trained
 
-    found = export_merged(str(folder / "runs" / "case-0"), folder / "merged", max_new_tokens=2)
+    trained = open_trained(str(folder / "runs" / "case-0"))
+    found = save_pretrained_merged(trained.model, str(folder / "merged"), trained.encoder.processor)
+    assert found is not None
     part.judge(found.same_next_token == found.samples, "exported", found)
 
 

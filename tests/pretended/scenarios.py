@@ -75,13 +75,13 @@ def step(folder: Path, launches: Launches) -> None:
 
 def export(folder: Path, launches: Launches) -> None:
     """Opened to be asked, merged, and the merged one compared."""
-    from vlm_dist.models.export import export_merged
+    from vlm_dist.models.export import save_pretrained_merged
     from vlm_dist.serving.trained import open_trained
 
     run = str(folder / "runs" / "card")
     trained = open_trained(run)
     assert trained.model.device == CARD
-    export_merged(run, folder / "merged", max_new_tokens=2)
+    assert save_pretrained_merged(trained.model, str(folder / "merged"), trained.encoder.processor) is not None
 
 
 def inspect(folder: Path, launches: Launches) -> None:
