@@ -49,10 +49,23 @@ def peak_flops() -> float | None:
     return gpu.flops if gpu else None
 
 
+def flops_of_a_row(part: Part, folder: Path, processor: Any) -> int:
+    """Of its forward and backward pass, nothing computed again; counted once, without a card."""
+    from vlm_dist.models.load import read_model_config
+    from vlm_dist.planning.count import count_micro_batch
+
+    if "flops_of_a_row" not in part.results:
+        name = str(folder)
+        model = {"name": name, "dtype": "bfloat16", "gradient_checkpointing": False}
+        config = configuration(folder, dry=part.dry, kernels="off", model=model)
+        batch = batch_of(config, processor, 1, "cpu", dry=part.dry)
+        part.results["flops_of_a_row"] = count_micro_batch(config, *read_model_config(config.model, name), torch.bfloat16, batch).flops
+    return part.results["flops_of_a_row"]
+
+
 def ours(part: Part, folder: Path, rows: int, kernels: str, recomputed: bool) -> dict[str, Any]:
     from vlm_dist.models.generate import autocast
     from vlm_dist.models.loss import summed_loss
-    from vlm_dist.planning.count import count_micro_batch
 
     model, processor, family = random_model(folder, part.device, dry=part.dry)
     config = configuration(folder, dry=part.dry, kernels=kernels)
@@ -71,11 +84,9 @@ def ours(part: Part, folder: Path, rows: int, kernels: str, recomputed: bool) ->
     found: dict[str, Any] = timed(part, step)
     found["tokens_per_s"] = batch["input_ids"].numel() / found["step_s"]
     found["kernels"] = str(patches)
-    if not part.dry and (peak := peak_flops()):
-        cpu = {name: tensor.cpu() for name, tensor in batch.items()}
-        bare = configuration(folder, dry=False, kernels="off")
-        flops = count_micro_batch(bare, model.config, family, torch.bfloat16, cpu).flops
-        found["mfu"] = flops / found["step_s"] / peak
+    found["flops"] = rows * flops_of_a_row(part, folder, processor)
+    if peak := peak_flops():
+        found["mfu"] = found["flops"] / found["step_s"] / peak
     return found
 
 

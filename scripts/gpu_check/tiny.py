@@ -122,6 +122,15 @@ def reference(folder: Path, wanted: list[list[Any]]) -> None:
         (folder / "reference.json").write_text(json.dumps(found))
 
 
+def finished(references: subprocess.Popen[bytes], path: Path) -> dict[str, Any]:
+    """What the CPU computed, or as much of it as it did in two more minutes."""
+    try:
+        references.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        references.kill()
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def compare(part: Part, case: tuple[str, int, bool, str], losses: list[float], expected: Any) -> None:
     if not isinstance(expected, list):
         return part.find("skipped", label(case), f"losses {[round(loss, 4) for loss in losses]}; no CPU's to compare: {expected}")
@@ -149,9 +158,12 @@ def go_on(part: Part, folder: Path, case: tuple[str, int, bool, str], losses: li
 
 
 def export(part: Part, folder: Path) -> None:
-    from vlm_dist.models.export import export_merged
+    from vlm_dist.models.export import save_pretrained_merged
+    from vlm_dist.serving.trained import open_trained
 
-    found = export_merged(str(folder / "runs" / "case-0"), folder / "merged", max_new_tokens=2)
+    trained = open_trained(str(folder / "runs" / "case-0"))
+    found = save_pretrained_merged(trained.model, str(folder / "merged"), trained.encoder.processor)
+    assert found is not None
     part.judge(found.same_next_token == found.samples, "exported", found)
 
 
@@ -173,10 +185,9 @@ def main() -> None:
         if wanted[0] in done:
             part.attempt("continued", lambda: go_on(part, folder, wanted[0], done[wanted[0]]))
             part.attempt("exported", lambda: export(part, folder))
-        references.wait(timeout=120)
-        expected = json.loads((folder / "reference.json").read_text())
+        expected = finished(references, folder / "reference.json")
         for case, losses in done.items():
-            compare(part, case, losses, expected[label(reference_of(case))])
+            compare(part, case, losses, expected.get(label(reference_of(case)), "not computed in time"))
         part.results = {"losses": {label(case): losses for case, losses in done.items()}, "cpu": expected}
     part.write()
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import safetensors.torch
 import torch
 import torch._dynamo  # before anything of torch is replaced: it lists torch
 from torch.overrides import TorchFunctionMode
@@ -241,6 +242,26 @@ def _over_gloo(start: Callable) -> Callable:
     return lambda backend=None, *arguments, **options: start(backend and "gloo", *arguments, **options)
 
 
+class _OpenedHere:
+    """safetensors' file, whose Rust would ask a real card for memory."""
+
+    def __init__(self, path: Any, framework: str, device: Any = "cpu", **options: Any):
+        self.file, self.device = safetensors.safe_open(path, framework, device="cpu", **options), device
+
+    def __enter__(self) -> _OpenedHere:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.file.get_tensor(name).to(self.device)
+
+
 def _autocast_here(enter: Callable) -> Callable:
     """autocast("cuda") reaches the tensors, which torch itself takes for a CPU's."""
 
@@ -280,6 +301,7 @@ def pretended_card() -> Iterator[None]:
         stack.enter_context(mock.patch.object(tensor, "get_device", lambda t: 0 if on_card(t) else -1))
         stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _autocast_here(torch.autocast.__enter__)))
         stack.enter_context(mock.patch.object(torch.autocast, "__exit__", _autocast_gone(torch.autocast.__exit__)))
+        stack.enter_context(mock.patch.object(safetensors.torch, "safe_open", _OpenedHere))
         start = torch.distributed.init_process_group
         stack.enter_context(mock.patch.object(torch.distributed, "init_process_group", _over_gloo(start)))
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))

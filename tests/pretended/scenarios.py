@@ -1,6 +1,6 @@
 """What uses a GPU, each run once on a card that is not there; with the lines of ours that ran.
 
-    python -m tests.pretended.scenarios FOLDER     # writes FOLDER/ran.json
+    python -m tests.pretended.scenarios FOLDER [NAME ...]     # writes FOLDER/ran.json
 
 A process of its own: DeepSpeed looks for a card once in a process.
 """
@@ -75,13 +75,13 @@ def step(folder: Path, launches: Launches) -> None:
 
 def export(folder: Path, launches: Launches) -> None:
     """Opened to be asked, merged, and the merged one compared."""
-    from vlm_dist.models.export import export_merged
+    from vlm_dist.models.export import save_pretrained_merged
     from vlm_dist.serving.trained import open_trained
 
     run = str(folder / "runs" / "card")
     trained = open_trained(run)
     assert trained.model.device == CARD
-    export_merged(run, folder / "merged", max_new_tokens=2)
+    assert save_pretrained_merged(trained.model, str(folder / "merged"), trained.encoder.processor) is not None
 
 
 def inspect(folder: Path, launches: Launches) -> None:
@@ -143,10 +143,12 @@ def main() -> None:
         from deepspeed.accelerator import get_accelerator
 
         assert get_accelerator().device_name() == "cuda"
-    prepare(folder)
+    if not (folder / "data").exists():
+        prepare(folder)
     ran: dict[str, dict[str, list[int]]] = {}
     kernels: set[str] = set()
-    for name, scenario in SCENARIOS.items():
+    chosen = sys.argv[2:] or list(SCENARIOS)  # export needs what train wrote
+    for name, scenario in ((name, SCENARIOS[name]) for name in chosen):
         print(name, flush=True)
         for lines in marks.ran.values():
             lines.clear()
