@@ -62,18 +62,25 @@ class Cluster:
         self.gcs = f"127.0.0.1:{(port := free_port())}"
         self.address, self.jobs = f"ray.address={self.gcs}", f"http://127.0.0.1:{(dashboard := free_port())}"
         here = [f"--temp-dir={folder}", f"--port={port}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
-        self.nodes = [ray_node("--head", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}", *here)]
-        wait_for(lambda: answers(port), self.nodes[0])
-        self._settle()
+        self.nodes: list[subprocess.Popen] = []
+        self._begin("--head", "--dashboard-host=127.0.0.1", *here)
         self.add()
 
     def add(self) -> None:
         """One more node."""
-        self.nodes.append(ray_node(f"--address={self.gcs}", f"--dashboard-agent-listen-port={free_port()}"))
-        self._settle()
+        self._begin(f"--address={self.gcs}")
 
-    def _settle(self) -> None:
-        wait_for(lambda: ray_says(self.gcs).count("node_") == len(self.nodes), self.nodes[-1])
+    def _begin(self, *options: str) -> None:
+        """Ray gives its helpers 15 s to start, and a node ends without them: on a busy machine it is started again."""
+        port = int(self.gcs.rpartition(":")[2])
+        for _ in range(4):
+            node = ray_node(*options, f"--dashboard-agent-listen-port={free_port()}")
+            while node.poll() is None:
+                if answers(port) and ray_says(self.gcs).count("node_") == len(self.nodes) + 1:
+                    self.nodes.append(node)
+                    return
+                time.sleep(0.1)
+        raise AssertionError("no node of Ray comes up on this machine")
 
 
 @pytest.fixture(scope="module")
