@@ -54,6 +54,7 @@ FAMILIES = {
     for row in (
         Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True),
         Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma"),
+        Family("glm4v_moe", *QWEN_PARTS, packs=True),
         Family("idefics3", *IDEFICS_PARTS, packs=True),
         Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl"),
         Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
@@ -68,6 +69,7 @@ FAMILIES = {
         Family("qwen2_5_vl", *QWEN_PARTS, packs=True, boxes="absolute"),
         Family("qwen2_vl", *QWEN_PARTS, packs=True, boxes="qwen2"),
         Family("qwen3_5", *QWEN_PARTS),
+        Family("qwen3_5_moe", *QWEN_PARTS),
         Family("qwen3_vl", *QWEN3_PARTS, packs=True),
         Family("qwen3_vl_moe", *QWEN3_PARTS, packs=True),
         Family("smolvlm", *IDEFICS_PARTS, packs=True),

@@ -43,7 +43,9 @@ def experts_in_words(model: Any, config: LoraConfig) -> str:
     if not modules:
         return ""
     ranks = f" of rank {config.r_experts} on each" if (choice := experts_choice(model, config))[0] else ""
-    return f"experts: {len(modules)} layers of {modules[0].num_experts}; {choice[1]}{ranks}; router {config.router}"
+    taken = sorted(taken_for_experts(model) - {"gate"})
+    lacking = f"; PEFT takes {', '.join(taken)} for experts here, so linear layers of these names have no adapter" if taken else ""
+    return f"experts: {len(modules)} layers of {modules[0].num_experts}; {choice[1]}{ranks}; router {config.router}{lacking}"
 
 
 def expert_targets(model: Any, family: Family, config: LoraConfig, in_layer: Any) -> list[str]:
@@ -80,6 +82,13 @@ def expert_ranks(chosen: list[str], config: LoraConfig) -> tuple[dict[str, int],
 def router_endings(model: Any) -> list[str]:
     """What the paths of the routers end with, for PEFT's `modules_to_save`."""
     return sorted({LAST_NUMBER.sub("", name) for name in routers(model)})
+
+
+def taken_for_experts(model: Any) -> set[str]:
+    """Names of linear layers that cannot have an adapter in this architecture, because PEFT takes them for experts."""
+    from vlm_dist.upstream import peft
+
+    return peft.taken_for_experts(model.config.model_type) if expert_modules(model) else set()
 
 
 def prepare_experts(model: Any, config: Any) -> Any:

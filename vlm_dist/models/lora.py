@@ -17,6 +17,7 @@ from vlm_dist.models.experts_lora import (
     prepare_experts,
     ranks_of_parameters,
     router_endings,
+    taken_for_experts,
 )
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # a module's name up to the number of its layer
@@ -53,7 +54,7 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=as_pattern(modules, names) if modules else [] if experts else DUMMY_TARGET_MODULES,
+        target_modules=_as_target_modules(modules, names, model) if modules else [] if experts else DUMMY_TARGET_MODULES,
         target_parameters=as_target_parameters(experts, model),
         rank_pattern=_by_side(config, "r", family, modules, names) | ranks,
         alpha_pattern=_by_side(config, "alpha", family, modules, names) | alphas,
@@ -87,15 +88,22 @@ def find_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> 
     leaves = {name.rpartition(".")[2] for name in linear}
     if unknown := sorted(set(config.modules) - leaves):
         raise ModelError(f"lora.modules: no linear layer is called '{unknown[0]}'; there are: {', '.join(sorted(leaves))}")
+    taken = taken_for_experts(model)
     return [
         name
         for name in linear
         if family.side_of(name) in sides
+        and name.rpartition(".")[2] not in taken
         and (family.side_of(name) == "projector" or not set(parents).isdisjoint(name.split(".")))
         and (not config.modules or name.rpartition(".")[2] in config.modules)
         and _in_chosen_layer(name, family, config, linear)
         and not _is_idle(name, model, family)
     ]
+
+
+def _as_target_modules(modules: list[str], names: list[str], model: torch.nn.Module) -> str | list[str]:
+    """One pattern; of an architecture whose patterns PEFT takes apart into names, the whole paths."""
+    return modules if taken_for_experts(model) else as_pattern(modules, names)
 
 
 def find_expert_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> list[str]:

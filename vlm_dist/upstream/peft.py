@@ -11,6 +11,8 @@ SEEN = "0.21.2"
 NAMES = (
     "peft.tuners.lora.layer.ParamWrapper._get_in_out_features",
     "peft.LoraConfig._register_custom_module",
+    "peft.utils.transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN",
+    "peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING",
 )
 
 
@@ -52,3 +54,11 @@ class ParamWrapper(layer.ParamWrapper):
 def wrap_experts(config: Any, kinds: Iterable[type]) -> None:
     """Let adapters on modules of these classes be ours; nothing of it is written into adapter_config.json."""
     config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
+
+
+def taken_for_experts(model_type: str) -> set[str]:
+    """Names of linear layers that PEFT, whenever it loads an adapter for this architecture, takes for experts of transformers 4: it puts
+    adapters on the experts in place of any such layer (a dense MLP, shared experts, the vision tower), so that these can have none."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), {}))
