@@ -221,7 +221,8 @@ class CheckpointConfig(Section):
     write_async: bool = True
     """Training waits only for a copy in memory; it is written meanwhile. false: it waits for the disk too."""
     mirror: str | None = None
-    """Copy each checkpoint to this URL (s3://, gs://, a path; through fsspec), and start from there where the run directory has none."""
+    """Copy each checkpoint to the folder of this run's name at this URL (s3://, gs://, a path; through fsspec), and start from there where
+    the run directory has none. Runs of several names may share the URL."""
 
 
 class HealthConfig(Section):

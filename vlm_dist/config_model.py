@@ -59,9 +59,10 @@ class MiniVLMConfig(Section):
     """Join two pretrained models through a new projector (Linear, GELU, LayerNorm, Linear) instead of loading a vision-language model."""
 
     vision: str = "google/vit-large-patch16-224"
-    """Folder or hub id of a vision encoder with its image processor: ViT, CLIP, SigLIP, DINOv2, ... ."""
+    """Folder or hub id of a vision encoder with its image processor, of any kind that gives a sequence or a map: ViT, CLIP, SigLIP,
+    DINOv2, ConvNeXt, ResNet, EfficientNet, timm's (with the package timm), ... ."""
     language: str = "HuggingFaceTB/SmolLM-360M"
-    """Folder or hub id of a causal language model with its tokenizer."""
+    """Folder or hub id of a causal language model with its tokenizer; its chat template is used where it has one."""
 
 
 class ModelConfig(Section):
@@ -91,6 +92,11 @@ class ModelConfig(Section):
     """Run Python code that the checkpoint brings along. Read it first."""
     processor: dict[str, Any] = {}
     """Settings handed to the processor, e.g. {min_pixels: 200704, max_pixels: 602112}."""
+
+    @property
+    def kind(self) -> str:
+        """What it starts from, in words."""
+        return "a checkpoint" if self.name else "a new mini VLM" if self.mini_vlm else "random weights (model.scratch)"
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

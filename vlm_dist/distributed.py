@@ -54,6 +54,16 @@ class Ranks:
         gathered = summed[len(values) :]
         return summed[: len(values)], [gathered[i * self.world_size : (i + 1) * self.world_size] for i in range(len(mine))]
 
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all ranks."""
+        if self.world_size == 1:
+            return tensor
+        import torch.distributed as dist
+
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank: the same answer on all."""
         return self.sum(float(flag)) > 0

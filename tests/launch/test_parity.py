@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, child_environment, command, losses_of, write_config
 from tests.warm import Warm, warm_ranks
@@ -117,6 +118,28 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
     for name in runs:
         assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected[name.split("-")[0]], rel=1e-4), (name, output[-2000:])
         assert "trainable tensors have a gradient" in (tmp_path / "runs" / name / "logs" / "rank-0.log").read_text(), name
+
+
+def test_batch_norms_statistics_are_one_on_all_ranks(config, tmp_path):
+    """Each rank sees other pictures; the mean of their statistics is the model's, at every stage."""
+    from safetensors.torch import load_file
+
+    from tests.pretrained import language_model, vision_encoder
+    from vlm_dist.models.compose import compose
+
+    compose(vision_encoder(tmp_path, "resnet"), language_model(tmp_path, "chat"), tmp_path / "base")
+    model = [f"model.name={tmp_path / 'base'}", "model.load_in_4bit=false", "lora=null", "training.micro_batch=1"]
+    runs = [[*model, f"name=norm-{stage}", f"engine.zero_stage={stage}"] for stage in (0, 2, 3)]
+    two_ranks("tests/launch/many.py", many(config, runs, tmp_path))
+    found = [tmp_path / "runs" / f"norm-{stage}" for stage in (0, 2, 3)]
+    stored = [load_file(run / "model" / "model.safetensors") for run in found]
+    names = [name for name in stored[0] if "running" in name]
+    moved = load_file(tmp_path / "base" / "model.safetensors")
+    assert names and not any(torch.equal(stored[0][name], moved[name]) for name in names)
+    for run, weights in zip(found[1:], stored[1:], strict=True):
+        assert losses_of(run) == pytest.approx(losses_of(found[0]), rel=1e-4)
+        for name in names:
+            torch.testing.assert_close(weights[name], stored[0][name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_rank_with_text_alone_beside_one_with_pictures(config, reference, shards, qwen, tmp_path):

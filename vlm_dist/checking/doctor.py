@@ -63,6 +63,7 @@ def examine(config: Config | None = None) -> Iterator[Check]:
     yield from _guarded(_disk, folder)
     yield from _guarded(_clock, folder)
     if config is not None:
+        yield from _guarded(_batch_norm, config)
         yield from _guarded(_data, config)
 
 
@@ -256,6 +257,18 @@ def _clock(folder: Path) -> Iterator[Check]:
     found = f"within {max(0.1, abs(apart)):.1f} s of the file system's"
     fix = "set it by NTP (chrony) on every node: times in logs and the watchdog's would disagree"
     yield _judge("clock", abs(apart) <= MOST_APART, found, fix)
+
+
+def _batch_norm(config: Config) -> Iterator[Check]:
+    """Parts that train and have BatchNorm."""
+    from vlm_dist.checking.statistics import configured_model, moving_statistics
+    from vlm_dist.models.going_on import settle
+    from vlm_dist.models.modes import WITH_BATCH_NORM
+
+    config = settle(config)
+    model = configured_model(config)
+    if model is not None and (moving := moving_statistics(config, *model)):
+        yield Check("BatchNorm", "warn", moving, WITH_BATCH_NORM)
 
 
 def _data(config: Config) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.checking.heat import Heat, drawn_over
 from vlm_dist.checking.marking import with_marks
+from vlm_dist.checking.statistics import moving_statistics
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import IGNORED, Encoded
 from vlm_dist.data.frames import Frame
@@ -59,12 +60,13 @@ def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, 
                     flow = flow or _flow(inputs, encoded)
             rows.append(shown)
         lengths = _lengths(stream)
+        moving = moving_statistics(inputs.config, inputs.hf_config, inputs.family)
     found = {
-        "name": config.name, "model": config.model.name or "from scratch", "max_seq_length": config.data.max_seq_length,
+        "name": config.name, "model": config.model.name or config.model.kind, "max_seq_length": config.data.max_seq_length,
         "packing": stream.pack, "rows": rows, "refused": [*refused, *lengths.pop("refused")], "lengths": lengths,
         "flow": flow, "notes": stream.encoder.tally.to_dict(),
     }  # fmt: skip
-    return found | {"flags": _flags(found)}
+    return found | {"flags": [*_flags(found), *([moving] if moving else [])]}
 
 
 def _flow(inputs: Inputs, encoded: Encoded) -> list[dict[str, Any]]:

@@ -21,9 +21,10 @@ def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
 
         temporary = fresh_folder(run.initial_model)
         if config.model.mini_vlm is not None:
-            from vlm_dist.models.mini_vlm import compose
+            from vlm_dist.models.compose import compose
 
-            compose(config.model.mini_vlm.vision, config.model.mini_vlm.language, temporary, seed=config.seed)
+            parts = compose(config.model.mini_vlm.vision, config.model.mini_vlm.language, temporary, seed=config.seed)
+            print(f"mini VLM: {parts}", flush=True)
         elif config.model.scratch is not None:
             from vlm_dist.models.scratch import build_checkpoint
 

@@ -174,7 +174,7 @@ def check_keys(model: Any, folder: Path) -> None:
     with opened(folder / WEIGHTS) as file:
         stored = set(file.keys())
     loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    of_base = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    of_base = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
     if odd := sorted(stored - loaded - of_base):
         raise ModelError(
             f"{folder}: {len(odd)} of the adapter's {len(stored)} tensors fit no module of the model, e.g. {odd[0]}; {ELSEWHERE}"

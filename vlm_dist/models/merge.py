@@ -223,6 +223,10 @@ def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
             path, _, leaf = name.rpartition(".")
             empty = torch.empty(parameter.shape, dtype=torch.float32, device=device)
             setattr(adapted.get_submodule(path), leaf, torch.nn.Parameter(empty))
+    for name, buffer in list(adapted.named_buffers()):
+        if ".modules_to_save." in name:
+            path, _, leaf = name.rpartition(".")
+            setattr(adapted.get_submodule(path), leaf, torch.empty_like(buffer, device=device))
     stored = load_peft_weights(str(adapter), device="cpu")
     found = set_peft_model_state_dict(adapted, stored)
     if found.unexpected_keys:

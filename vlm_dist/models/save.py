@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.models.modes import moving_buffers
 from vlm_dist.models.record import write_record
 
 
@@ -14,16 +15,26 @@ def save_adapter(model: Any, weights: dict[str, Any], processor: Any, out: Path,
     """A PEFT adapter folder with the processor beside it; whole or not there.
 
     Args:
-        weights: the trainable parameters by name, complete, on the CPU.
+        weights: the trainable parameters, and the buffers that training moved, by name, complete, on the CPU.
         record: what loading is to check (models/record.py).
         card: README.md.
     """
     temporary = fresh_folder(out)
     model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
+    _add_buffers(temporary / "adapter_model.safetensors", {name: weights[name] for name in moving_buffers(model)})
     processor.save_pretrained(temporary)
     write_record(record, temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     put_in_place(temporary, out)
+
+
+def _add_buffers(file: Path, buffers: dict[str, Any]) -> None:
+    """To an adapter, by the names under which PEFT finds them again; those of modules that train whole it has written itself."""
+    from safetensors.torch import load_file, save_file
+
+    buffers = {name: buffer for name, buffer in buffers.items() if ".modules_to_save." not in name}
+    if buffers:
+        save_file({**load_file(file), **buffers}, file, {"format": "pt"})
 
 
 def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path, system_prompt: str | None = None) -> None:
@@ -36,9 +47,14 @@ def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path, s
     import torch
 
     temporary = fresh_folder(out)
-    state = {name: weights.get(name, tensor) for name, tensor in model.state_dict().items()}
     dtype = model.config.dtype or torch.float32
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    made: dict[int, Any] = {}  # a tensor that has two names (a tied head) stays one
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            value = weights.get(name, tensor.detach())
+            made[id(tensor)] = value.to(dtype) if value.is_floating_point() else value
+        state[name] = made[id(tensor)]
     model.save_pretrained(temporary, state_dict=state)
     processor.save_pretrained(temporary)
     write_record({"version": 1, "system_prompt": system_prompt}, temporary)

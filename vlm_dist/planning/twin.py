@@ -14,6 +14,7 @@ from vlm_dist.models.adapters import find_adapter, put_on_shapes
 from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.load import nf4_config
 from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
+from vlm_dist.models.modes import hold_frozen
 from vlm_dist.models.patching import patch_model
 from vlm_dist.planning.shapes import Shapes
 from vlm_dist.upstream.bitsandbytes import keep_nf4_layout
@@ -27,11 +28,11 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
     """What `load_trainable` would give, and `start_engine` would train: NF4, adapters, kernels, checkpointing; what trains in float32.
     Call it inside `counting`."""
     with disable_modes(), torch.device("meta"):
-        model = _skeleton(config, hf_config, family, dtype)
+        model = skeleton(config, hf_config, family, dtype)
         checkpoint_gradients(model, family, config.model.gradient_checkpointing)
         patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
     _give_shapes(model, dtype)
-    return model.train()
+    return hold_frozen(model).train()
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _skeleton(config: Config, hf_config: Any, family: Family, dtype: torch.dtype) -> Any:
+def skeleton(config: Config, hf_config: Any, family: Family, dtype: torch.dtype) -> Any:
     """Modules and adapters on the meta device, by the very calls that training makes."""
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights

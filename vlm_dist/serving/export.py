@@ -23,6 +23,7 @@ from vlm_dist.models.introspect import family_of
 from vlm_dist.models.merge import Onto
 from vlm_dist.models.record import read_system_prompt, write_record
 from vlm_dist.models.save import fresh_folder, put_in_place
+from vlm_dist.models.source import brings_code
 from vlm_dist.models.trained import load_adapter
 from vlm_dist.run_dir import RunDir, read_jsonl
 from vlm_dist.scoring.evaluate import question_of
@@ -135,13 +136,14 @@ def _copy(adapter: Path, processor: Any, out: Path, base_model: str | None) -> N
 
 def _write_card(made: _Made, base: str, comparison: Comparison | None, out: Path) -> None:
     words = str(comparison) if comparison else None
+    own_code = brings_code(base)
     if made.run is not None and made.config is not None:
         evaluations = (made.run.read_summary() or {}).get("eval") or {}
-        card = model_card(made.config, base, evaluations, merged=words, examples=_examples(made.run, out))
+        card = model_card(made.config, base, evaluations, merged=words, examples=_examples(made.run, out), own_code=own_code)
     elif words is None and (out / "README.md").exists():
         return  # its own says more
     else:
-        card = adapter_card(made.adapter.resolve().name, base, merged=words)
+        card = adapter_card(made.adapter.resolve().name, base, merged=words, own_code=own_code)
     (out / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -221,14 +221,14 @@ def mini_vlm() -> tuple[Any, Any]:
     """ViT, a projector and Llama; the prompt is continued, as in captioning."""
     import transformers as hf
 
-    from vlm_dist.models.mini_vlm import CHAT_TEMPLATE, MiniVLM, MiniVLMConfig, MiniVLMProcessor
+    from vlm_dist.models.mini_vlm import CAPTION_TEMPLATE, MiniVLM, MiniVLMConfig, MiniVLMProcessor
 
     tokenizer, ids = small_tokenizer("<image>")
     config = MiniVLMConfig(
         vision_config=hf.ViTConfig(**CLIP), text_config=hf.LlamaConfig(**small_text(len(ids))), image_token_id=ids["<image>"]
     )
     images = hf.ViTImageProcessor(size={"height": 32, "width": 32})
-    return MiniVLMProcessor(images, tokenizer, num_image_tokens=5, chat_template=CHAT_TEMPLATE), MiniVLM(config)
+    return MiniVLMProcessor(images, tokenizer, num_image_tokens=5, chat_template=CAPTION_TEMPLATE), MiniVLM(config)
 
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {

@@ -50,6 +50,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.files import check_files
     from vlm_dist.models.load import choose_dtype, load_weights
     from vlm_dist.models.lora import add_lora, freeze_sides
+    from vlm_dist.models.modes import hold_frozen
     from vlm_dist.models.patching import patch_model
     from vlm_dist.models.processor import check_vocabulary
     from vlm_dist.models.source import fingerprint
@@ -67,6 +68,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     else:
         freeze_sides(model, family, config.model.freeze)
     checkpoint_gradients(model, family, config.model.gradient_checkpointing)
+    hold_frozen(model)
     dtype = choose_dtype(config.model.dtype, ranks.device)
     patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)

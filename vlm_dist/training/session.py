@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from vlm_dist.checkpoints.form import kept_in_words
@@ -18,6 +19,7 @@ from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Stream, merge_states
 from vlm_dist.data.tally import in_words, summed
 from vlm_dist.distributed import Ranks
+from vlm_dist.models.modes import Statistics
 from vlm_dist.run_dir import RunDir, write_json
 from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, evaluate
 from vlm_dist.scoring.metrics import LOWER_IS_BETTER
@@ -47,6 +49,7 @@ class Session:
         self.config, self.run, self.loaded, self.stream, self.heldout, self.ranks = config, run, loaded, stream, heldout, ranks
         self.steps = count_steps(config, stream, ranks)
         self.engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
+        self.statistics = Statistics(self.engine.module, ranks)
         self.log = Log(run, config, ranks, self.steps)
         self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
         self.health = Health(config.health, self.log, ranks, lambda: kept_in_words(run.checkpoints))
@@ -88,12 +91,12 @@ class Session:
         Raises:
             CheckpointError: they are not; or no checkpoint is whole, or it does not fit the model.
         """
-        checkpoint = self.saver.newest()
+        checkpoint = self.saver.newest(insist=insist)
         if checkpoint is None:
             self.log.rewind(-1, events=True)
             return Progress()
         compare_inputs(checkpoint, self.loaded.described, self.ranks, self.log, insist=insist)
-        state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
+        state = self._put_back(checkpoint)
         self._owes_evaluation = state.get("owes") == "evaluation"
         self.stream.restore(state["data"])
         self.health.restore(state["health"])
@@ -117,13 +120,18 @@ class Session:
             self.log.event("no rollback", progress.step, "there is no checkpoint yet; going on")
             return None
         self.health.count_rollback(progress.step)
-        state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
+        state = self._put_back(checkpoint)
         self.log.rewind(state["step"])
         left_out = progress.step - state["step"]
         self.log.event(
             "rollback", progress.step, f"back to {checkpoint.name}; the samples of {left_out} steps are left out", to=state["step"]
         )
         return replace(Progress(**state["progress"]), data_step=progress.data_step, wall_s=progress.wall_s)
+
+    def _put_back(self, checkpoint: Path) -> dict[str, Any]:
+        state = load_checkpoint(checkpoint, self.engine, self.loaded.fingerprint)
+        self.statistics.keep()
+        return state
 
     def catch_up(self, step: int) -> None:
         """The evaluation before training, or one that its checkpoint was taken before."""

@@ -120,6 +120,7 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         loss_sums, (busy_s,) = ranks.sum_and_gather(torch.stack(losses).sum(0).reshape(-1).tolist(), timer.busy_s)
         mean_loss, step_s = sum(loss_sums) / num_labels, timer.seconds
         verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses])
+        session.statistics.settle()
         health.watch_speed(progress.step + 1, busy_s)
         progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)

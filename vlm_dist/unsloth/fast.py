@@ -111,6 +111,7 @@ class FastVisionModel:
         from vlm_dist.models.export import allow_merging
         from vlm_dist.models.introspect import family_of
         from vlm_dist.models.lora import add_lora
+        from vlm_dist.models.modes import hold_frozen
 
         layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
         sides = {"vision": finetune_vision_layers, "language": finetune_language_layers}
@@ -121,7 +122,7 @@ class FastVisionModel:
             modules_to_save=list(modules_to_save or []), bias=bias, rslora=use_rslora, dora=use_dora,
         )  # fmt: skip
         torch.manual_seed(random_state)
-        adapted = allow_merging(add_lora(model, family_of(model), config))
+        adapted = allow_merging(hold_frozen(add_lora(model, family_of(model), config)))
         _checkpoint_gradients(adapted, use_gradient_checkpointing)
         return adapted
 

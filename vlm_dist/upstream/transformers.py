@@ -14,6 +14,7 @@ NAMES = (
     "transformers.AutoModelForImageTextToText._model_mapping",
     "transformers.AutoModelForCausalLM._model_mapping",
     "transformers.PretrainedConfig._attn_implementation",
+    "transformers.modeling_layers.GradientCheckpointingLayer",
 )
 
 
@@ -45,6 +46,35 @@ def writes_text(hf_config: Any) -> bool:
     from transformers import AutoModelForCausalLM
 
     return type(hf_config) in AutoModelForCausalLM._model_mapping
+
+
+def still_when_recomputed(layer: Any) -> None:
+    """A layer in evaluation mode goes on recomputing its activations where it was told to (gradient_checkpointing), which transformers
+    does in training mode only: the layer says that it trains, and what runs inside finds that it does not."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not isinstance(layer, GradientCheckpointingLayer) or not layer.gradient_checkpointing:
+        return
+    layer.training = True
+    recompute: Any = layer._gradient_checkpointing_func
+    if getattr(recompute, "is_still", False):
+        return
+
+    def still(run: Callable[..., Any], *arguments: Any) -> Any:
+        def quietly(*arguments: Any) -> Any:
+            trains, layer.training = layer.training, trains_inside()
+            try:
+                return run(*arguments)
+            finally:
+                layer.training = trains
+
+        return recompute(quietly, *arguments)
+
+    def trains_inside() -> bool:
+        return any(parameter.requires_grad for parameter in layer.parameters())
+
+    still.is_still = True  # pyright: ignore[reportFunctionMemberAccess]
+    layer._gradient_checkpointing_func = still
 
 
 def attention_of(hf_config: Any) -> str:
