@@ -87,6 +87,8 @@ class DataConfig(Section):
     """Folder for what is read of remote shards; none given: ~/.cache/vlm_dist/ranges."""
     cache_gb: PositiveFloat = 20
     """Gigabytes that it may hold."""
+    cache_whole: bool = False
+    """Fetch remote shards whole, each once, into ~/.cache/vlm_dist/files, and read them there: for servers that know no ranges."""
     allow_commands: bool = False
     """Let `pipe:COMMAND` stand for a shard: the command is run in a shell when training starts and its output kept in the cache."""
 

@@ -27,6 +27,7 @@ HARMLESS = (
     "data.workers",
     "data.cache_dir",
     "data.cache_gb",
+    "data.cache_whole",
 )
 
 

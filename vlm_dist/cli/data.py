@@ -64,9 +64,10 @@ def add_parser(commands: Any) -> None:
     pack.add_argument("--quality", type=int, default=90, help="records: of what is encoded anew (default 90)")
     pack.add_argument("--processes", type=int, metavar="N", help="records: shards written at a time (default: one per CPU)")
     pack.add_argument("--limit", type=int, metavar="N", help="keep N training samples, drawn by --seed (default: all)")
-    pack.add_argument(
-        "--heldout", type=int, metavar="N", help="samples kept apart, those of one picture together (default 0; flickr8k: 1000 pictures)"
-    )
+    apart = "samples kept apart, those of one picture together, told by its pixels (default 0; flickr8k: 1000 pictures)"
+    pack.add_argument("--heldout", type=int, metavar="N", help=apart)
+    alike = "records: pictures that look alike are one picture, and a record that says what an earlier one says of it is left out"
+    pack.add_argument("--dedup", action="store_true", help=alike)
     pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     pack.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     pack.set_defaults(run=run_pack)
@@ -107,10 +108,10 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if arguments.heldout is not None:
         options["heldout"] = arguments.heldout
     if arguments.format == "flickr8k":
-        _refuse(arguments, "dry_run", "question", "answer", "image", "fetch", "fetch_private")
+        _refuse(arguments, "dedup", "dry_run", "question", "answer", "image", "fetch", "fetch_private")
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
-        names = ("images", "split", "max_side", "reencode", "quality", "processes")
+        names = ("images", "split", "dedup", "max_side", "reencode", "quality", "processes")
         options |= {name: getattr(arguments, name) for name in names} | _reading(arguments)
         made = dict(pack_records(arguments.source, arguments.out, **options))
     if arguments.dry_run:

@@ -27,7 +27,9 @@ Onto = Literal["original", "dequantised"]
 NF4_STATISTICS = re.compile(r"\.weight\.(absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.\w+)$")
 
 
-def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, onto: Onto, trained_dtype: torch.dtype) -> None:
+def merge_16bit(
+    base: ModelConfig, adapter: Path, processor: Any, out: Path, onto: Onto, trained_dtype: torch.dtype, dtype: str = "auto"
+) -> None:
     """Write `out`: a checkpoint that transformers loads by itself. Whole or not there; most memory held: one file of the base.
 
     Args:
@@ -35,10 +37,13 @@ def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, ont
         adapter: a PEFT adapter folder.
         onto: "original": the base's weights as they are stored; "dequantised": rounded to NF4 and back, as the adapter met them.
         trained_dtype: the number type that the base was loaded in for training; decides how NF4 rounds.
+        dtype: number type of what is written; "auto": the base's own 16-bit type, bfloat16 for a base that is stored in float32.
 
     Raises:
         ModelError: the base holds no 16-bit weights, or a part of the adapter finds no module.
     """
+    import torch
+
     assert base.name is not None
     hf_config, family = read_model_config(base, base.name)
     stored_as_nf4 = getattr(hf_config, "quantization_config", None) is not None
@@ -46,14 +51,14 @@ def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, ont
         raise ModelError(f"export: '{base.name}' itself is stored in 4 bit, so the original weights are not there; use --onto dequantised")
     files = weight_files(base.name, base.revision)
     layers = Layers(hf_config, family, adapter, base.trust_remote_code, onto, trained_dtype, files)
-    dtype = _sixteen_bit(hf_config)
+    written = _sixteen_bit(hf_config) if dtype == "auto" else getattr(torch, dtype)
     temporary = fresh_folder(out)
     index: dict[str, str] = {}
     total = 0
     for file in files:
         from safetensors.torch import save_file
 
-        tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in layers.merged(file)}
+        tensors = {key: tensor.to(written) if tensor.is_floating_point() else tensor for key, tensor in layers.merged(file)}
         save_file(tensors, temporary / file.name, {"format": "pt"})
         index.update(dict.fromkeys(tensors, file.name))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -63,7 +68,7 @@ def merge_16bit(base: ModelConfig, adapter: Path, processor: Any, out: Path, ont
         (temporary / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n")
     if layers.untied:
         hf_config.tie_word_embeddings = hf_config.get_text_config().tie_word_embeddings = False
-    hf_config.dtype = dtype
+    hf_config.dtype = written
     if stored_as_nf4:
         del hf_config.quantization_config
     hf_config.save_pretrained(temporary)
