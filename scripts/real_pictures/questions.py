@@ -36,6 +36,8 @@ KINDS = {
     "group": "What does the picture show: {}?",
     "colour": "Which colour is most of it: {}?",
 }
+HUES = ((0.04, "red"), (0.105, "orange"), (0.19, "yellow"), (0.45, "green"), (0.7, "blue"), (0.85, "purple"), (0.95, "pink"))
+"""Where each colour ends on the circle of hues, 0 to 1."""
 NEAR = 8.0  # of 255: pictures less apart than that count as the same
 GREY = "grey.png"
 
@@ -97,10 +99,7 @@ def _colour(red: int, green: int, blue: int) -> str:
         return "white" if value > 0.85 else "grey"
     if value < 0.7 and hue < 0.12:
         return "brown"
-    for end, colour in ((0.04, "red"), (0.105, "orange"), (0.19, "yellow"), (0.45, "green"), (0.7, "blue"), (0.85, "purple"), (0.95, "pink")):
-        if hue < end:
-            return colour
-    return "red"
+    return next((colour for end, colour in HUES if hue < end), "red")
 
 
 def distance(one: np.ndarray, others: np.ndarray) -> np.ndarray:
