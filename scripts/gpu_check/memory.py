@@ -33,16 +33,18 @@ def main() -> None:
         tree["health"] = {"rehearse": True}
         (folder / "config.yaml").write_text(json.dumps(tree))
         command = [sys.executable, "-m", "vlm_dist.cli.main"]
-        planned = run(*command, "plan", str(folder / "config.yaml"), "--json", "--gpu", "h100")
+        planned = run(*command, "plan", str(folder / "config.yaml"), "--json", "--quick", "--gpu", "h100")
         trained = run(*command, "train", str(folder / "config.yaml"))
         summary = folder / "runs" / "memory" / "summary.json"
         part.judge(planned.returncode == 0, "plan", last_line(planned) if planned.returncode else "made")
         part.judge(trained.returncode == 0 and summary.exists(), "training", last_line(trained))
         rehearsed = re.search(r"rehearsed the fullest micro-batch.*", trained.stdout + trained.stderr)
         part.judge(rehearsed is not None, "rehearsal", rehearsed[0] if rehearsed else "not told")
-        rows = [json.loads(line) for line in (folder / "runs" / "memory" / "metrics.jsonl").read_text().splitlines()]
-        peak = [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]
-        part.results = {"plan": json.loads(planned.stdout), "rehearsal": rehearsed[0] if rehearsed else "", "peaks": peak}
+        metrics = folder / "runs" / "memory" / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        peaks = [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]
+        plan = json.loads(planned.stdout) if planned.returncode == 0 else {}
+        part.results = {"plan": plan, "rehearsal": rehearsed[0] if rehearsed else "", "peaks": peaks}
     part.write()
 
 

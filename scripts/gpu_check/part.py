@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -87,12 +88,13 @@ def version_of(package: str) -> str | None:
 
 
 def run(*command: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in the repository, its output kept."""
-    import os
-
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, **environment}
-    )  # fmt: skip
+    """A command in the repository, its output kept; exit code 124 where it ran past `timeout` seconds."""
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, **environment}
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"{command[-1]}: stopped after {timeout:.0f} s")
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> str:

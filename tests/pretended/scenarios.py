@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 
 from scripts.cuda_branches import all_places
@@ -102,11 +104,26 @@ def notebooks(folder: Path, launches: Launches) -> None:
     assert SFTConfig(output_dir=str(folder / "sft"), bf16=True, report_to="none").bf16
 
 
+def kernels(folder: Path, launches: Launches) -> None:
+    """Those that no layer of LLaVA calls."""
+    from bitsandbytes.functional import quantize_4bit
+
+    import vlm_kernels
+
+    q, k = (torch.randn(1, heads, 3, 8, device="cuda") for heads in (2, 1))
+    cos, sin = (torch.randn(3, 1, 3, 8, device="cuda") for _ in range(2))
+    assert vlm_kernels.geglu(q, q).is_cuda and vlm_kernels.mrope(q, k, cos, sin, (1, 1, 2))[0].is_cuda
+    codes, state = quantize_4bit(torch.randn(64, 64, device="cuda"), quant_type="nf4", compress_statistics=True)
+    low_rank = (torch.randn(4, 64, device="cuda"), torch.randn(64, 4, device="cuda"), 1.0)
+    assert vlm_kernels.nf4_lora_linear(torch.randn(2, 64, device="cuda"), codes, state, adapters=(low_rank,), dropout=0.5).is_cuda
+
+
 def machine(folder: Path, launches: Launches) -> None:
     """What the commands say of the machine."""
     from vlm_dist.checking.doctor import examine
     from vlm_dist.cli.launch import _gpus_here
     from vlm_dist.environment import describe_environment
+    from vlm_dist.errors import MachineError
     from vlm_dist.models.load import choose_dtype
     from vlm_dist.planning.gpus import this_gpu
     from vlm_dist.training.health import out_of_memory
@@ -118,6 +135,10 @@ def machine(folder: Path, launches: Launches) -> None:
     assert gpu is not None and gpu.name.startswith("h100") and _gpus_here() == 1
     assert describe_environment(SimpleNamespace(world_size=1, rank=0, device=CARD))["gpus"] == ["NVIDIA H100 80GB HBM3"]  # type: ignore
     assert choose_dtype("auto", CARD) == torch.bfloat16
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (7, 5)):  # a card without bfloat16
+        assert choose_dtype("auto", CARD) != torch.bfloat16
+        with pytest.raises(MachineError):
+            choose_dtype("bfloat16", CARD)
     flight_record()
     out_of_memory(parse(folder, "x"), torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "")
 
@@ -129,7 +150,7 @@ def losses_of(run: Path) -> list[float]:
 
 SCENARIOS: dict[str, Callable[[Path, Launches], None]] = {
     "train": lambda folder, _: train(folder, "card"), "step": step, "export": export, "inspect": inspect, "notebooks": notebooks,
-    "machine": machine,
+    "kernels": kernels, "machine": machine,
 }  # fmt: skip
 
 
