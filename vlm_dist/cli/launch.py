@@ -49,6 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
     parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
+    parser.add_argument("--preflight", action="store_true", help="check the nodes and what lies between them, by the same launcher")
     parser.add_argument("--print", dest="only_print", action="store_true", help="print the command, start nothing")
     parser.set_defaults(run=run)
 
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     arguments.gpus = arguments.gpus or _gpus_here(arguments)
     check_batches(config, arguments.gpus * arguments.nodes)
+    if arguments.preflight:
+        arguments.overrides = [*arguments.overrides, "--preflight"]
     command = arguments.launcher(arguments, config)
     print(shlex.join(command), flush=True)
     if arguments.only_print:
