@@ -120,7 +120,7 @@ def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
             raise ConfigError(f"launch: '{redacted(override)}' holds a secret, and Ray shows the command of a job; write it into the YAML")
     _refuse_unseen(arguments, config)
     seconds = str(math.ceil(config.checkpoint.grace_s))
-    settings = {"excludes": [".venv", ".git", "data", "runs"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
+    settings = {"excludes": ["/.venv", "/.git", "/data", "/runs"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
     job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", json.dumps(settings), "--"]
     return [_beside_python("ray"), *job, sys.executable, *_training(arguments, "ray_train.py"), workers]  # .venv is not sent
 
