@@ -22,9 +22,9 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
 
     return {
         "command": redacted_words(sys.argv),
-        "python": platform.python_version(),
+        "python": platform.pythonversion(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "ranks": ranks.world_size,
         "device": str(ranks.device),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
@@ -47,7 +47,8 @@ def write_environment(run: RunDir, ranks: Ranks) -> None:
         write_json(run.environment, describe_environment(ranks), mode=PRIVATE)
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None: it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -128,7 +128,7 @@ def test_a_job_that_is_stopped_has_saved(cluster, config, tmp_path):
         command("launch", config, "--ray", "--gpus", "1", "--address", cluster.jobs, "name=job", "training.steps=5000", "--print"),
         capture_output=True, text=True, cwd=ROOT, env=child_environment(), check=True,
     )  # fmt: skip
-    words = [word.replace('"excludes": [', '"excludes": ["docs", "tests", ') for word in shlex.split(told.stdout)]
+    words = [word.replace('"excludes": [', '"excludes": ["/docs", "/tests", ') for word in shlex.split(told.stdout)]
     environment = child_environment(**QUICKLY)
     refused = subprocess.run([*words, "output_dir=runs"], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     told_there = "output_dir: 'runs' is in the copy of the working directory"

@@ -52,6 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
     parser.add_argument("--cpus", metavar="N", type=_positive, default=CPUS, help=f"--slurm: CPUs of each process (default: {CPUS})")
     parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
+    parser.add_argument("--preflight", action="store_true", help="check the nodes and what lies between them, by the same launcher")
     parser.add_argument("--print", dest="only_print", action="store_true", help="print the command, start nothing")
     parser.set_defaults(run=run)
 
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     arguments.gpus = arguments.gpus or _gpus_here(arguments)
     check_batches(config, arguments.gpus * arguments.nodes)
+    if arguments.preflight:
+        arguments.overrides = [*arguments.overrides, "--preflight"]
     command = arguments.launcher(arguments, config)
     print(shlex.join(command), flush=True)
     if arguments.only_print:
@@ -121,7 +124,7 @@ def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
             raise ConfigError(f"launch: '{redacted(override)}' holds a secret, and Ray shows the command of a job; write it into the YAML")
     _refuse_unseen(arguments, config)
     seconds = str(math.ceil(config.checkpoint.grace_s))
-    settings = {"excludes": [".venv", ".git", "data", "runs"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
+    settings = {"excludes": ["/.venv", "/.git", "/data", "/runs"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
     job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", json.dumps(settings), "--"]
     return [_beside_python("ray"), *job, sys.executable, *_training(arguments, "ray_train.py"), workers]  # .venv is not sent
 

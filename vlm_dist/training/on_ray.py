@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,13 @@ class _Outcome:
         return self.summary, self.mistake
 
 
-def train_on_ray(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
+def train_on_ray(
+    config: Config, *, resume_anyway: bool = False, instead: Callable[[Config], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Train on a Ray cluster; a new one on this machine where none is running.
+
+    Args:
+        instead: what the workers do, if not train; it returns what this function returns.
 
     Returns:
         The content of summary.json.
@@ -92,19 +98,19 @@ def train_on_ray(config: Config, *, resume_anyway: bool = False) -> dict[str, An
             refuse_sent_copy(config)
             workers = workers_of(config)
             wait_for_room(workers, config.ray, can_grow=can_grow, stopped=lambda: stop.requested)
-            return _interrupted(stop) if stop.requested else _fit(config, workers, stop, resume_anyway)
+            return _interrupted(stop) if stop.requested else _fit(config, workers, stop, {"again": resume_anyway, "instead": instead})
     finally:
         ray.shutdown()
 
 
-def _fit(config: Config, workers: Workers, stop: StopRequest, resume_anyway: bool) -> dict[str, Any]:
+def _fit(config: Config, workers: Workers, stop: StopRequest, settings: dict[str, Any]) -> dict[str, Any]:
     import ray
     from ray.train import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a node that may be lost
     outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote(config.model_dump(mode="json"))
-    trainer = _trainer(config, workers, {"cwd": os.getcwd(), "again": resume_anyway, "outcome": outcome})
+    trainer = _trainer(config, workers, settings | {"cwd": os.getcwd(), "outcome": outcome})
     failed: list[BaseException] = []
 
     def fit() -> None:
@@ -191,7 +197,9 @@ def _work(settings: dict[str, Any]) -> None:
         return
     os.chdir(settings["cwd"])
     try:
-        summary = train(Config(**ray.get(outcome.what.remote())), resume_anyway=settings["again"], asked=asked)
+        config = Config(**ray.get(outcome.what.remote()))
+        instead = settings["instead"]
+        summary = instead(config) if instead else train(config, resume_anyway=settings["again"], asked=asked)
     except RankLost:  # no mistake: Ray starts the others again
         raise
     except UserError as error:
