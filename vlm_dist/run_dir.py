@@ -27,6 +27,7 @@ HARMLESS = (
     "data.workers",
     "data.cache_dir",
     "data.cache_gb",
+    "data.cache_whole",
 )
 
 
@@ -72,6 +73,11 @@ class RunDir:
     @property
     def quarantine(self) -> Path:
         return self.path / "quarantine.jsonl"
+
+    @property
+    def tracking(self) -> Path:
+        """The ids under which trackers (Weights & Biases, MLflow) know this run."""
+        return self.path / "tracking.json"
 
     @property
     def samples(self) -> Path:

@@ -13,7 +13,7 @@ from tests.conftest import write_config
 from vlm_dist import load_config, train
 from vlm_dist.checkpoints.form import find_checkpoints, newest_good_checkpoint, prune, verify_checkpoint
 from vlm_dist.cli.main import main
-from vlm_dist.errors import CheckpointError
+from vlm_dist.errors import CheckpointError, ConfigError
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.testing import tiny_checkpoint
 
@@ -152,19 +152,33 @@ def test_a_mirror_gives_back_what_the_disk_lost(trained, tmp_path):
     """The run's folder is gone; the same command continues from the mirror, passing over a damaged copy."""
     config = load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'runs'}", f"checkpoint.mirror=file://{tmp_path}/mirror"])
     train(config)
-    names = sorted(path.name for path in (tmp_path / "mirror").iterdir())
-    assert names == ["step-00000002", "step-00000003", "step-00000004"]
-    assert verify_checkpoint(tmp_path / "mirror" / "step-00000004") is None
-    (tmp_path / "mirror" / "step-00000004" / "state.json").write_text("{}")
+    mirror = tmp_path / "mirror" / "tiny"
+    assert sorted(path.name for path in mirror.iterdir()) == ["config.yaml", "step-00000002", "step-00000003", "step-00000004"]
+    assert verify_checkpoint(mirror / "step-00000004") is None
+    (mirror / "step-00000004" / "state.json").write_text("{}")
     shutil.rmtree(tmp_path / "runs")
     summary = train(config)
     assert summary["step"] == 4 and len(read_jsonl(tmp_path / "runs" / "tiny" / "metrics.jsonl")) == 1  # step 4 alone
 
 
+def test_a_shared_mirror(trained, tmp_path):
+    """A run of another name has a folder of its own there; one of the same name with another configuration is refused, on any machine."""
+    shared = f"checkpoint.mirror={tmp_path}/mirror"
+    train(load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'one'}", shared]))
+    other = load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'two'}", shared, "optim.lr=0.004"])
+    with pytest.raises(ConfigError, match=r"mirror/tiny' holds checkpoints of a run of another configuration \(optim.lr: 0.\d+ -> 0.004\)"):
+        train(other)
+    assert train(other, resume_anyway=True)["step"] == 4 and len(read_jsonl(tmp_path / "two" / "tiny" / "metrics.jsonl")) == 0
+    named = load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'two'}", shared, "optim.lr=0.004", "name=other"])
+    train(named)
+    assert len(read_jsonl(tmp_path / "two" / "other" / "metrics.jsonl")) == 4
+    assert sorted(path.name for path in (tmp_path / "mirror").iterdir()) == ["other", "tiny"]
+
+
 def test_a_mirror_that_cannot_be_used(trained, tmp_path):
     (tmp_path / "file").write_text("")
     config = load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'runs'}", f"checkpoint.mirror={tmp_path}/file/mirror"])
-    with pytest.raises(CheckpointError, match=r"checkpoint\.mirror: '.*/file/mirror' cannot be used"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.mirror: '.*/file/mirror/tiny' cannot be used"):
         train(config)
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.control_tokens import WORD_JOINER
-from vlm_dist.data.encode import IGNORED, Encoder, count_labels, is_per_token
-from vlm_dist.data.labels import span_of
+from vlm_dist.data.encode import IGNORED, Encoder, count_labels
+from vlm_dist.data.labels import is_per_token, span_of
 from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.samples import Sample
 from vlm_dist.errors import BadSample, ConfigError
@@ -115,7 +115,7 @@ def test_text_is_counted_as_it_is_encoded(encoder):
 def test_a_template_that_rewrites_earlier_turns_is_refused(encoder):
     said = "{{ m.content[-1].text | upper if m.role == 'assistant' else m.content[-1].text }}"
     encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} " + said + "{% endfor %}"
-    with pytest.raises(BadSample, match="rewrites earlier turns, so turn 1 cannot be located"):
+    with pytest.raises(BadSample, match="writes turn 1 in several pieces or in other words"):
         encoder.encode(sample(MORE, assistant("red"), images=0))
 
 

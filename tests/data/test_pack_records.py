@@ -179,8 +179,8 @@ def test_a_source_that_cannot_be_used_says_why(tmp_path, capsys, name, text, wor
 
 def test_what_is_there_is_not_overwritten(images, tmp_path, capsys):
     source = write_source("llava", images)
-    assert pack(source, tmp_path / "out", images) == 0 and pack(source, tmp_path / "out", images) == 3
-    assert "train-000000.tar is there already" in capsys.readouterr().err
+    assert pack(source, tmp_path / "out", images) == 0 and pack(source, tmp_path / "out", images, "--seed", "1") == 3
+    assert "train-000000.tar is there already, of another call (seed: 0 -> 1)" in capsys.readouterr().err
     assert pack(tmp_path / "nothing.json", tmp_path / "new", images) == 3
     assert pack(source, tmp_path / "new", images, "--heldout", "8") == 3 and not (tmp_path / "new").exists()
 

@@ -368,12 +368,12 @@ def test_the_bound_never_refuses_what_fits(llava):
 
 def test_thoughts_are_found_as_before():
     """As the regular expression that took time quadratic in spaces found them."""
-    from vlm_dist.data.turns import _thought_of
+    from vlm_dist.data.thoughts import thought_of
 
     pattern, draw = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)", re.DOTALL), random.Random(0)
     for _ in range(20_000):
         text = "".join(draw.choice(["<think>", "</think>", " ", "\n", "a", "b", "<", "\u3000"]) for _ in range(draw.randrange(9)))
-        found, thought = pattern.match(text), _thought_of(text)
+        found, thought = pattern.match(text), thought_of(text)
         assert (found is None) == (thought is None)
         if found and thought:
             assert (found[1], found[2], found[3], text[found.end() :]) == tuple(thought)

@@ -13,11 +13,10 @@ from PIL import Image
 from tests.conftest import losses_of, run_command
 from vlm_dist.errors import ModelError
 from vlm_dist.families import FAMILIES
+from vlm_dist.models.compose import compose
 from vlm_dist.models.lora import freeze_sides
-from vlm_dist.models.mini_vlm import MiniVLM, MiniVLMConfig, MiniVLMProcessor, VisionProjector, compose
-from vlm_dist.testing.parts import CLIP, small_text, small_tokenizer
+from vlm_dist.models.mini_vlm import MiniVLM, MiniVLMConfig, MiniVLMProcessor, VisionProjector
 
-SIZES = {**CLIP, "image_size": 32}
 RED = (Image.new("RGB", (50, 40), "red"),)
 
 
@@ -39,60 +38,6 @@ def test_sizes_of_vit_large_and_smollm_360m():
     assert count(model.parameters()) == 668_080_832
     freeze_sides(model, FAMILIES["mini_vlm"], ["vision"])
     assert count(p for p in model.parameters() if p.requires_grad) == 363_729_600
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    """name -> folder of a tiny causal language model with its tokenizer (which has no token for pictures)."""
-    folder = tmp_path_factory.mktemp("language")
-    tokenizer, ids = small_tokenizer()
-    sizes = small_text(len(ids))
-    kinds = {
-        "llama": hf.LlamaConfig(**sizes, tie_word_embeddings=True),
-        "qwen2": hf.Qwen2Config(**sizes),
-        "gpt2": hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=len(ids), bos_token_id=1, eos_token_id=2),
-        "gemma2": hf.Gemma2Config(**sizes, head_dim=16, final_logit_softcapping=5.0),
-    }
-
-    def made(name: str) -> str:
-        if not (folder / name).exists():
-            torch.manual_seed(0)
-            model = hf.AutoModelForCausalLM.from_config(kinds[name])
-            torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.25)
-            model.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
-        return str(folder / name)
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory):
-    """name -> folder of a tiny vision encoder with its image processor; "clip" is a whole CLIP with its text half."""
-    folder = tmp_path_factory.mktemp("vision")
-    size = {"height": 32, "width": 32}
-    kinds = {
-        "vit": lambda: (hf.ViTModel(hf.ViTConfig(**SIZES)), hf.ViTImageProcessor(size=size)),
-        "vit224": lambda: (hf.ViTModel(hf.ViTConfig(**{**SIZES, "image_size": 224})), hf.ViTImageProcessor()),
-        "clip": lambda: (
-            hf.CLIPModel(hf.CLIPConfig(vision_config=SIZES, text_config=small_text(400), projection_dim=32)),
-            hf.CLIPImageProcessor(size=size, crop_size=size),
-        ),
-        "siglip": lambda: (hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)), hf.SiglipImageProcessor(size=size)),
-        "dinov2": lambda: (
-            hf.Dinov2Model(hf.Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16)),
-            hf.BitImageProcessor(size={"shortest_edge": 32}, crop_size=size),
-        ),
-    }
-
-    def made(name: str) -> str:
-        if not (folder / name).exists():
-            torch.manual_seed(1)
-            for part in kinds[name]():
-                part.save_pretrained(folder / name)
-        return str(folder / name)
-
-    return made
 
 
 def load(folder) -> tuple[MiniVLM, MiniVLMProcessor]:
@@ -176,7 +121,7 @@ def test_parts_in_hand_make_the_same_model(vision, language, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").state_dict()
     assert expected.keys() == again.keys() and all(torch.equal(expected[name], tensor) for name, tensor in again.items())
-    with pytest.raises(ModelError, match="all of vision_encoder, language_model, projector and tokenizer"):
+    with pytest.raises(ValueError, match="all of vision_encoder, language_model, projector and tokenizer"):
         MiniVLM(vision_encoder=vision_encoder)
 
 
@@ -209,7 +154,7 @@ def test_numbers_of_tokens_must_agree(vision, language, tmp_path):
 def test_parts_that_do_not_fit_say_so(vision, language, tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded by AutoImageProcessor"):
         compose(language("llama"), language("llama"), tmp_path / "model")
-    with pytest.raises(ModelError, match="cannot be loaded by AutoTokenizer"):
+    with pytest.raises(ModelError, match="no causal language model"):
         compose(vision("vit"), vision("vit"), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -10,7 +10,7 @@ from vlm_dist.config import Config
 from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout
 from vlm_dist.data.samples import parse_sample
 from vlm_dist.deepspeed_config import check_batches, deepspeed_config, zero_stage
-from vlm_dist.errors import BadSample, DataError
+from vlm_dist.errors import BadSample, ConfigError, DataError
 from vlm_dist.models.adapters import find_adapter
 from vlm_dist.models.going_on import settle
 from vlm_dist.models.source import check_source
@@ -22,6 +22,7 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     config = settle(config)
     if config.model.name is not None and find_adapter(config.model.name) is None:
         check_source(config.model.name)
+    parts = _parts(config)
     rounds = check_batches(config, world_size)
     check_metrics(config)
     deepspeed_config(config, world_size, "float32")
@@ -33,7 +34,7 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     steps = _steps_ahead(config, num_samples)
     return {
         "run": str(Path(config.output_dir) / config.name),
-        "model": config.model.name or ("a new MiniVLM" if config.model.mini_vlm else "from scratch"),
+        "model": config.model.name or (f"a new mini VLM: {parts}" if parts else config.model.kind),
         "weights": "NF4 with double quantisation" if config.model.load_in_4bit else config.model.dtype,
         "training": f"LoRA r={config.lora.r}"
         if config.lora
@@ -52,6 +53,26 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
         "ranks": world_size,
         "zero_stage": zero_stage(config, world_size),
     }
+
+
+def _parts(config: Config) -> Any:
+    """What a mini VLM is to be joined from, checked as far as files without weights tell; None: it is no mini VLM.
+
+    Raises:
+        ModelError: a part cannot be used.
+        ConfigError: a picture alone is longer than a row.
+    """
+    if config.model.mini_vlm is None:
+        return None
+    from vlm_dist.models.compose import read_parts
+
+    parts = read_parts(config.model.mini_vlm.vision, config.model.mini_vlm.language)
+    if parts.image_tokens >= config.data.max_seq_length:
+        raise ConfigError(
+            f"data.max_seq_length={config.data.max_seq_length}: a picture alone is {parts.image_tokens} tokens; give at least "
+            f"{parts.image_tokens + 32}"
+        )
+    return parts
 
 
 def _steps_ahead(config: Config, num_samples: int) -> int | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_dist.checking.heat import Heat, drawn_over
 from vlm_dist.checking.marking import with_marks
+from vlm_dist.checking.statistics import moving_statistics
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import IGNORED, Encoded
 from vlm_dist.data.frames import Frame
@@ -40,7 +41,8 @@ def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, 
     Returns:
         `rows` (each a list of samples with `key`, `tokens`, `segments`, `pictures`, `flags`, ...), `refused` (samples that training
         leaves out, with the reason), `notes` (what nothing reads, is changed or left out: kind, name, samples), `lengths` of up to 300
-        samples, `flow` (what comes out of each part of the model for the first sample), and `flags`: what is wrong with many.
+        samples, `flow` (what comes out of each part of the model for the first sample), `weights` (what is in 16
+        bit, what has no adapter), and `flags`: what is wrong with many.
 
     Raises:
         DataError, ModelError: as training would.
@@ -59,12 +61,15 @@ def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, 
                     flow = flow or _flow(inputs, encoded)
             rows.append(shown)
         lengths = _lengths(stream)
+        moving = moving_statistics(inputs.config, inputs.hf_config, inputs.family)
+
+        weights = _weights(inputs)
     found = {
-        "name": config.name, "model": config.model.name or "from scratch", "max_seq_length": config.data.max_seq_length,
+        "name": config.name, "model": config.model.name or config.model.kind, "max_seq_length": config.data.max_seq_length,
         "packing": stream.pack, "rows": rows, "refused": [*refused, *lengths.pop("refused")], "lengths": lengths,
-        "flow": flow, "notes": stream.encoder.tally.to_dict(),
+        "flow": flow, "weights": weights, "notes": stream.encoder.tally.to_dict(),
     }  # fmt: skip
-    return found | {"flags": _flags(found)}
+    return found | {"flags": [*_flags(found), *([moving] if moving else [])]}
 
 
 def _flow(inputs: Inputs, encoded: Encoded) -> list[dict[str, Any]]:
@@ -77,6 +82,14 @@ def _flow(inputs: Inputs, encoded: Encoded) -> list[dict[str, Any]]:
     except Exception as error:  # a model's code raises whatever it likes where numbers are missing
         logger.warning("inspect: no data flow: %s", (str(error).splitlines() or [""])[0][:200])
         return []
+
+
+def _weights(inputs: Inputs) -> list[str]:
+    """What stays in 16 bit beside 4-bit weights, and what has no adapter, in words."""
+    from vlm_dist.planning.plan import torch_dtype
+    from vlm_dist.planning.twin import weights_of_twin
+
+    return weights_of_twin(inputs.config, inputs.hf_config, inputs.family, torch_dtype(inputs.config))
 
 
 def _describe(preparer: Preparer, slot: Slot, encoded: Encoded, warm: Heat | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.checkpoints.contents import problem_of
-from vlm_dist.disk import again, why
+from vlm_dist.disk import again, readable_as_others, why
 from vlm_dist.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
@@ -68,6 +68,7 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot, state: dict[st
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         _write_files(temporary, snapshot, {"step": step, "version": STATE_VERSION, **state})
+        readable_as_others(temporary)
         _write_manifest(temporary)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)

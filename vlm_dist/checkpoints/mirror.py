@@ -1,15 +1,70 @@
-"""A copy of each checkpoint at a URL (s3://, gs://, another disk), through fsspec: for machines whose disk does not outlive them."""
+"""A copy of each checkpoint at a URL (s3://, gs://, another disk), through fsspec: for machines whose disk does not outlive them.
+
+Several runs may share the URL that a configuration names: each has a folder of its name there, with the configuration that it belongs to.
+
+    URL/NAME/config.yaml
+    URL/NAME/step-00000100/
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.checkpoints.form import MANIFEST, verify_checkpoint
-from vlm_dist.errors import CheckpointError
+from vlm_dist.config import Config
+from vlm_dist.config_load import differences, load_config
+from vlm_dist.errors import CheckpointError, ConfigError
+from vlm_dist.run_dir import DECISIVE_SECTIONS, HARMLESS, RunDir
+
+
+def place_of(url: str, run: RunDir) -> str:
+    """The folder of a run in a mirror."""
+    return f"{url.rstrip('/')}/{run.path.name}"
+
+
+def claim(url: str, run: RunDir, *, insist: bool = False) -> None:
+    """Let a run's folder in a mirror be that of its configuration.
+
+    Args:
+        url: what `place_of` gave.
+        insist: though it is of another configuration.
+
+    Raises:
+        ConfigError: another run's checkpoints lie there.
+        CheckpointError: the URL cannot be used.
+    """
+    try:
+        files, root = _open(url)
+        files.makedirs(root, exist_ok=True)  # so that a URL that cannot be written is told now
+        stored = f"{root}/{run.config.name}"
+        if files.exists(stored) and not insist:
+            with tempfile.TemporaryDirectory() as folder:
+                files.get_file(stored, f"{folder}/config.yaml")
+                _compare(url, load_config(Path(folder) / "config.yaml"), load_config(run.config))
+        files.put_file(str(run.config), stored)
+    except ConfigError:
+        raise
+    except Exception as error:  # each file system of fsspec has errors of its own
+        raise _unusable(url, error) from None
+
+
+def _compare(url: str, then: Config, now: Config) -> None:
+    if changed := differences(then, now, DECISIVE_SECTIONS, HARMLESS):
+        raise ConfigError(
+            f"checkpoint.mirror: '{url}' holds checkpoints of a run of another configuration ({'; '.join(changed)}); give this run another "
+            "name (name=...), or continue that one all the same with --resume-anyway"
+        )
+
+
+def _unusable(url: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint.mirror: '{url}' cannot be used ({type(error).__name__}: {error}); give a URL that fsspec can write, or remove it"
+    )
 
 
 def send(path: Path, url: str, gone: Sequence[Path] = ()) -> None:
@@ -56,7 +111,6 @@ def fetch_newest(url: str, folder: Path) -> Path | None:
     """
     try:
         files, root = _open(url)
-        files.makedirs(root, exist_ok=True)  # so that a URL that cannot be written is told now
         names = sorted({Path(name).parent.name for name in files.glob(f"{root}/step-*/{MANIFEST}")}, reverse=True)
         for name in names:
             partial = folder / f".{name}.partial"
@@ -69,9 +123,7 @@ def fetch_newest(url: str, folder: Path) -> Path | None:
                 return folder / name
             shutil.rmtree(partial)
     except Exception as error:
-        raise CheckpointError(
-            f"checkpoint.mirror: '{url}' cannot be used ({type(error).__name__}: {error}); give a URL that fsspec can write, or remove it"
-        ) from None
+        raise _unusable(url, error) from None
     return None
 
 

@@ -13,7 +13,7 @@ from vlm_dist.checkpoints.form import amend_state, newest_good_checkpoint, prune
 from vlm_dist.checkpoints.snapshot import Snapshot, take_snapshot
 from vlm_dist.config import CheckpointConfig
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import CheckpointError
+from vlm_dist.errors import CheckpointError, UserError
 from vlm_dist.run_dir import RunDir
 
 
@@ -27,6 +27,7 @@ class Saver:
 
     def __init__(self, run: RunDir, config: CheckpointConfig, ranks: Ranks, tell: Callable[..., object], *, lower_is_better: bool = False):
         self.run, self.config, self.ranks, self.tell, self.lower_is_better = run, config, ranks, tell, lower_is_better
+        self.mirror = mirror.place_of(config.mirror, run) if config.mirror else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self.save_s = 0.0
@@ -76,25 +77,38 @@ class Saver:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def newest(self) -> Path | None:
+    def newest(self, *, insist: bool = False) -> Path | None:
         """The newest whole checkpoint, the same for every rank; fetched from the mirror where there is none here.
 
+        Args:
+            insist: though the mirror's are of a run of another configuration.
+
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are checkpoints, and all are damaged; or those of the mirror are of another run.
         """
-        found: Path | CheckpointError | None = None
+        found: Path | UserError | None = None
         if self.ranks.is_first:
             try:
                 self.wait()
                 found = newest_good_checkpoint(self.run.checkpoints)
-                if self.config.mirror:
-                    found = found or mirror.fetch_newest(self.config.mirror, self.run.checkpoints)
-            except CheckpointError as error:
+                if self.mirror:
+                    found = self._of_mirror(self.mirror, found, insist)
+            except UserError as error:
                 found = error
         found = self.ranks.gather(found)[0]
-        if isinstance(found, CheckpointError):
+        if isinstance(found, UserError):
             raise found
         return found
+
+    def _of_mirror(self, url: str, here: Path | None, insist: bool) -> Path | None:
+        """The checkpoint that is here, or the mirror's; the mirror is this run's from now on."""
+        try:
+            mirror.claim(url, self.run, insist=insist)
+        except CheckpointError as error:
+            if here is None:
+                raise
+            self.tell("mirror failed", 0, str(error))  # the run has its own
+        return here or mirror.fetch_newest(url, self.run.checkpoints)
 
     def _prune(self) -> list[Path]:
         config = self.config
@@ -104,9 +118,9 @@ class Saver:
         start = time.perf_counter()
         path = write_checkpoint(self.run.checkpoints, step, snapshot, state)
         gone = self._prune()
-        if self.config.mirror:
+        if self.mirror:
             try:
-                mirror.send(path, self.config.mirror, gone)
+                mirror.send(path, self.mirror, gone)
             except CheckpointError as error:  # the run has its own; the next one is sent again
                 self.tell("mirror failed", step, str(error))
         self.save_s = stall_s + time.perf_counter() - start
@@ -115,9 +129,9 @@ class Saver:
 
     def _amend(self, path: Path, step: int, changes: dict[str, Any]) -> None:
         def send(file: Path) -> None:
-            if self.config.mirror:
+            if self.mirror:
                 try:
-                    mirror.send_file(file, self.config.mirror)
+                    mirror.send_file(file, self.mirror)
                 except CheckpointError as error:
                     self.tell("mirror failed", step, str(error))
 

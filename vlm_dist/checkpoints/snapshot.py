@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.buffers import moving_buffers
 from vlm_dist.checkpoints.form import MOMENTS, WEIGHTS, Snapshot, read_state
 from vlm_dist.errors import CheckpointError
-from vlm_dist.upstream.deepspeed import create_moments
+from vlm_dist.upstream.deepspeed import create_moments, gathered, is_sharded
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +45,14 @@ def load_checkpoint(path: Path, engine: Any, fingerprint: str) -> dict[str, Any]
             f"{path}: was trained on another base model than model.name loads now; put the old base back, or start a run of another name"
         )
     weights, moments = (_read(path, name) for name in (next(name for name in WEIGHTS if (path / name).exists()), MOMENTS))
-    parameters = trainable(engine)
-    stored = _stored_names(engine.module, parameters)
-    _check_parameters(path, {stored[name]: parameter for name, parameter in parameters.items()}, weights)
+    parameters, buffers = trainable(engine), moving_buffers(engine.module)
+    stored = _stored_names(engine.module, [*parameters, *buffers])
+    _check_parameters(path, {stored[name]: tensor for name, tensor in {**parameters, **buffers}.items()}, weights)
     _check_moments(path, parameters, moments, _kind_of(engine))
     for name, parameter in parameters.items():
         _set_parameter(engine, parameter, weights[stored[name]])
+    for name, buffer in buffers.items():
+        buffer.copy_(weights[stored[name]])
     _set_optimizer_state(engine, moments, int(state["progress"]["updates"]))
     return state
 
@@ -124,18 +127,30 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def gather_weights(engine: Any, *, keep: bool) -> dict[str, Any]:
-    """The trainable parameters by name, whole, float32, on the CPU. Every rank must call it; only those that `keep` get them."""
+def gather_weights(engine: Any, *, keep: bool, frozen: bool = False) -> dict[str, Any]:
+    """The trainable parameters, whole and in float32, and the buffers that training moves, by name, on the CPU. Every rank must call it;
+    only those that `keep` get them.
+
+    Args:
+        frozen: those too that do not train but are sharded (ZeRO stage 3), as they are.
+    """
     weights = {}
     for name, parameter in trainable(engine).items():
         value = _full_parameter(engine, parameter)
         if keep:
             weights[name] = _copy(value.float())
+    for name, parameter in engine.module.named_parameters() if frozen else ():
+        if not parameter.requires_grad and is_sharded(parameter):
+            with gathered([parameter]):
+                weights |= {name: _copy(parameter)} if keep else {}
+    if keep:
+        weights |= {name: _copy(buffer) for name, buffer in moving_buffers(engine.module).items()}
     return weights
 
 
 def _stored_names(module: Any, names: Iterable[str]) -> dict[str, str]:
-    """The name under which each trainable parameter is stored: for adapters, the one that PEFT itself would give it."""
+    """The name under which each trained tensor is stored: for adapters, the one that PEFT itself would give it, if it knows it (buffers of
+    the base it does not)."""
     import torch
 
     names = list(names)
@@ -145,7 +160,7 @@ def _stored_names(module: Any, names: Iterable[str]) -> dict[str, str]:
 
     numbered = {name: torch.tensor(number) for number, name in enumerate(names)}
     stored = get_peft_model_state_dict(module, state_dict=numbered, save_embedding_layers=False)
-    return {names[int(number)]: name for name, number in stored.items()}
+    return dict(zip(names, names, strict=True)) | {names[int(number)]: name for name, number in stored.items()}
 
 
 def _is_sharded(engine: Any) -> bool:

@@ -35,6 +35,12 @@ def add_parser(commands: Any) -> None:
         choices=("original", "dequantised"),
         help="merge onto the base's own 16-bit weights (default where it has them), or onto the NF4 ones that the adapter was trained on",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="number type of a merged model (default auto: the base's own 16-bit type); float32 takes twice the room and loses nothing",
+    )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="held-out samples to compare on (default 8)")
     parser.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
     parser.add_argument("--public", action="store_true", help="with --push: a repository that is made is public (default: private)")
@@ -45,7 +51,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.serving.export import export_run, push_folder
 
-    options = {"onto": arguments.onto, "samples": arguments.samples, "base_model": arguments.base_model}
+    options = {"onto": arguments.onto, "samples": arguments.samples, "dtype": arguments.dtype, "base_model": arguments.base_model}
     result = export_run(arguments.source, arguments.to, arguments.out, **options)
     if result.warning:
         print(f"note: {result.warning}", file=sys.stderr)
@@ -55,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"out": str(result.out), "comparison": comparison, "warning": result.warning, "pushed": pushed}))
         return 0
     if result.comparison:
-        print(result.comparison)
+        print(result.comparison, file=sys.stderr if result.comparison.is_worse else sys.stdout)
     print(f"written: {result.out}")
     if pushed:
         print(f"uploaded: {pushed}")

@@ -116,6 +116,8 @@ def open_storage(config: DataConfig) -> Storage:
     """With a cache for remote shards, if there are any."""
     if not any(map(is_remote, [*config.train_shards, *config.heldout])):
         return Storage()
+    if config.cache_whole:
+        return Storage(whole=True)
     folder = Path(config.cache_dir) if config.cache_dir else cache_folder() / "ranges"
     return Storage(RangeCache(folder, int(config.cache_gb * 10**9)))
 

@@ -40,3 +40,8 @@ def weights_of(offsets: Any, replacements: list[dict], spans: Sequence[Span], we
 def expanded(offsets: Any, replacements: list[dict]) -> Any:
     """Mask [L]: tokens that the processor wrote for a picture, markers included."""
     return span_of(offsets, [], [tuple(one["new_span"]) for one in replacements]) >= 0
+
+
+def is_per_token(tensor: Any, length: int) -> bool:
+    """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
+    return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()

@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.pack_pictures import Pictures
+from vlm_dist.data.pack_split import split_records
 from vlm_dist.data.pictures import picture_extension
 from vlm_dist.data.shards import write_shards
 from vlm_dist.errors import DataError
@@ -69,11 +71,7 @@ class _Row:
 
 def _samples(rows: Iterable[_Row]) -> Iterator[dict[str, Any]]:
     for row in rows:
-        if isinstance(row.picture, Path):
-            data = row.picture.read_bytes()
-        else:
-            table, number = row.picture
-            data = _picture_bytes(table[number]["image"])
+        data = _bytes_of(row)
         yield {
             "__key__": row.key,
             picture_extension(data) or "jpg": data,
@@ -150,11 +148,28 @@ def _read_captions(path: Path) -> Iterator[tuple[str, str]]:
 def _hold_out(rows: list[_Row], count: int, seed: int) -> dict[str, list[_Row]]:
     if not 0 < count < len(rows):
         raise DataError(f"data pack: --heldout={count}, but the source has {len(rows)} pictures; keep fewer apart")
-    apart = set(random.Random(seed).sample(range(len(rows)), count))
-    return {
-        "train": [row for number, row in enumerate(rows) if number not in apart],
-        "heldout": [row for number, row in enumerate(rows) if number in apart],
-    }
+    parts = split_records(_Shown(rows), Pictures(Path()), heldout=count, seed=seed, tell=print)
+    return {part: [rows[number] for number in numbers] for part, numbers in parts.numbers.items()}
+
+
+class _Shown(Sequence):
+    """Rows as records that are looked at one by one."""
+
+    def __init__(self, rows: list[_Row]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> dict[str, Any]:
+        return {"image": {"bytes": _bytes_of(self.rows[number])}, "caption": "-"}
+
+
+def _bytes_of(row: _Row) -> bytes:
+    if isinstance(row.picture, Path):
+        return row.picture.read_bytes()
+    table, number = row.picture
+    return _picture_bytes(table[number]["image"])
 
 
 def _picture_bytes(value: dict[str, Any]) -> bytes:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import sys
 from collections import Counter
@@ -17,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.fetch import Fetcher
-from vlm_dist.data.layouts import Columns, canonical
-from vlm_dist.data.messages import check_messages, read_messages, unread_keys
+from vlm_dist.data.layouts import Columns, as_object, canonical
+from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, unread_keys
+from vlm_dist.data.pack_calls import begin, describe_source, done_before, remember
+from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
+from vlm_dist.data.pack_split import check_heldout, split_records
+from vlm_dist.data.pictures import NEEDS_HEIF
 from vlm_dist.data.samples import METADATA
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
-from vlm_dist.run_dir import write_text
 
 LEFT_OUT = "left_out.jsonl"
-UNFINISHED = ".unfinished"  # folder in OUT while shards are being written
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ class PackedRecords:
     notes: Counter[str] = field(default_factory=Counter)
     """What was converted or dropped, see `pack_pictures.in_words`."""
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "shards": [shard.name for shard in self.shards], "notes": dict(self.notes)}
+
+    @classmethod
+    def of(cls, out: Path, stored: dict[str, Any]) -> PackedRecords:
+        """What `to_dict` gave."""
+        return cls(**{**stored, "shards": [out / name for name in stored["shards"]], "notes": Counter(stored["notes"])})
+
 
 def pack_records(
     source: str | Path,
@@ -49,9 +57,11 @@ def pack_records(
     images: Path | None = None,
     samples_per_shard: int = 1000,
     heldout: int = 0,
+    dedup: bool = False,
     limit: int | None = None,
     seed: int = 0,
     split: str | None = None,
+    annotations: str | None = None,
     max_side: int | None = None,
     reencode: str | None = None,
     quality: int = 90,
@@ -63,62 +73,55 @@ def pack_records(
 ) -> dict[str, PackedRecords]:
     """Records in any layout of `layouts.LAYOUTS` -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`. Pictures go in byte for byte,
     unless `max_side` or `reencode` is given or they are no JPEG, PNG or WebP. A record that training would refuse is left out, and named in
-    OUT/left_out.jsonl. Several processes write shards, each renamed into place when whole; the same call continues after a crash.
+    OUT/left_out.jsonl. Several processes write shards, each renamed into place when whole; the same call continues after a crash, and
+    finds what it made before.
 
     Args:
-        source: see `open_source`.
+        source, split, annotations: see `open_source`.
         images: where relative paths of pictures begin; None: beside the source.
-        heldout: about so many records are kept apart, by `seed`; those of the same pictures together.
-        limit: keep so many training records, by `seed`.
-        processes: None: one per CPU.
+        heldout: about so many records are kept apart, by `seed`; those that show the same picture together, whatever it is called.
+        dedup: pictures that look alike are one picture; of records that say the same of one the first is kept.
+        limit, processes: keep so many training records, by `seed`; None: all; write so many shards at a time; None: one per CPU.
         columns: which keys hold question, answer and picture; None: the layout is recognised.
         fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
-        tell: takes the first look, in words.
-        look_only: after the first look nothing is packed.
+        tell, look_only: the first look is told in words; after it nothing is packed.
 
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
-    records = open_source(str(source), split)
-    look = first_look(str(source), records, columns)
-    if tell is not None:
-        tell("\n".join(look))
+    records = open_source(str(source), split, annotations)
+    say = tell or (lambda text: None)
+    say("\n".join(first_look(str(source), records, columns)))
     if look_only:
         return {}
-    path, base = Path(source), images or _beside(Path(source))
+    base = images or _beside(Path(source))
     pictures = Pictures(base, max_side, reencode, quality, fetcher)
-    parts = _split(records, heldout, limit, seed, columns)
     about = {
-        "source": str(path.resolve() if path.exists() else source), "records": len(records), "samples_per_shard": samples_per_shard,
-        "heldout": heldout, "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
-        "columns": str(columns or Columns()), "fetcher": str(fetcher),
+        **describe_source(str(source)), "records": len(records), "samples_per_shard": samples_per_shard, "heldout": heldout, "dedup": dedup,
+        "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
+        "columns": str(columns or Columns()), "fetcher": str(fetcher), "annotations": annotations,
     }  # fmt: skip
-    unfinished = _begin(out, about)
-    tasks = [
+    if (before := done_before(out, about, say)) is not None:
+        return {part: PackedRecords.of(out, made) for part, made in before.items()}
+    check_heldout(heldout, len(records))
+    unfinished = begin(out, about)
+    parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=say)
+    tasks = _tasks(parts.numbers, samples_per_shard)
+    _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
+    return _finish(tasks, parts.dropped, out, unfinished, len(records), about)
+
+
+def _tasks(parts: dict[str, list[int]], samples_per_shard: int) -> list[tuple[str, int, list[int]]]:
+    """(part, number of the shard, numbers of its records) of each shard."""
+    return [
         (part, number, numbers[start : start + samples_per_shard])
         for part, numbers in parts.items()
         for number, start in enumerate(range(0, len(numbers), samples_per_shard))
     ]
-    _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
-    return _finish(tasks, out, unfinished, len(records))
 
 
 def _beside(source: Path) -> Path:
     return source if source.is_dir() else source.parent
-
-
-def _begin(out: Path, about: dict[str, Any]) -> Path:
-    """The folder of what is under way; one of the same call before is continued."""
-    unfinished = out / UNFINISHED
-    note = unfinished / "call.json"
-    if note.exists() and json.loads(note.read_text()) == about:
-        return unfinished
-    present = sorted(out.glob("train-*.tar")) + sorted(out.glob("heldout-*.tar"))
-    if present:
-        raise DataError(f"data pack: {present[0]} is there already, of another call; use another folder, or delete it")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    write_text(note, json.dumps(about))
-    return unfinished
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job:
             samples.append({"__key__": f"{part}-{number:08d}", **_members(record, job.pictures, job.columns, here)})
             notes += here
         except BadSample as reason:
+            notes["heif"] += NEEDS_HEIF in str(reason)
             problems.append({"record": number, "reason": str(reason)})
     if samples:
         write_shard(job.out / f"{_name(task)}.tar", samples)
@@ -187,10 +191,13 @@ def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job:
     partial.rename(note)
 
 
-def _finish(tasks: list[tuple[str, int, list[int]]], out: Path, unfinished: Path, total: int) -> dict[str, PackedRecords]:
-    """Gather what was left out, and forget what was under way."""
-    problems: list[dict[str, Any]] = []
-    made: dict[str, PackedRecords] = {}
+def _finish(
+    tasks: list[tuple[str, int, list[int]]], dropped: list[dict[str, Any]], out: Path, unfinished: Path, total: int,
+    about: dict[str, Any],
+) -> dict[str, PackedRecords]:  # fmt: skip
+    """Gather what was left out, and remember the call."""
+    problems: list[dict[str, Any]] = list(dropped)
+    made: dict[str, PackedRecords] = {"train": PackedRecords([], 0, len(dropped))}
     for task in tasks:
         notes, *found = [json.loads(line) for line in (unfinished / f"{_name(task)}.jsonl").read_text(encoding="utf-8").splitlines()]
         shard = out / f"{_name(task)}.tar"
@@ -202,47 +209,14 @@ def _finish(tasks: list[tuple[str, int, list[int]]], out: Path, unfinished: Path
     if problems:
         lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
         (out / LEFT_OUT).write_text(lines, encoding="utf-8", errors="backslashreplace")
-    shutil.rmtree(unfinished)
     if not any(packed.samples for packed in made.values()):
+        shutil.rmtree(unfinished)
         reasons = list(dict.fromkeys(problem["reason"] for problem in problems))
         others = f"; another: {reasons[1]}" if reasons[1:] else ""
         raise DataError(f"data pack: none of the {total:,} records can be used; the first: {reasons[0]}{others}")
+    remember(out, about, {part: packed.to_dict() for part, packed in made.items()})
+    shutil.rmtree(unfinished)
     return made
-
-
-def _split(records: Sequence[Any], heldout: int, limit: int | None, seed: int, columns: Columns | None) -> dict[str, list[int]]:
-    """Numbers of the records of each part."""
-    if heldout >= len(records):
-        raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
-    rng = random.Random(seed)
-    groups: dict[str, list[int]] = {}
-    for number in range(len(records) if heldout else 0):
-        names = _picture_names(records[number], columns)
-        groups.setdefault("\n".join(map(_identity, names)) or f"\n{number}", []).append(number)
-    apart: set[int] = set()
-    for group in rng.sample(list(groups.values()), len(groups)):
-        if len(apart) >= heldout:
-            break
-        apart.update(group)
-    train = [number for number in range(len(records)) if number not in apart]
-    if limit is not None:
-        train = sorted(rng.sample(train, min(limit, len(train))))
-    return {"train": train} | ({"heldout": sorted(apart)} if apart else {})
-
-
-def _picture_names(record: Any, columns: Columns | None) -> list[Any]:
-    try:
-        return [] if isinstance(record, BadSample) else canonical(record, columns)["images"]
-    except BadSample:  # which packing will name
-        return []
-
-
-def _identity(picture: Any) -> str:
-    """What two records of one picture have in common."""
-    data = picture.get("bytes") if isinstance(picture, dict) else picture
-    if isinstance(data, bytes):
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(str(picture).encode("utf-8", "surrogatepass")).hexdigest() if len(str(picture)) > 500 else str(picture)
 
 
 def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes: Counter[str]) -> dict[str, bytes]:
@@ -254,7 +228,9 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     if isinstance(record, BadSample):
         raise record
     made = canonical(record, columns)
-    pictures = [read_picture(pictures_as, source, notes) for source in made.pop("images")]
+    sources = made.pop("images") or picture_by_number(as_object(record), pictures_as.base)
+    pictures = [read_picture(pictures_as, source, notes) for source in sources]
+    notes["crowds"] += made.pop("crowds", 0) if isinstance(made.get("crowds"), int) else 0
     if "messages" in made:
         check_messages(read_messages(made["messages"]), len(pictures))  # as training will
     elif len(pictures) != 1:
@@ -268,6 +244,7 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     notes.update(f"unread turn key {key}" for key in unread_keys(made.get("messages") or ()))
     if isinstance(made.get("split"), str):
         notes[f"split {made['split'][:40]}"] += 1
+    notes["unread stripped line breaks"] += line_breaks_lost(made.get("messages") or ())
     several = len(pictures) > 1
     files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
     return {**files, "json": _as_json(made, notes)}

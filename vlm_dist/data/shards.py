@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,8 @@ from vlm_dist.data.cache import cache_folder
 from vlm_dist.data.storage import Storage, is_remote
 from vlm_dist.data.tar import BLOCK, check_start, scan
 from vlm_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def write_shards(out: Path, name: str, samples: Iterable[dict], *, samples_per_shard: int, total: int | None = None) -> list[Path]:
@@ -36,8 +40,12 @@ def write_shards(out: Path, name: str, samples: Iterable[dict], *, samples_per_s
     return shards
 
 
+OTHER_SPLITS = re.compile(r"(^|[-_.])(held-?out|val|valid|validation|dev|test|testing|eval)([-_.]|$)")
+
+
 def find_paths(patterns: Iterable[str], where: str, storage: Storage | None = None, *, allow_commands: bool = False) -> list[str]:
-    """The shards that paths, addresses, brace patterns (`{000..009}`) and globs name, in order, whatever they hold.
+    """The shards that paths, addresses, brace patterns (`{000..009}`), globs and folders name, in order, whatever they hold. A folder
+    stands for its *.tar; where some of these are held out by their names, for those alone that `where` is about.
 
     Args:
         where: the configuration key, for the error message.
@@ -59,7 +67,7 @@ def find_paths(patterns: Iterable[str], where: str, storage: Storage | None = No
                 )
             shards += [output_of(command) for command in braceexpand(pattern.removeprefix("pipe:"))]
             continue
-        parts = {part: _expand_glob(part, storage) for part in braceexpand(pattern.removeprefix("file://"))}
+        parts = {part: _expand(part, where, storage) for part in braceexpand(pattern.removeprefix("file://"))}
         found = [path for paths in parts.values() for path in paths]
         missing = next((part for part, paths in parts.items() if not paths), None)
         if found and missing is not None:
@@ -67,7 +75,7 @@ def find_paths(patterns: Iterable[str], where: str, storage: Storage | None = No
         if not found:
             raise DataError(
                 f"{where}: no shard matches '{pattern}' (looked in {os.getcwd()}); "
-                "check the path, or make shards with `vlm-dist data synth`"
+                "check the path, or make shards of your data with `vlm-dist data pack` (`vlm-dist data synth` makes some to try)"
             )
         shards += found
     return shards
@@ -131,10 +139,30 @@ def _refuse(error: BaseException) -> bool:
     raise DataError(f"a shard cannot be read: {words}") from None
 
 
-def _expand_glob(part: str, storage: Storage) -> list[str]:
+def _expand(part: str, where: str, storage: Storage) -> list[str]:
+    if part.endswith("/") if is_remote(part) else os.path.isdir(part):
+        return _of_folder(part, where, storage)
     if is_remote(part):
         return storage.find(part)
     return sorted(glob.glob(part)) if glob.has_magic(part) else ([part] if os.path.exists(part) else [])
+
+
+def _of_folder(folder: str, where: str, storage: Storage) -> list[str]:
+    pattern = f"{folder.rstrip('/')}/*.tar"
+    found = storage.find(pattern) if is_remote(folder) else sorted(glob.glob(pattern))
+    if not found:
+        raise DataError(
+            f"{where}: the folder '{folder}' holds no shard (*.tar); make shards of what is in it with `vlm-dist data pack {folder} OUT`, "
+            "and give OUT"
+        )
+    apart = [path for path in found if OTHER_SPLITS.search(path.rsplit("/", 1)[-1].lower())]
+    if not apart or len(apart) == len(found) or not where.startswith("data."):
+        return found
+    chosen = apart if where.startswith("data.heldout") else [path for path in found if path not in apart]
+    left = [path.rsplit("/", 1)[-1] for path in found if path not in chosen]
+    logger.warning("%s: of the folder '%s' %d shards are taken; left out by their names: %s%s", where, folder, len(chosen), left[0],
+                   f" and {len(left) - 1} more" if left[1:] else "")  # fmt: skip
+    return chosen
 
 
 def write_shard(path: Path, samples: list[dict]) -> None:

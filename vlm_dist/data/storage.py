@@ -47,16 +47,19 @@ class Storage:
     Args:
         cache: keeps what was fetched of remote shards; None: nothing is kept.
         timeout_s: longest wait for one answer of a remote server.
+        whole: fetch remote files whole, once, and read them here: for servers that know no ranges.
     """
 
-    def __init__(self, cache: RangeCache | None = None, timeout_s: float = 60.0):
-        self.cache, self.timeout_s = cache, timeout_s
+    def __init__(self, cache: RangeCache | None = None, timeout_s: float = 60.0, *, whole: bool = False):
+        self.cache, self.timeout_s, self.whole = cache, timeout_s, whole
         self.fetched_bytes = 0
         """Bytes that came over the network."""
         self.retries = 0
         self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
         self._systems: dict[str, Any] = {}
         self._stamps: dict[str, str] = {}
+        self._copies: dict[str, str] = {}
+        self._copying = threading.Lock()
         self._hosts: set[str] = set()
         self._lock = threading.Lock()
 
@@ -69,6 +72,7 @@ class Storage:
         Raises:
             DataError: the file is shorter, gone, or stayed unreachable.
         """
+        path = self._here(path)
         if not is_remote(path):
             return self._read_local(path, start, length)
         if self.cache is None or around is None:
@@ -77,7 +81,7 @@ class Storage:
 
     def prefetch(self, path: str, start: int, length: int) -> None:
         """Begin to fetch a range of a remote shard into the cache."""
-        if self.cache is not None and is_remote(path):
+        if self.cache is not None and is_remote(path) and not self.whole:
             self.cache.prefetch(path, self._stamp_of(path), (start, length), self._fetch)
 
     def close(self) -> None:
@@ -91,6 +95,7 @@ class Storage:
         Raises:
             DataError: there is none, or (while it is read) it stayed unreachable.
         """
+        path = self._here(path)
         if not is_remote(path):
             return Path(path).open("rb")
         size, _ = self.stamp(path, "data")
@@ -156,6 +161,18 @@ class Storage:
             self._retry(path, lambda: self._system(path).put_file(str(file), path))
         except (DataError, NotImplementedError) as error:
             raise DataError(f"{path}: cannot be written ({str(error)[:200]}); give a folder with --out and copy it there by hand") from None
+
+    def _here(self, path: str) -> str:
+        """Where to read a file: its copy, if it is to be fetched whole."""
+        if not self.whole or not is_remote(path):
+            return path
+        with self._copying:
+            if path not in self._copies:
+                copy = self.local_copy(path)
+                if copy is None:
+                    raise DataError(f"data: '{path}' cannot be read (it is not there); check the address and your credentials")
+                self._copies[path] = str(copy)
+            return self._copies[path]
 
     def _read_local(self, path: str, start: int, length: int) -> bytes:
         with self._lock:

@@ -52,8 +52,8 @@ async def _read_range(system: Any, address: str, start: int, length: int) -> byt
 
 def _no_ranges(address: str) -> DataError:
     return DataError(
-        f"data: '{address}': the server sends whole files, not the ranges that it is asked for; use a server that knows ranges "
-        "(Accept-Ranges: bytes), or copy the shards here"
+        f"data: '{address}': the server sends whole files, not the ranges that it is asked for; set data.cache_whole: true, which "
+        "fetches each shard once, whole, into the cache, or use a server that knows ranges (Accept-Ranges: bytes)"
     )
 
 

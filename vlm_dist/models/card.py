@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_dist.config import Config, LoraConfig
 
-NOT_SCORES = ("exact_match", "samples", "by_kind", "step")
+NOT_SCORES = ("exact_match", "samples", "by_kind", "step", "without_pictures")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Example:
 
 
 def model_card(
-    config: Config, base: str, scores: dict[str, Any], *, merged: str | None = None, examples: list[Example] | None = None
-) -> str:
+    config: Config, base: str, scores: dict[str, Any], *, merged: str | None = None, examples: list[Example] | None = None,
+    own_code: bool = False,
+) -> str:  # fmt: skip
     """What was trained, on what, how well it did, and how to load it.
 
     Args:
@@ -32,6 +33,7 @@ def model_card(
         scores: "before" and "after" evaluations (or None), as summary.json holds them.
         merged: how the merged model compares with the trained one, in words; None: the card is for the adapter.
         examples: held-out answers to show.
+        own_code: the base brings its code along (a mini VLM).
     """
     assert config.lora is not None
     form = "NF4 with double quantisation" if config.model.load_in_4bit else config.model.dtype
@@ -52,10 +54,10 @@ tags: [vlm_dist, lora]
 
 Data: {sources}; rows of at most {config.data.max_seq_length} tokens{", packed" if config.data.packing else ""}.
 {_scores(scores)}{_examples(examples or [])}
-{_loading(base, merged)}"""
+{_loading(base, merged, own_code)}"""
 
 
-def adapter_card(name: str, base: str, *, merged: str | None = None) -> str:
+def adapter_card(name: str, base: str, *, merged: str | None = None, own_code: bool = False) -> str:
     """The same for an adapter of which no run is known: what it is of, and how to load it."""
     what = "A LoRA adapter for" if merged is None else f"A 16-bit model: `{name}` merged into its base. Base:"
     return f"""---
@@ -69,20 +71,32 @@ tags: [lora]
 
 {what} `{base}`.
 
-{_loading(base, merged)}"""
+{_loading(base, merged, own_code)}"""
 
 
-def _loading(base: str, merged: str | None) -> str:
+def _loading(base: str, merged: str | None, own_code: bool) -> str:
+    trust = ", trust_remote_code=True" if own_code else ""
+    told = (
+        "\nThis architecture is none of transformers' own. `trust_remote_code=True` runs `mini_vlm.py`, which lies in the folder that is "
+        "loaded: read it first.\n"
+        if own_code
+        else ""
+    )
     if merged is not None:
+        serve = (
+            "Servers such as vLLM do not know it; `vlm-dist chat THIS_FOLDER` serves it."
+            if own_code
+            else "or serve it: `vllm serve THIS_FOLDER`"
+        )
         return f"""## Load it
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER"{trust})
+processor = AutoProcessor.from_pretrained("THIS_FOLDER"{trust})
 ```
-
-or serve it: `vllm serve THIS_FOLDER`
+{told}
+{serve}
 
 {merged[0].upper()}{merged[1:]}.
 """
@@ -98,10 +112,10 @@ or with PEFT alone:
 ```python
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{base}"), "THIS_FOLDER")
-processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{base}"{trust}), "THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER"{trust})
 ```
-
+{told}
 `vlm_dist.json` holds the fingerprints of the base and of the preprocessing that the adapter was trained with, and a probe: logits
 that the trained model gave to drawn pictures. Loading through vlm_dist checks all three.
 """

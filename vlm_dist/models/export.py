@@ -6,48 +6,34 @@ import gc
 import json
 import tempfile
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import ModelConfig
+from vlm_dist.environment import available_memory
 from vlm_dist.errors import ModelError
-from vlm_dist.models.generate import encode_chat, generate
+from vlm_dist.models.comparison import Case, Comparison, blame, compare, observe
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.merge import Onto, merge_16bit
-from vlm_dist.models.record import make_record, next_token_logits, probe_inputs, write_record
+from vlm_dist.models.record import make_record, probe_inputs, write_record
 from vlm_dist.models.source import fingerprint
+from vlm_dist.waiting import waiting
+
+if TYPE_CHECKING:
+    import torch
 
 REPORT = "merge.json"
-Case = tuple[list[dict[str, Any]], list[Any]]
-"""(messages that the assistant is to answer, their pictures)"""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The merged model beside the trained one (the adapter on the base in the form it was trained on)."""
-
-    onto: Onto
-    samples: int
-    largest_logit_difference: float
-    logit_spread: float
-    """Standard deviation of the trained model's logits: what the difference is to be measured by."""
-    same_next_token: int
-    same_answer: int
-
-    def __str__(self) -> str:
-        return (
-            f"merged onto the {self.onto} weights; beside the trained model on {self.samples} samples: largest logit difference "
-            f"{self.largest_logit_difference:.3g} (logits spread {self.logit_spread:.3g}), same next token {self.same_next_token} of "
-            f"{self.samples}, same answer {self.same_answer} of {self.samples}"
-        )
+ROOM = 1.2  # of the weights: activations and the KV cache of one short answer
 
 
 def export_merged(
     model: Any, processor: Any, base: ModelConfig, out: Path, *, adapter: Path | None = None, onto: Onto | None = None,
-    cases: list[Case] | None = None, max_new_tokens: int = 32,
+    cases: list[Case] | None = None, answers: list[dict[str, Any]] | None = None, dtype: str = "auto", max_new_tokens: int = 32,
 ) -> Comparison:  # fmt: skip
-    """Merge, load the result with plain transformers, and compare the two models' logits and answers.
+    """Merge, load the result with plain transformers, and compare the two models' logits, answers, and what held-out answers cost them: on
+    the model's card where there is room for the merged weights beside it, else on the CPU; where it fits neither, the comparison says so.
+    Where the answers cost more, it is measured which part's rounding does it.
 
     Args:
         model: the trained PeftModel.
@@ -55,23 +41,62 @@ def export_merged(
         adapter: its adapter on disk; None: saved from the model.
         onto: None: "original" where the base's 16-bit weights are there, else "dequantised".
         cases: what to compare on; None: the probe's.
+        answers: held-out conversations as tensors with `labels`, one a batch.
+        dtype: number type of the merged weights: "auto" (16 bit, the base's own kind), "bfloat16", "float16" or "float32".
     """
     assert base.name is not None
     if onto is None:
         hf_config, _ = read_model_config(base, base.name)
         onto = "original" if getattr(hf_config, "quantization_config", None) is None else "dequantised"
+    cases, answers, device = probe_inputs(processor) if cases is None else cases, answers or [], model.device
+    trained_dtype = _trained_dtype(model)
     with tempfile.TemporaryDirectory() as folder:
         if adapter is None:
             model.save_pretrained(folder)
-        merge_16bit(base, adapter or Path(folder), processor, out, onto, _trained_dtype(model))
-    cases = probe_inputs(processor) if cases is None else cases
-    device = model.device
-    trained = _observe(model, processor, cases, max_new_tokens)
-    del model  # where the caller keeps none, only one model is in memory at a time
-    gc.collect()
-    comparison = _compare(onto, trained, _observe(_load_merged(out, device), processor, cases, max_new_tokens))
+            adapter = Path(folder)
+        with waiting(f"merging into {out}"):
+            merge_16bit(base, adapter, processor, out, onto, trained_dtype, dtype)
+        place = _place_of(out, device)
+        if isinstance(place, str):
+            comparison = Comparison.without(onto, place)
+        else:
+            with waiting("asking the trained model"):
+                trained = observe(model, processor, cases, answers, max_new_tokens)
+            del model  # where the caller keeps none, only one model is in memory at a time
+            gc.collect()
+            merged = _load_merged(out, place)
+            with waiting("asking the merged model"):
+                again = observe(merged, processor, cases, answers, max_new_tokens)
+            comparison = compare(onto, str(merged.dtype).removeprefix("torch."), trained, again)
+            del merged
+            gc.collect()
+        if comparison.is_worse and comparison.dtype != "float32":
+            whole = Path(folder) / "float32"
+            merge_16bit(base, adapter, processor, whole, onto, trained_dtype, "float32")
+            place = _place_of(whole, device)
+            if not isinstance(place, str):
+                with waiting("looking for the part whose rounding costs it"):
+                    comparison = blame(comparison, _load_merged(whole, place), answers)
     (out / REPORT).write_text(json.dumps(asdict(comparison), indent=1) + "\n")
     return comparison
+
+
+def _place_of(out: Path, device: torch.device) -> torch.device | str:
+    """Where what was merged can be loaded and run; or why nowhere."""
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    if (place := place_for(size, device)) is not None:
+        return place
+    free = f"the GPU and the host's memory have too little room ({available_memory() / 1e9:.1f} GB are free here)"
+    return f"its weights take {size / 1e9:.1f} GB, {free}"
+
+
+def place_for(size: int, device: torch.device) -> torch.device | None:
+    """Where a model of so many bytes can be loaded and run: on this card beside what it holds, or on the CPU; None: nowhere."""
+    import torch
+
+    if device.type == "cuda" and size * ROOM <= torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu") if size * ROOM <= available_memory() else None
 
 
 def allow_merging(model: Any) -> Any:
@@ -124,22 +149,3 @@ def _load_merged(out: Path, device: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(out, device_map={"": device} if device.type == "cuda" else None).eval()
-
-
-def _observe(model: Any, processor: Any, cases: list[Case], max_new_tokens: int) -> list[tuple[Any, str]]:
-    """Next-token logits and answer of each case."""
-    logits = next_token_logits(model, cases, processor)
-    answers = [generate(model, processor, encode_chat(processor, *case), max_new_tokens)[0] for case in cases]
-    return list(zip(logits, answers, strict=True))
-
-
-def _compare(onto: Onto, trained: list[tuple[Any, str]], merged: list[tuple[Any, str]]) -> Comparison:
-    pairs = list(zip(trained, merged, strict=True))
-    return Comparison(
-        onto=onto,
-        samples=len(pairs),
-        largest_logit_difference=max((float((ours[0] - theirs[0]).abs().max()) for ours, theirs in pairs), default=0.0),
-        logit_spread=max((float(ours[0].std()) for ours, _ in pairs), default=0.0),
-        same_next_token=sum(int(ours[0].argmax()) == int(theirs[0].argmax()) for ours, theirs in pairs),
-        same_answer=sum(ours[1] == theirs[1] for ours, theirs in pairs),
-    )

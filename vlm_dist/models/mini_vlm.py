@@ -1,23 +1,22 @@
 """MiniVLM: any Hugging Face vision encoder + a small projector + any causal language model.
 
-The encoder's whole output sequence (class token included) is projected and stands in the text where the picture does. Importing this
-module registers the architecture with transformers: AutoConfig, AutoModelForImageTextToText and AutoProcessor then know it.
+The encoder's whole output (a sequence, its class token included, or a map, row by row) is projected and stands in the text where the
+picture does. Importing this module registers the architecture with transformers: AutoConfig, AutoModelForImageTextToText and AutoProcessor
+then know it. It needs torch and transformers only: a copy of it lies beside every checkpoint, which so loads without vlm_dist too, with
+`trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,11 +25,10 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlm_dist.errors import ModelError
-
 PICTURE = "<image>"
-# The picture and the prompt, then the caption as the prompt's continuation: "<image>This image shows" + " a dog ." + end of text.
-CHAT_TEMPLATE = (
+# For a language model without a chat template: the picture and the prompt, then the caption as the prompt's continuation:
+# "<image>This image shows" + " a dog ." + end of text.
+CAPTION_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %} {% endif %}"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
@@ -39,7 +37,8 @@ CHAT_TEMPLATE = (
 
 
 class MiniVLMConfig(PreTrainedConfig):
-    """The two parts' own configurations, and the id that marks a picture's tokens (it needs no row in the embedding)."""
+    """The two parts' own configurations, the id that marks a picture's tokens (it needs no row in the embedding), and the width of the
+    encoder's features where its configuration names none."""
 
     model_type = "mini_vlm"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
@@ -50,6 +49,7 @@ class MiniVLMConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 0
+    vision_width: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -62,6 +62,7 @@ class VisionProjector(torch.nn.Module):
 
     def __init__(self, vision_dim: int, language_dim: int):
         super().__init__()
+        self.vision_dim = vision_dim
         self.projection = torch.nn.Sequential(
             torch.nn.Linear(vision_dim, language_dim),
             torch.nn.GELU(),
@@ -96,15 +97,14 @@ class MiniVLMModel(MiniVLMPreTrainedModel):
 
     def __init__(self, config: MiniVLMConfig):
         super().__init__(config)
-        self.vision_encoder = AutoModel.from_config(config.vision_config)
-        self.projector = VisionProjector(_width(config.vision_config), _width(config.text_config))
+        self.vision_encoder = make_encoder(config.vision_config)
+        self.projector = VisionProjector(config.vision_width or width_of(config.vision_config), width_of(config.text_config))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, height, width] -> [N, tokens, language width]."""
-        features = self.vision_encoder(pixel_values=pixel_values).last_hidden_state
-        return self.projector(features)
+        return self.projector(features_of(self.vision_encoder(pixel_values=pixel_values), self.projector.vision_dim))
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """[B, T] token ids, [N, 3, height, width] pictures -> [B, T, language width].
@@ -154,9 +154,10 @@ class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
             self.post_init()
             return
         if vision_encoder is None or language_model is None or projector is None or tokenizer is None:
-            raise ModelError("MiniVLM: give a config, or all of vision_encoder, language_model, projector and tokenizer")
+            raise ValueError("MiniVLM: give a config, or all of vision_encoder, language_model, projector and tokenizer")
         picture = add_picture_token(tokenizer)
-        config = MiniVLMConfig(vision_config=vision_encoder.config, text_config=language_model.config, image_token_id=picture)
+        parts = {"vision_config": vision_encoder.config, "text_config": language_model.config}
+        config = MiniVLMConfig(**parts, image_token_id=picture, vision_width=projector.vision_dim)
         super().__init__(config)
         with torch.device("meta"):
             self.model = MiniVLMModel(config)
@@ -213,6 +214,11 @@ class MiniVLM(MiniVLMPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **options)
 
+    def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
+        """Under the names of `state_dict`. (transformers 5.23 would write those that rules for the parts alone lead to.)"""
+        self._weight_conversions = []
+        return super().save_pretrained(*arguments, **options)
+
     def prepare_inputs_for_generation(self, input_ids: Any, pixel_values: Any = None, **kwargs: Any) -> Any:
         """The pictures go in with the prompt; afterwards the KV cache holds them."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -234,34 +240,6 @@ class MiniVLMProcessor(ProcessorMixin):
         return PICTURE * self.num_image_tokens
 
 
-def compose(vision: str, language: str, out: Path, *, seed: int = 0, revision: str | None = None) -> None:
-    """Join two pretrained models through a new projector and write the checkpoint folder `out`.
-
-    Args:
-        vision: a folder or hub id with a vision encoder (ViT, CLIP, SigLIP, DINOv2, ...) and its image processor.
-        language: a folder or hub id with a causal language model and its tokenizer.
-
-    Raises:
-        ModelError: one of them is no such model.
-    """
-    vision_config = _load(AutoConfig, vision)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    images = _load(AutoImageProcessor, vision)
-    images.do_convert_rgb = True  # ViT's fails on a grey picture
-    tokenizer = _load(AutoTokenizer, language)
-    language_dim = _width(_load(AutoConfig, language))
-    torch.manual_seed(seed)
-    model = MiniVLM(
-        projector=VisionProjector(_width(vision_config), language_dim),
-        vision_encoder=_load(AutoModel, vision, config=vision_config, use_safetensors=True),
-        language_model=_load(AutoModelForCausalLM, language, use_safetensors=True),
-        tokenizer=tokenizer,
-    )
-    count = count_image_tokens(model.vision_encoder, images)
-    model.save_pretrained(out)
-    MiniVLMProcessor(images, tokenizer, count, chat_template=CHAT_TEMPLATE).save_pretrained(out)
-
-
 def add_picture_token(tokenizer: Any) -> int:
     """Teach the tokenizer `<image>`, and padding if it has none; the id of the picture's token."""
     tokenizer.add_special_tokens({"additional_special_tokens": [PICTURE]})
@@ -269,32 +247,54 @@ def add_picture_token(tokenizer: Any) -> int:
     return tokenizer.convert_tokens_to_ids(PICTURE)
 
 
-def count_image_tokens(vision_encoder: Any, image_processor: Any) -> int:
-    """How many features the encoder gives for one picture as the image processor makes it."""
-    from PIL import Image
-
-    pixels = image_processor(Image.new("RGB", (256, 192)), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        return vision_encoder(pixel_values=pixels.to(vision_encoder.device, vision_encoder.dtype)).last_hidden_state.shape[1]
-
-
-def _width(config: Any) -> int:
-    """Hidden size, by whatever name the architecture has for it."""
-    for name in ("hidden_size", "n_embd", "d_model"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    raise ModelError(f"mini_vlm: the configuration of '{config.model_type}' names no hidden size; use a transformer encoder or decoder")
-
-
-def _load(kind: Any, name: str, **options: Any) -> Any:
+def make_encoder(config: Any) -> Any:
+    """The vision encoder of a configuration; its own attention where it has none of the kind that was asked of the whole model."""
     try:
-        return kind.from_pretrained(name, **options)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.mini_vlm: '{name}' cannot be loaded by {kind.__name__}: {str(error).strip().splitlines()[0][:300]}"
-        ) from None
+        return AutoModel.from_config(config)
+    except ValueError as error:
+        if "attention" not in str(error):
+            raise
+        return AutoModel.from_config(config, attn_implementation="eager")
 
 
-AutoConfig.register(MiniVLMConfig.model_type, MiniVLMConfig)
-AutoModelForImageTextToText.register(MiniVLMConfig, MiniVLM)
-AutoProcessor.register(MiniVLMConfig, MiniVLMProcessor)
+def features_of(output: Any, width: int | None = None) -> torch.Tensor:
+    """What an encoder gave -> [N, tokens, width]: its last hidden states (or its last feature map), a map row by row.
+
+    Args:
+        width: of a feature, which tells the channels of a map [N, width, rows, columns] from those of [N, rows, columns, width].
+
+    Raises:
+        ValueError: it is neither a sequence nor a map.
+    """
+    found = getattr(output, "last_hidden_state", None)
+    if found is None:
+        maps = getattr(output, "feature_maps", None)
+        found = maps[-1] if maps else None
+    if found is None or found.ndim not in (3, 4):
+        shape = "nothing" if found is None else f"a tensor of shape {tuple(found.shape)}"
+        raise ValueError(f"the vision encoder gives {shape}; a sequence [N, tokens, width] or a map [N, width, rows, columns] is needed")
+    if found.ndim == 3:
+        return found
+    last = width is not None and found.shape[1] != width and found.shape[-1] == width
+    return found.flatten(1, 2) if last else found.flatten(2).transpose(1, 2)
+
+
+def width_of(config: Any) -> int:
+    """Hidden size, by whatever name the architecture has for it.
+
+    Raises:
+        ValueError: by none.
+    """
+    for name in ("hidden_size", "n_embd", "d_model"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise ValueError(f"mini_vlm: the configuration of '{config.model_type}' names no hidden size")
+
+
+if __name__.startswith("vlm_dist."):  # and not the copy beside a checkpoint
+    AutoConfig.register(MiniVLMConfig.model_type, MiniVLMConfig)
+    AutoModelForImageTextToText.register(MiniVLMConfig, MiniVLM)
+    AutoProcessor.register(MiniVLMConfig, MiniVLMProcessor)
+    MiniVLMConfig.register_for_auto_class("AutoConfig")
+    MiniVLM.register_for_auto_class("AutoModelForImageTextToText")
+    MiniVLMProcessor.register_for_auto_class("AutoProcessor")

@@ -35,9 +35,14 @@ def make_record(
     """
     return {
         "version": 1,
-        "base": {**base.model_dump(mode="json", include={"name", "revision", "load_in_4bit", "dtype"}), "fingerprint": fingerprint_of_base},
+        "base": {
+            **base.model_dump(mode="json", include={"name", "revision", "load_in_4bit", "dtype", "keep_16bit"}),
+            "fingerprint": fingerprint_of_base,
+        },
         "preprocessing": describe_processor(processor),
         "probe": probe(model, processor),
+        "buffers": _digests_of_buffers(model),
+        "made_with": made_with(model),
         "system_prompt": system_prompt,
     }
 
@@ -73,7 +78,8 @@ def _read(folder: Path, *needed: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {"system_prompt": record.get("system_prompt"), **{name: record[name] for name in needed}}
+        others = {name: record[name] for name in ("made_with", "buffers") if name in record}
+        return {"system_prompt": record.get("system_prompt"), **others, **{name: record[name] for name in needed}}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: is damaged ({error}); export the run again, or delete this file to load without checks") from None
 
@@ -110,10 +116,42 @@ def check_probe(record: dict[str, Any], model: Any, processor: Any) -> None:
     difference = compare_probes(record["probe"], probe(model, processor))
     limit = 0.01 if record["probe"]["dtype"] == "float32" and str(model.dtype) == "torch.float32" else 0.15
     if difference > limit:
-        raise ModelError(
-            f"the loaded model's logits differ from the trained one's by {difference:.1%} (limit {limit:.0%}): adapter, base or "
-            "libraries are not those of the training; see vlm_dist.json beside the adapter"
-        )
+        apart = f"the loaded model's logits differ from the trained one's by {difference:.1%} (limit {limit:.0%})"
+        raise ModelError(f"{apart}: {_what_differs(record, model)}")
+
+
+def _what_differs(record: dict[str, Any], model: Any) -> str:
+    """Weights of the base, preprocessing and the adapter's files have been compared before; what else the record knows."""
+    then, now = record.get("made_with", {}), made_with(model)
+    buffers, found = record.get("buffers", {}), _digests_of_buffers(model)
+    reasons = [f"{name} was {then[name]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
+    if moved := sorted(name for name in buffers if found.get(name) != buffers[name]):
+        reasons.insert(0, f"{len(moved)} buffers of the base are not those of the training, e.g. {moved[0]}")
+    if reasons:
+        return "; ".join(reasons) + "; base and preprocessing are the same"
+    known = "" if then else " (vlm_dist.json is of a version that did not note libraries and buffers)"
+    return (
+        f"base, preprocessing, libraries and device are those of the training{known}, so the adapter's weights are not; "
+        "export the run again, or copy the folder whole"
+    )
+
+
+def made_with(model: Any) -> dict[str, str]:
+    """What decides numbers besides weights and inputs: versions of the libraries that compute, and the kind of device."""
+    from importlib import metadata
+
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {**versions, "device": model.device.type}
+
+
+def _digests_of_buffers(model: Any) -> dict[str, str]:
+    """Of the stored buffers (running statistics), which are in no adapter of PEFT's: a few digits of each one's sha256."""
+    stored = set(model.state_dict())
+    return {
+        name: hashlib.sha256(buffer.detach().float().cpu().numpy().tobytes()).hexdigest()[:8]
+        for name, buffer in model.named_buffers()
+        if name in stored
+    }
 
 
 def compare_probes(then: dict[str, Any], now: dict[str, Any]) -> float:
@@ -165,7 +203,7 @@ def next_token_logits(model: Any, cases: list[tuple[list[dict[str, Any]], list[A
     try:
         for messages, pictures in cases:
             inputs = {name: value.to(model.device) for name, value in encode_chat(processor, messages, pictures).items()}
-            with torch.inference_mode(), autocast(model):
+            with torch.no_grad(), autocast(model):
                 found.append(model(**inputs, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu())
     finally:
         model.train(was_training)

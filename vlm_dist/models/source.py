@@ -68,6 +68,11 @@ def read_config_file(name: str, revision: str | None = None) -> dict[str, Any]:
     return json.loads(text) if text else {}
 
 
+def brings_code(name: str, revision: str | None = None) -> bool:
+    """Whether the model's code lies beside its weights."""
+    return "auto_map" in read_config_file(name, revision)
+
+
 def not_loadable(name: str, error: Exception) -> ModelError:
     """One line for what a library raised while loading `name`."""
     if "trust_remote_code" in str(error):

@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm_dist import distributed
-from vlm_dist.config import Config, ModelConfig
+from vlm_dist.config import Config, DataConfig, ModelConfig
 from vlm_dist.config_load import load_config
+from vlm_dist.data.collate import collate
+from vlm_dist.data.encode import Encoder
 from vlm_dist.data.heldout import read_heldout
 from vlm_dist.data.quarantine import Quarantine
-from vlm_dist.errors import ConfigError, DataError, ModelError
-from vlm_dist.models.adapters import base_of, find_adapter, has_processor, is_adapter, run_of
+from vlm_dist.data.samples import Sample
+from vlm_dist.errors import BadSample, ConfigError, DataError, ModelError
+from vlm_dist.models.adapters import base_of, find_adapter, has_processor, run_of
 from vlm_dist.models.card import Example, adapter_card, model_card
-from vlm_dist.models.export import Comparison, export_merged
+from vlm_dist.models.comparison import Comparison
+from vlm_dist.models.export import export_merged
 from vlm_dist.models.introspect import family_of
 from vlm_dist.models.merge import Onto
 from vlm_dist.models.record import read_system_prompt, write_record
 from vlm_dist.models.save import fresh_folder, put_in_place
+from vlm_dist.models.source import brings_code
 from vlm_dist.models.trained import load_adapter
 from vlm_dist.run_dir import RunDir, read_jsonl
 from vlm_dist.scoring.evaluate import question_of
@@ -40,7 +45,7 @@ class Exported:
 
 def export_run(
     source: Path, to: Literal["adapter", "merged-16bit"], out: Path | None = None, *, onto: Onto | None = None, samples: int = 8,
-    base_model: str | None = None,
+    dtype: str = "auto", base_model: str | None = None,
 ) -> Exported:  # fmt: skip
     """Write the adapter, checked, or the merged model, compared with the trained one on the run's held-out samples (of an adapter that is
     of no run, on two drawn pictures); with a README.md that says what it is made from.
@@ -48,6 +53,7 @@ def export_run(
     Args:
         source: a run directory or an adapter folder.
         out: a folder that does not exist yet; None: below the run directory, replaced if it is there; or beside the adapter folder.
+        dtype: number type of a merged model; see `export_merged`.
         base_model: where the base is now, if not where the adapter's files say.
 
     Raises:
@@ -69,7 +75,7 @@ def export_run(
             _copy(made.adapter, processor, out, base_model)
             warning = _what_servers_leave_out(model)
         else:
-            comparison = _merge(made, model, processor, base, out, onto, samples)
+            comparison = _merge(made, model, processor, base, out, onto, samples, dtype)
             if (system := read_system_prompt(made.adapter)) is not None:
                 write_record({"version": 1, "system_prompt": system}, out)
         _write_card(made, base.name or "", comparison, out)
@@ -106,13 +112,14 @@ class _Made:
 def _find(source: Path) -> _Made:
     run = RunDir(source)
     if not run.config.exists():
-        if not is_adapter(source):
+        adapter = find_adapter(str(source))
+        if adapter is None:
             raise ConfigError(
                 f"{source}: no run directory (no config.yaml in it) and no adapter (no adapter_config.json); "
                 "give one such as runs/quickstart or runs/quickstart/adapter"
             )
-        of_run = run_of(source)
-        return _Made(source, of_run, load_config(of_run.config) if of_run else None)
+        of_run = run_of(adapter)
+        return _Made(adapter, of_run, load_config(of_run.config) if of_run else None)
     config = load_config(run.config)
     if config.lora is None:
         raise ConfigError(f"{source}: trained every weight, so there is nothing to merge; its model is {run.model}")
@@ -135,13 +142,14 @@ def _copy(adapter: Path, processor: Any, out: Path, base_model: str | None) -> N
 
 def _write_card(made: _Made, base: str, comparison: Comparison | None, out: Path) -> None:
     words = str(comparison) if comparison else None
+    own_code = brings_code(base)
     if made.run is not None and made.config is not None:
         evaluations = (made.run.read_summary() or {}).get("eval") or {}
-        card = model_card(made.config, base, evaluations, merged=words, examples=_examples(made.run, out))
+        card = model_card(made.config, base, evaluations, merged=words, examples=_examples(made.run, out), own_code=own_code)
     elif words is None and (out / "README.md").exists():
         return  # its own says more
     else:
-        card = adapter_card(made.adapter.resolve().name, base, merged=words)
+        card = adapter_card(made.adapter.resolve().name, base, merged=words, own_code=own_code)
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -200,11 +208,23 @@ def _examples(run: RunDir, out: Path) -> list[Example]:
     return found
 
 
-def _merge(made: _Made, model: Any, processor: Any, base: ModelConfig, out: Path, onto: Onto | None, samples: int) -> Comparison:
+def _merge(
+    made: _Made, model: Any, processor: Any, base: ModelConfig, out: Path, onto: Onto | None, samples: int, dtype: str
+) -> Comparison:  # fmt: skip
     heldout = []
     if made.run is not None and made.config is not None:
         data = made.config.data
         with suppress(DataError):  # the shards are gone: the probe's pictures serve instead
             heldout = read_heldout(data, samples, Quarantine(made.run.quarantine, data.max_bad_fraction))
     cases = [(question_of(sample), sample.images) for sample in heldout] or None
-    return export_merged(model, processor, base, out, adapter=made.adapter, onto=onto, cases=cases)
+    answers = _answers(heldout, processor, made.config.data) if made.config is not None else []
+    return export_merged(model, processor, base, out, adapter=made.adapter, onto=onto, cases=cases, answers=answers, dtype=dtype)
+
+
+def _answers(heldout: list[Sample], processor: Any, data: DataConfig) -> list[dict[str, Any]]:
+    """Held-out conversations as training would be fed with them; what cannot be used is named in the quarantine when it is scored."""
+    encoder, found = Encoder.of(processor, data), []
+    for sample in heldout:
+        with suppress(BadSample):
+            found.append(collate([encoder.encode(sample)], processor.tokenizer.pad_token_id))
+    return found

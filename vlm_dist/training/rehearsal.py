@@ -9,6 +9,7 @@ from vlm_dist.inputs.opened import Inputs
 from vlm_dist.inputs.workload import micro_batch
 from vlm_dist.models.generate import autocast
 from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.modes import buffers_kept
 from vlm_dist.planning.memory import optimizer_bytes
 from vlm_dist.training.outcome import peak_memory
 from vlm_dist.training.prepare import Loaded
@@ -44,7 +45,7 @@ def rehearse(inputs: Inputs, loaded: Loaded, ranks: Ranks) -> str:
     model.train()
     try:
         for _ in range(min(2, config.training.global_batch // (rows * ranks.world_size))):  # the second meets the gradients of the first
-            with autocast(model):
+            with autocast(model), buffers_kept(model):
                 loss = summed_loss(model, batch)
             loss.backward()
         peak = peak_memory(ranks)

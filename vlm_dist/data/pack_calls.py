@@ -1,0 +1,65 @@
+"""A folder of shards remembers the call that made it: the same call again finds it done, or goes on; another one is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm_dist.errors import DataError
+from vlm_dist.run_dir import read_json, write_text
+
+UNFINISHED = ".unfinished"  # folder in OUT while shards are being written
+DONE = "packed.json"
+
+
+def describe_source(source: str) -> dict[str, Any]:
+    """Where records come from, and what changes when they are written anew."""
+    path = Path(source)
+    if not path.exists():
+        return {"source": source}
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    status = [file.stat() for file in files]
+    return {
+        "source": str(path.resolve()), "files": len(files), "bytes": sum(one.st_size for one in status),
+        "written": max((one.st_mtime_ns for one in status), default=0),
+    }  # fmt: skip
+
+
+def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """What the same call made, if all of it is there; that is told."""
+    known = read_json(out / DONE)
+    if known is None or known["call"] != about or (out / UNFINISHED).exists():
+        return None
+    names = [name for part in known["made"].values() for name in part["shards"]]
+    if not all((out / name).is_file() for name in names):
+        return None
+    tell(f"{out} holds what this call makes, and the source has not changed since: nothing to do")
+    return known["made"]
+
+
+def begin(out: Path, about: dict[str, Any]) -> Path:
+    """The folder of what is under way; one of the same call before is continued, and what of its shards is gone is made again.
+
+    Raises:
+        DataError: other shards are there; says what differs.
+    """
+    unfinished = out / UNFINISHED
+    note = unfinished / "call.json"
+    known = read_json(note) or (read_json(out / DONE) or {}).get("call")
+    if note.exists() and known == about:
+        return unfinished
+    present = sorted(out.glob("train-*.tar")) + sorted(out.glob("heldout-*.tar"))
+    if present and known != about:
+        changed = [f"{key}: {known.get(key)} -> {about.get(key)}" for key in about if known.get(key) != about[key]] if known else []
+        of = f" ({'; '.join(changed)})" if changed else ""
+        raise DataError(f"data pack: {present[0]} is there already, of another call{of}; use another folder, or delete it")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    write_text(note, json.dumps(about))
+    return unfinished
+
+
+def remember(out: Path, about: dict[str, Any], made: dict[str, Any]) -> None:
+    """All is there."""
+    write_text(out / DONE, json.dumps({"call": about, "made": made}, indent=1) + "\n")
