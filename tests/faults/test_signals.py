@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import child_environment, command, losses_of, write_config
+from tests.conftest import child_environment, command, losses_of, start_command, write_config
 from vlm_dist import load_config, train
+from vlm_dist.checkpoints import form
 from vlm_dist.checkpoints.form import find_checkpoints, read_state, verify_checkpoint
 from vlm_dist.cli.main import main
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.scoring import evaluate as scoring
+from vlm_dist.training import outcome
 from vlm_dist.training.health import StopRequest
 from vlm_dist.training.progress import interrupted_in_words
 
@@ -193,3 +195,40 @@ def test_a_terminal_that_is_closed(settings, tmp_path):
 def test_the_setting_is_known(settings, tmp_path, capsys):
     assert main(["config", "--explain"]) == 0
     assert "grace_s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_while_loading_nothing_is_claimed(settings, tmp_path):
+    """The process ends as any does; the name stays free, also for another configuration."""
+    process = start_command("train", str(write_config(settings, tmp_path)))
+    beat = folder_of(settings) / "logs" / "rank-0.alive.json"
+    deadline = time.monotonic() + 120
+    while not beat.exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(60)
+    assert process.returncode == -signal.SIGTERM
+    assert not (folder_of(settings) / "config.yaml").exists() and not (folder_of(settings) / "metrics.jsonl").exists()
+    settings["optim"]["lr"], settings["data"]["heldout"] = 5e-4, []
+    assert train(load_config(write_config(settings, tmp_path)))["ended"] == "finished"
+
+
+def test_within_a_save_and_an_export(settings, tmp_path, monkeypatch):
+    """Both are brought to their end. The run is interrupted after the step; a finished one is finished."""
+    settings["data"]["heldout"] = []
+    write_manifest, export, sent = form._write_manifest, outcome.export, []
+
+    def once(place: str) -> None:
+        if place not in sent:
+            sent.append(place)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(form, "_write_manifest", lambda folder: (once("save"), write_manifest(folder)))
+    monkeypatch.setattr(outcome, "export", lambda *arguments: (once("export"), export(*arguments)))
+    config = load_config(write_config(settings, tmp_path))
+    stopped = train(config)
+    assert sent == ["save"] and stopped["ended"] == "interrupted" and stopped["step"] >= 2
+    assert read_state(newest(settings))["step"] == stopped["step"] and verify_checkpoint(newest(settings)) is None
+    finished = train(config)
+    assert sent == ["save", "export"] and finished["ended"] == "finished" and Path(finished["result"], "adapter_config.json").exists()

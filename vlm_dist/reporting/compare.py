@@ -10,7 +10,7 @@ from vlm_dist.config import Config
 from vlm_dist.config_load import differing, load_config
 from vlm_dist.errors import ConfigError
 from vlm_dist.reporting.plots import CURVES, curves_plot
-from vlm_dist.reporting.report import facts_of, metrics_of, read_rows, scores_of
+from vlm_dist.reporting.report import facts_of, left_out_of, metrics_of, read_metrics, scores_of
 from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 NOT_COMPARED = ("name", "output_dir")
@@ -33,16 +33,17 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     if len(run_dirs) > len(CURVES):
         raise ConfigError(f"report: {len(run_dirs)} runs; at most {len(CURVES)} can be told apart in one picture")
     runs = [RunDir(run_dir) for run_dir in run_dirs]
-    rows = [read_rows(run) for run in runs]
+    read = [read_metrics(run) for run in runs]
     names = _names(run_dirs)
-    scores = [scores_of(every) for every, _ in rows]
+    scores = [scores_of(metrics.scores) for metrics in read]
     template = Environment(loader=PackageLoader("vlm_dist.reporting", "."), autoescape=True).get_template("compare.html")
     page = template.render(
         names=names,
-        facts=_as_table([facts_of(run, steps) for run, (_, steps) in zip(runs, rows, strict=True)]),
+        facts=_as_table([facts_of(run, metrics) for run, metrics in zip(runs, read, strict=True)]),
+        left_out=[f"{name}: {words}" for name, metrics in zip(names, read, strict=True) for words in left_out_of(metrics)],
         scores=_last_scores(scores),
         apart=_asked_otherwise(runs),
-        plots=[*_plots([steps for _, steps in rows]), *_score_plots(scores)],
+        plots=[*_plots([metrics.means for metrics in read]), *_score_plots(scores)],
         differences=differing([load_config(run.config) for run in runs], [key for key in Config.model_fields if key not in NOT_COMPARED]),
     )
     write_text(out, page)

@@ -7,23 +7,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vlm_dist.reporting.thinning import extremes
+
 INK, LINE, FAINT = "#010203", "#040506", "#070809"  # stand-ins, replaced by the page's own colours
 CURVES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06")
 
 
-def line_plot(x: Sequence[float], y: Sequence[float], unit: str, *, log: bool = False, smooth: bool = False, marks: bool = False) -> str:
-    """An `<svg>` element of one curve.
+def line_plot(
+    x: Sequence[float], y: Sequence[float], unit: str, *, log: bool = False, smooth: bool = False, marks: bool = False,
+    means: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> str:  # fmt: skip
+    """An `<svg>` element of one curve; of one of very many points those that are extreme are drawn.
 
     Args:
         unit: label of the vertical axis.
         log: logarithmic vertical axis, where all values are positive.
         smooth: draw the values faintly and their moving average over 5 % of the points clearly.
         marks: mark the points.
+        means: what the moving average is taken of, where x and y are not every point.
     """
+    x, y = extremes(list(x), list(y))
     with _axes(unit, list(y), log=log) as (axes, svg):
         if smooth and len(y) >= 20:
             axes.plot(x, y, color=FAINT, linewidth=0.8)
-            axes.plot(x, _moving_average(y, max(2, len(y) // 20)), color=LINE, linewidth=1.6)
+            at, mean = means or (x, y)
+            axes.plot(at, _moving_average(mean, max(2, len(mean) // 20)), color=LINE, linewidth=1.6)
         else:
             axes.plot(x, y, color=LINE, linewidth=1.6, marker="o" if marks or len(y) == 1 else None, markersize=4)
     return svg[0]
@@ -52,9 +60,9 @@ def _axes(unit: str, values: list[float], *, log: bool) -> Iterator[tuple[Any, l
     with pyplot.rc_context({"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "svg.hashsalt": "vlm_dist"}):
         figure, axes = pyplot.subplots(figsize=(4.6, 2.6), layout="constrained")
         yield axes, made
-        if log and min(values) > 0:
+        if log and values and min(values) > 0:
             axes.set_yscale("log")
-        elif min(values) >= 0:
+        elif not values or min(values) >= 0:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(unit, color=INK)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.errors import ConfigError
 from vlm_dist.reporting.plots import curves_plot, line_plot
+from vlm_dist.reporting.thinning import Metrics
 from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 MOST_PICTURES = 48
@@ -27,11 +30,12 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     return out
 
 
-def render_report(run_dir: Path, refresh: int | None = None) -> str:
+def render_report(run_dir: Path, refresh: int | None = None, known: Metrics | None = None) -> str:
     """The page.
 
     Args:
         refresh: seconds until it loads itself again.
+        known: what was read of metrics.jsonl before.
 
     Raises:
         ConfigError: it is no run directory, or nothing has been trained yet.
@@ -39,16 +43,18 @@ def render_report(run_dir: Path, refresh: int | None = None) -> str:
     from jinja2 import Environment, PackageLoader
 
     run = RunDir(run_dir)
-    rows, steps = read_rows(run)
+    metrics = read_metrics(run, known)
+    rows = metrics.scores
     template = Environment(loader=PackageLoader("vlm_dist.reporting", "."), autoescape=True).get_template("report.html")
     return template.render(
         refresh=refresh,
         name=run_dir.resolve().name,
-        facts=facts_of(run, steps),
+        facts=facts_of(run, metrics),
+        left_out=left_out_of(metrics),
         scores=scores_of(rows),
         metrics=metrics_of(scores_of(rows)),
         lead=_lead(run, scores_of(rows)),
-        plots=_plots(steps, rows),
+        plots=_plots(metrics, rows),
         answers=(answers := _answers(run)),
         answered=max(len(read_jsonl(run.samples / f"{phase}.jsonl")) for phase in ("before", "after")),
         kinds=sorted({answer["kind"] for answer in answers if answer.get("kind")}),
@@ -59,32 +65,30 @@ def render_report(run_dir: Path, refresh: int | None = None) -> str:
     )
 
 
-def read_rows(run: RunDir) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All lines of metrics.jsonl, and those of steps.
+def read_metrics(run: RunDir, known: Metrics | None = None) -> Metrics:
+    """metrics.jsonl; with `known` only what was written since.
 
     Raises:
         ConfigError: it is no run directory, or nothing has been trained yet.
     """
-    rows = read_jsonl(run.metrics)
-    steps = [row for row in rows if "loss" in row]
-    if not run.config.exists() or not steps:
+    metrics = (known or Metrics(run.metrics)).update()
+    if not run.config.exists() or not metrics.count:
         raise ConfigError(f"{run.path}: no run with at least one step (needs config.yaml and metrics.jsonl); train first")
-    return rows, steps
+    return metrics
 
 
-def facts_of(run: RunDir, steps: list[dict[str, Any]]) -> dict[str, str]:
+def facts_of(run: RunDir, metrics: Metrics) -> dict[str, str]:
     summary = run.read_summary() or {}
-    last = steps[-1]
-    seconds = sum(row["step_s"] for row in steps)
+    last, seconds = metrics.last, max(metrics.seconds, 1e-9)
     facts = {
         "ended": summary.get("ended", "running, or killed"),
         "steps": f"{last['step']:,}",
         "samples": f"{last['samples']:,}",
         "tokens": f"{last['tokens']:,}",
         "tokens per second": f"{last['tokens'] / seconds:,.0f}",
-        "waiting for data": f"{sum(row['data_wait_s'] for row in steps) / seconds:.1%}",
-        "padding": f"{sum(row['padding_fraction'] for row in steps) / len(steps):.1%}",
-        "peak memory": f"{max(row['peak_memory_bytes'] for row in steps) / 2**30:.2f} GiB",
+        "waiting for data": f"{metrics.waited / seconds:.1%}",
+        "padding": f"{metrics.padding / metrics.count:.1%}",
+        "peak memory": f"{metrics.peak_bytes / 2**30:.2f} GiB",
     }
     if summary.get("wall_s"):
         facts["wall time"] = f"{summary['wall_s']:.0f} s"
@@ -141,17 +145,42 @@ def _best_metric(run: RunDir) -> str:
         return "exact_match"
 
 
-def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    at = [row["step"] for row in steps]
-    whole = [row for row in steps if row["loss"] is not None and row["grad_norm"] is not None]  # not those that were left out
-    at_whole = [row["step"] for row in whole]
+def left_out_of(metrics: Metrics) -> list[str]:
+    """What of metrics.jsonl the page does not show, in words."""
+    words = []
+    if metrics.width > 1:
+        words.append(
+            f"Of {metrics.count:,} steps each curve goes through the lowest and the highest value of every {metrics.width:,}; the clear "
+            "line is their mean. Totals are of all steps."
+        )
+    if metrics.odd:
+        words.append(f"{metrics.odd:,} lines of metrics.jsonl hold neither a whole step nor an evaluation and are left out.")
+    return words
+
+
+def _curve(metrics: Metrics, value: Callable[[dict[str, Any]], float | None], label: str, **options: Any) -> str:
+    """`value` of each step; where it is None the step has no point."""
+
+    def points(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+        known = [(row["step"], found) for row in rows if (found := value(row)) is not None]
+        return [step for step, _ in known], [found for _, found in known]
+
+    return line_plot(*points(metrics.rows), label, means=points(metrics.means), **options)
+
+
+def _of_whole(name: str) -> Callable[[dict[str, Any]], float | None]:
+    """A number of the steps that were not left out."""
+    return lambda row: None if row["loss"] is None or row["grad_norm"] is None else row[name]
+
+
+def _plots(metrics: Metrics, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     plots = [
-        ("Loss", line_plot(at_whole, [row["loss"] for row in whole], "mean over supervised tokens", log=True, smooth=True)),
-        ("Learning rate", line_plot(at, [row["lr"] for row in steps], "")),
-        ("Throughput", line_plot(at, [row["tokens_per_s"] for row in steps], "tokens per second", smooth=True)),
-        ("Gradient norm", line_plot(at_whole, [row["grad_norm"] for row in whole], "before clipping", log=True, smooth=True)),
+        ("Loss", _curve(metrics, _of_whole("loss"), "mean over supervised tokens", log=True, smooth=True)),
+        ("Learning rate", _curve(metrics, lambda row: row["lr"], "")),
+        ("Throughput", _curve(metrics, lambda row: row["tokens_per_s"], "tokens per second", smooth=True)),
+        ("Gradient norm", _curve(metrics, _of_whole("grad_norm"), "before clipping", log=True, smooth=True)),
     ]
-    plots += _more_plots(steps, whole)
+    plots += _more_plots(metrics)
     scores = scores_of(rows)
     if scores:
         shares = [100 * score["exact_match"] for score in scores]
@@ -162,29 +191,32 @@ def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tupl
     return plots
 
 
-def _more_plots(steps: list[dict[str, Any]], whole: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _more_plots(metrics: Metrics) -> list[tuple[str, str]]:
     """Waiting, memory, evenness of the ranks, and the loss of each data set of a mixture."""
-
-    def plot(rows: list[dict[str, Any]], values: list[float], label: str, **options: Any) -> str:
-        return line_plot([row["step"] for row in rows], values, label, **options)
-
-    waits = [100 * row["data_wait_s"] / max(row["step_s"], 1e-9) for row in steps]
-    plots = [("Waiting for data", plot(steps, waits, "% of a step", smooth=True))]
-    plots.append(("Memory", plot(steps, [row["peak_memory_bytes"] / 2**30 for row in steps], "most held at once, GiB")))
-    ranks = [row for row in steps if row.get("busy_s", {}).get("slowest_rank") is not None]
+    share: Callable[[dict[str, Any]], float] = lambda row: 100 * row["data_wait_s"] / max(row["step_s"], 1e-9)  # noqa: E731
+    plots = [("Waiting for data", _curve(metrics, share, "% of a step", smooth=True))]
+    plots.append(("Memory", _curve(metrics, lambda row: row["peak_memory_bytes"] / 2**30, "most held at once, GiB")))
+    ranks = [row for row in metrics.means if row.get("busy_s", {}).get("slowest_rank") is not None]
     if any(row["busy_s"]["max"] > row["busy_s"]["mean"] for row in ranks):
         curves = [([row["step"] for row in ranks], [row["busy_s"][part] for row in ranks]) for part in ("mean", "max")]
         plots.append(("Own work of the ranks: mean, slowest", curves_plot(curves, "seconds of a step", smooth=True)))
-    if any(any(row.get("imbalance", {}).values()) for row in steps):
-        uneven = [row for row in steps if "imbalance" in row]
+    rows = metrics.rows
+    if any(any(row.get("imbalance", {}).values()) for row in rows):
         for part, title in (("tokens", "Uneven tokens"), ("patches", "Uneven vision patches")):
-            excess = [100 * row["imbalance"][part] for row in uneven]
-            plots.append((title, plot(uneven, excess, "rank with most above the mean, %", smooth=True)))
-    for name in next((list(row["loss_by_dataset"]) for row in steps if "loss_by_dataset" in row), []):
-        known = [row for row in whole if row.get("loss_by_dataset", {}).get(name) is not None]
-        losses = [row["loss_by_dataset"][name] for row in known]
-        plots.append((f"Loss of {name}", plot(known, losses, "mean over its supervised tokens", log=True, smooth=True)))
+            excess = partial(_excess, part)
+            plots.append((title, _curve(metrics, excess, "rank with most above the mean, %", smooth=True)))
+    for name in dict.fromkeys(name for row in rows for name in row.get("loss_by_dataset", {})):
+        losses = partial(_loss_of, name)
+        plots.append((f"Loss of {name}", _curve(metrics, losses, "mean over its supervised tokens", log=True, smooth=True)))
     return plots
+
+
+def _excess(part: str, row: dict[str, Any]) -> float | None:
+    return 100 * row["imbalance"][part] if part in row.get("imbalance", {}) else None
+
+
+def _loss_of(name: str, row: dict[str, Any]) -> float | None:
+    return row.get("loss_by_dataset", {}).get(name) if _of_whole("loss")(row) is not None else None
 
 
 def _events(run: RunDir) -> list[dict[str, Any]]:

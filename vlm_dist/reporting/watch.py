@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import http.server
+import threading
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.hosts import REFUSED, host_check
 from vlm_dist.reporting.report import render_report
+from vlm_dist.reporting.thinning import Metrics
+from vlm_dist.run_dir import RunDir
 
 
 def serve_report(run_dir: Path, *, host: str, port: int, every: int) -> http.server.ThreadingHTTPServer:
@@ -22,7 +25,7 @@ def serve_report(run_dir: Path, *, host: str, port: int, every: int) -> http.ser
         MachineError: the port is taken.
     """
 
-    is_ours = host_check(host)
+    is_ours, metrics, turn = host_check(host), Metrics(RunDir(run_dir).metrics), threading.Lock()
 
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -33,7 +36,8 @@ def serve_report(run_dir: Path, *, host: str, port: int, every: int) -> http.ser
                 self.send_error(404)
                 return
             try:
-                page, code = render_report(run_dir, refresh=every), 200
+                with turn:
+                    page, code = render_report(run_dir, every, metrics), 200
             except ConfigError as error:  # not one step yet
                 page, code = f"<meta http-equiv=refresh content={every}><p>{error}</p>", 503
             body = page.encode()
