@@ -106,6 +106,7 @@ setup(
         "chat": CHAT,
         "cider": CIDER,
         "datasets": DATASETS,
+        "heif": ["pillow-heif>=1"],
         "s3": ["s3fs>=2025.9"],
         "gcs": ["gcsfs>=2025.9"],
     },

@@ -26,6 +26,7 @@ and what is on paper says so.
 """
 # Results that do not name their own command.
 COMMANDS = {
+    "cuda_branches": "scripts/cuda_branches.py --out docs/benchmarks/cuda_branches.json --page docs/gpu.md",
     "aot": ".venv/bin/python -m vlm_kernels.aot --json",
     "scaling_model": "python scripts/bench/scaling_model.py --json",
     "scaling_model_25gbps": "python scripts/bench/scaling_model.py --node-gbps 25 --gpus 16 64 --json",
@@ -128,8 +129,13 @@ def vllm_load(raw: Any) -> str:
     )
 
 
+def cuda_branches(raw: Any) -> str:
+    return f"{raw['reached']} of {len(raw['places'])} places that ask for a GPU run on a pretended card"
+
+
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
+    "cuda_branches": cuda_branches,
     "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
     "quickstart": quickstart,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,

@@ -1,11 +1,13 @@
 """A run that is killed, stopped, starved and moved to other numbers of ranks, beside one that is left alone: both must be the same.
 
     python scripts/chaos.py --steps 60 --faults 6                  some minutes
-    python scripts/chaos.py --steps 1500 --faults 150 --out docs/benchmarks/chaos.json      about an hour
+    python scripts/chaos.py --minutes 60 --out docs/benchmarks/chaos.json      as many steps and faults as an hour has room for
 
 A tiny LLaVA in NF4 trains on shards of an HTTP server that answers some requests with 503, cuts others and is slow with others; some
 samples are broken. At random steps (by --seed) the run gets SIGKILL or SIGTERM, or is stopped and let go on, or loses one of its ranks;
 each start has one or two ranks. In the end losses of every step, totals, quarantine and adapter are compared.
+With --minutes a short run tells first how long a start and a step take; faults then come, on average, after as many steps as take the
+time of a start, so that half of the disturbed run's time at best goes into steps.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import random
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -86,8 +89,11 @@ class Run:
 
     def step(self) -> int:
         """The last one in metrics.jsonl."""
-        steps = [row["step"] for row in read_jsonl(self.folder / "metrics.jsonl") if "loss" in row]
-        return steps[-1] if steps else 0
+        return rows[-1]["step"] if (rows := self.rows()) else 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of steps."""
+        return [row for row in read_jsonl(self.folder / "metrics.jsonl") if "loss" in row]
 
     @property
     def log(self) -> Path:
@@ -122,22 +128,23 @@ class Run:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(120)
 
-    def through(self, ranks: int, until: int | None, action: str, longest_s: float) -> int:
-        """Start it and disturb it at a step, or let it end; returns the exit code."""
+    def through(self, ranks: int, faults: list[tuple[int, str]], longest_s: float = 3600) -> int:
+        """Start it, disturb it at steps, and let it end; returns the exit code. The faults that were made are taken from the list."""
         before, began, seen = self.step(), time.monotonic(), False
         process = self.start(ranks)
         while process.poll() is None:
             if time.monotonic() - began > longest_s:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise SystemExit(f"chaos: no end after {longest_s:.0f} s; see {self.folder.parent}")
-            time.sleep(0.1)
+            time.sleep(0.2)
             now = self.step()
             if not seen and now and (now != before or before == 0):
                 seen = True
                 self.recovered_s.append(time.monotonic() - began)
-            if until is not None and now >= until:
+            if seen and faults and now >= faults[0][0]:
+                until, action = faults.pop(0)
                 self.disturb(process, action)
-                until = None
+                print(f"step {until}: {action} ({ranks} ranks) at step {now}, {time.monotonic() - began:.0f} s after the start", flush=True)
         told = CONTINUING.search(self.log.read_text(errors="replace"))
         self.steps_lost += before - (int(told[1]) if told else 0) if seen else 0
         return process.returncode
@@ -149,7 +156,7 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def prepare(folder: Path, steps: int, seed: int) -> dict[str, Any]:
+def prepare(folder: Path, seed: int) -> dict[str, Any]:
     """Shards with some broken samples, a checkpoint, and the configuration of both runs."""
     made = synthesise(folder / "made", train=120, heldout=4, tasks=("qa",), seed=seed, size=32, shard_size=20)
     raws = [{name: raw[name] for name in ("__key__", "jpg", "json")} for raw in read_in_order([str(path) for path in made["qa-train"]])]
@@ -163,10 +170,23 @@ def prepare(folder: Path, steps: int, seed: int) -> dict[str, Any]:
         "lora": {"r": 4},
         "data": {"max_seq_length": 256, "shuffle_window": 20, "max_bad_fraction": 0.2, "cache_dir": str(folder / "cache")},
         "optim": {"lr": 1e-3},
-        "training": {"steps": steps, "global_batch": 4, "micro_batch": 2},
-        "checkpoint": {"save_every": 5},
+        "training": {"global_batch": 4, "micro_batch": 2},
         "log": {"wandb": "disabled"},
     }  # fmt: skip
+
+
+def sizes(settings: dict[str, Any], folder: Path, address: str, minutes: float) -> tuple[int, int]:
+    """Steps and faults for which calm and disturbed run together take so long, from a short run."""
+    config = {**settings, "name": "probe", "data": {**settings["data"], "train": [address]}}
+    config["training"] = {**settings["training"], "steps": 30}
+    (folder / "probe.yaml").write_text(json.dumps(config))
+    probe = Run(folder / "probe.yaml", folder / "runs" / "probe")
+    if probe.through(1, []) != 0:
+        raise SystemExit(f"chaos: the short run failed: {probe.log.read_text()[-2000:]}")
+    start_s, step_s = probe.recovered_s[0], statistics.median(row["step_s"] for row in probe.rows())
+    faults = max(1, round((60 * minutes / start_s - 2) / 3))
+    print(f"a start takes {start_s:.0f} s, a step {step_s:.2f} s: {faults} faults", flush=True)
+    return round(faults * start_s / step_s), faults
 
 
 def compare(calm: Run, wild: Run) -> dict[str, float | bool]:
@@ -187,10 +207,22 @@ def compare(calm: Run, wild: Run) -> dict[str, float | bool]:
     }
 
 
+def made_runs(folder: Path, settings: dict[str, Any], address: str, steps: int, faults: int) -> tuple[Run, Run]:
+    """The calm and the wild one; each saves some ten times between two faults."""
+    runs = []
+    for name in ("calm", "wild"):
+        config = {**settings, "name": name, "data": {**settings["data"], "train": [address]}}
+        config |= {"training": {**settings["training"], "steps": steps}, "checkpoint": {"save_every": max(5, steps // faults // 10)}}
+        (folder / f"{name}.yaml").write_text(json.dumps(config))
+        runs.append(Run(folder / f"{name}.yaml", folder / "runs" / name))
+    return runs[0], runs[1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--faults", type=int, default=6, help="how often the run is disturbed")
+    parser.add_argument("--minutes", type=float, help="in place of --steps and --faults: how long both runs together take, about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks of a start, drawn")
     parser.add_argument("--out", type=Path)
@@ -198,34 +230,29 @@ def main() -> int:
     rng, began = random.Random(arguments.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        settings = prepare(folder, arguments.steps, arguments.seed)
-        server = Server(folder / "served", arguments.seed)
-        runs = []
-        for name in ("calm", "wild"):
-            address = f"http://127.0.0.1:{server.server_port}/x-{{000000..{(119 // 20):06d}}}.tar"
-            config = {**settings, "name": name, "data": {**settings["data"], "train": [address]}}
-            (folder / f"{name}.yaml").write_text(json.dumps(config))
-            runs.append(Run(folder / f"{name}.yaml", folder / "runs" / name))
-        calm, wild = runs
+        settings = prepare(folder, arguments.seed)
         (folder / "runs").mkdir()
-        if calm.through(1, None, "", 3600) != 0:
-            raise SystemExit(f"chaos: the calm run failed: {(folder / 'runs' / 'calm-1.log').read_text()[-2000:]}")
+        server = Server(folder / "served", arguments.seed)
+        address = f"http://127.0.0.1:{server.server_port}/x-{{000000..{(119 // 20):06d}}}.tar"
+        steps, faults = arguments.steps, arguments.faults
+        if arguments.minutes:
+            steps, faults = sizes(settings, folder, address, arguments.minutes)
+        calm, wild = made_runs(folder, settings, address, steps, faults)
+        if calm.through(1, []) != 0:
+            raise SystemExit(f"chaos: the calm run failed: {calm.log.read_text()[-2000:]}")
         server.share = 0.2
-        for until in sorted(rng.sample(range(1, arguments.steps - 1), arguments.faults)):
-            action, ranks = rng.choice(ACTIONS), rng.choice(arguments.ranks)
-            code = wild.through(ranks, until, action, 3600)
-            print(f"step {until}: {action} ({ranks} ranks), exit code {code}", flush=True)
-            if wild.step() >= arguments.steps and code == 0:
-                break
-        if wild.through(rng.choice(arguments.ranks), None, "", 3600) != 0:
-            raise SystemExit(f"chaos: the last start failed: {(folder / 'runs' / f'wild-{wild.starts}.log').read_text()[-2000:]}")
+        plan = [(step, rng.choice(ACTIONS)) for step in sorted(rng.sample(range(1, steps - 1), faults))]
+        while (code := wild.through(rng.choice(arguments.ranks), plan)) != 0 or wild.step() < steps:
+            if wild.starts > faults + 1:
+                raise SystemExit(f"chaos: exit code {code} without a fault: {wild.log.read_text()[-2000:]}")
         same = compare(calm, wild)
-        summary = json.loads((wild.folder / "summary.json").read_text())
+        summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (calm, wild)]
     found = {
-        "steps": arguments.steps, "seed": arguments.seed, "starts": wild.starts, "disturbed": wild.happened, "server": server.counts,
-        "steps_lost": wild.steps_lost, "recovery_s": [round(one, 1) for one in wild.recovered_s],
-        "goodput": summary["goodput"], "difference": same, "wall_s": round(time.monotonic() - began),
-        "environment": describe_environment(alone()),
+        "command": " ".join(["python scripts/chaos.py", *sys.argv[1:]]),
+        "steps": steps, "seed": arguments.seed, "starts": wild.starts, "disturbed": wild.happened, "server": server.counts,
+        "steps_lost": wild.steps_lost, "recovery_s": [round(one, 1) for one in wild.recovered_s], "goodput": summaries[1]["goodput"],
+        "calm": {"recovery_s": round(calm.recovered_s[0], 1), "goodput": summaries[0]["goodput"], "wall_s": summaries[0]["wall_s"]},
+        "difference": same, "wall_s": round(time.monotonic() - began), "environment": describe_environment(alone()),
     }  # fmt: skip
     print(json.dumps({name: value for name, value in found.items() if name != "environment"}, indent=1))
     if arguments.out:

@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from vlm_dist.config_model import Fraction, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
+from vlm_dist.config_cluster import DistributedConfig, RayConfig
+from vlm_dist.config_look import EvaluationConfig, LogConfig
+from vlm_dist.config_model import Fraction, Kernel, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
 
 __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "EngineConfig",
     "EvaluationConfig",
     "HealthConfig",
@@ -30,9 +33,6 @@ __all__ = [
     "SourceConfig",
     "TrainingConfig",
 ]
-
-
-Kernel = Literal["layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows", "vision_windows"]
 
 
 class SourceConfig(Section):
@@ -123,6 +123,8 @@ class OptimConfig(Section):
     """Highest learning rate of the projector, if another."""
     lr_language: PositiveFloat | None = None
     """Highest learning rate of the language model, if another."""
+    lr_experts: PositiveFloat | None = None
+    """Highest learning rate of experts, or of the adapters on them, if another."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: PositiveFloat = 1e-8
@@ -150,6 +152,8 @@ class TrainingConfig(Section):
     """Samples (with data.packing: rows) in one optimizer step, over all ranks and accumulation rounds."""
     micro_batch: PositiveInt = 1
     """Samples that one rank computes at a time; global_batch / (micro_batch x ranks) rounds are accumulated."""
+    router_aux_loss: NonNegativeFloat | None = None
+    """Weight of the loss that evens out the load of experts; null: the model's own where its routers train, else 0."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -167,43 +171,12 @@ class EngineConfig(Section):
     """ZeRO stage: what is sharded over ranks. auto: 0 with lora or on one rank, 2 for full training on several; 2 or 3 with offload."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """optimizer: its moments and the update stay in the host's memory (ZeRO-Offload; zero_stage 1 to 3); all: the weights too (3)."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a card for each rank, where there are cards; one that CUDA cannot start on is refused. cpu: none is used."""
     nvme_path: str | None = None
     """What is offloaded goes to a folder on an NVMe disk instead of the host's memory (ZeRO-Infinity; zero_stage 3)."""
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, passed through as they are; settings that this file owns are refused."""
-
-
-class RayConfig(Section):
-    """Workers of launch/ray_train.py; one worker is one rank."""
-
-    workers: PositiveInt | None = None
-    """Workers; none given: one for every GPU of the cluster, or one where there is no GPU."""
-    min_workers: PositiveInt | None = None
-    """Go on with fewer workers, down to this number, when nodes are lost, and grow again when they come back."""
-    cpus_per_worker: PositiveFloat = 1
-    """CPUs that each worker reserves."""
-    max_failures: NonNegativeInt = 3
-    """Restarts after a worker or node was lost; each continues from the newest checkpoint."""
-    address: str | None = None
-    """A running cluster; none given: RAY_ADDRESS, else one that runs on this machine, else a new one here."""
-
-
-class EvaluationConfig(Section):
-    """Answers are generated for held-out questions and compared with the truth: before, during and after training."""
-
-    every: NonNegativeInt = 0
-    """Evaluate every so many steps during training; 0: only before and after."""
-    samples: PositiveInt | None = 200
-    """Use the first so many held-out samples; null: all."""
-    batch_size: PositiveInt = 16
-    """Samples that one rank answers at a time."""
-    max_new_tokens: PositiveInt = 64
-    """Longest answer, in tokens."""
-    metrics: list[str] = []
-    """Scores besides exact_match: token_f1, anls, vqa_accuracy, relaxed_accuracy, cer, wer, bleu, chrf, cider, or module:function of your
-    own, called with an answer and the list of right ones."""
-    patience: PositiveInt | None = None
-    """Stop when checkpoint.best_metric has not become better in so many evaluations; null: train to the end."""
 
 
 class CheckpointConfig(Section):
@@ -248,17 +221,6 @@ class HealthConfig(Section):
     """Compute the fullest micro-batch once before training, so that too little memory shows in the first minute; auto: on a GPU."""
 
 
-class LogConfig(Section):
-    """What is written while training runs. metrics.jsonl always is."""
-
-    every: PositiveInt = 10
-    """One log line every so many steps where there is no terminal for a progress bar."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto: online where an API key is set, else disabled. Its failures never stop a run."""
-    wandb_project: str = "vlm_dist"
-    """Project name in Weights & Biases."""
-
-
 class Config(Section):
     """One run. Every section has defaults; only `name`, `model`, `data.train` and the length of training must be given."""
 
@@ -277,6 +239,7 @@ class Config(Section):
     training: TrainingConfig
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()

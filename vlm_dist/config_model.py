@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Literal["vision", "projector", "language"]
+Kernel = Literal[
+    "layer_norm",
+    "linear_cross_entropy",
+    "mlp",
+    "nf4_lora_linear",
+    "patch_embedding",
+    "rms_norm",
+    "rope",
+    "supervised_rows",
+    "vision_windows",
+]
 
 
 def _as_list(value: Any) -> Any:
@@ -78,9 +90,13 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     load_in_4bit: bool = True
-    """Hold the base in NF4 with double quantisation (bitsandbytes); needs lora."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number type of weights and computation; auto: bfloat16 on a GPU that has it, else float32."""
+    """Hold the base in NF4 with double quantisation (bitsandbytes), experts too; needs lora."""
+    keep_16bit: Paths = []
+    """What of it stays in model.dtype all the same: vision, projector, or regular expressions that the path of a module contains, e.g.
+    [vision, mlp.experts]. Head, embeddings, norms and routers always stay."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number type of weights and computation; auto: bfloat16 on a GPU that has it, float16 on an older one (its loss is scaled), float32
+    on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel that transformers uses; auto: sdpa."""
     gradient_checkpointing: bool | dict[Literal["vision", "language"], bool | PositiveInt] = False
@@ -97,6 +113,16 @@ class ModelConfig(Section):
     def kind(self) -> str:
         """What it starts from, in words."""
         return "a checkpoint" if self.name else "a new mini VLM" if self.mini_vlm else "random weights (model.scratch)"
+
+    @field_validator("keep_16bit")
+    @classmethod
+    def _are_patterns(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression ({error})") from None
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -138,6 +164,15 @@ class LoraConfig(Section):
     """Adapt the attention projections of the chosen sides."""
     mlp: bool = True
     """Adapt the MLPs of the chosen sides."""
+    experts: Literal["auto", "off", "lora"] = "auto"
+    """Adapters on the experts of a mixture-of-experts model, one for each; auto: lora where language and mlp are on and neither modules,
+    dropout nor dora is set (experts' adapters have none of these)."""
+    r_experts: PositiveInt = 4
+    """Rank of the update of each expert."""
+    alpha_experts: PositiveFloat | None = None
+    """alpha in the experts, if they are to be scaled otherwise than the rest."""
+    router: Literal["frozen", "full"] = "frozen"
+    """What chooses among the experts: left as it is, or trained itself."""
     projector: Literal["frozen", "lora", "full"] = "frozen"
     """The module between vision tower and language model: left as it is, adapted, or trained itself (then it is not quantised)."""
     modules: list[str] = []
@@ -158,6 +193,9 @@ class LoraConfig(Section):
         sides = self.vision or self.language
         if sides and not (self.attention or self.mlp):
             raise ValueError("nothing would be adapted; turn on lora.attention or lora.mlp")
+        if self.experts == "lora" and (self.dropout > 0 or self.dora):
+            setting = "dropout: 0" if self.dropout > 0 else "dora: false"
+            raise ValueError(f"experts=lora: adapters on experts have no dropout and no DoRA; set lora.{setting}, or lora.experts: off")
         if not sides and self.projector == "frozen":
             raise ValueError("nothing would be adapted; turn on lora.vision or lora.language, or set lora.projector")
         return self

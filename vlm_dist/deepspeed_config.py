@@ -25,6 +25,13 @@ def zero_stage(config: Config, world_size: int) -> int:
     return 2 if engine.offload == "optimizer" or (world_size > 1 and config.lora is None) else 0
 
 
+def loads_sharded(config: Config, world_size: int) -> bool:
+    """Whether each rank holds only its share of the weights while they are loaded. DoRA measures whole weights when it begins, and an NVMe
+    disk takes them from the engine."""
+    dora = config.lora is not None and config.lora.dora
+    return zero_stage(config, world_size) == 3 and not dora and config.engine.nvme_path is None
+
+
 def check_batches(config: Config, world_size: int) -> int:
     """Accumulation rounds per optimizer step.
 
@@ -42,16 +49,22 @@ def check_batches(config: Config, world_size: int) -> int:
     return training.global_batch // (training.micro_batch * world_size)
 
 
-def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_trainable: int = LARGEST_BUCKET) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, world_size: int, dtype: Any, num_trainable: int = LARGEST_BUCKET, *, on_gpu: bool = False
+) -> dict[str, Any]:
     """The DeepSpeed JSON of a configuration.
 
     Args:
+        dtype: what is computed in (a torch.dtype, or its name).
         num_trainable: trainable parameters. DeepSpeed's bucket for their gradients is no larger: its default would take 2 GB beside
             adapters of some MB.
+        on_gpu: gradients of many weights travel while others are computed, and what is offloaded lies in pinned memory.
 
     Raises:
         ConfigError: engine.deepspeed sets what our own keys decide, or the optimizer does not fit the stage.
     """
+    dtype_name = str(dtype).removeprefix("torch.")
+    half = dtype_name in ("bfloat16", "float16")
     owned = [key for key in config.engine.deepspeed if key in OWNED_KEYS]
     if owned:
         raise ConfigError(f"engine.deepspeed.{owned[0]} is decided by this file's own keys; remove it (see `vlm-dist config --explain`)")
@@ -65,9 +78,9 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_train
     bucket = {"reduce_bucket_size": min(num_trainable, LARGEST_BUCKET)}
     zero = {
         "stage": stage,
-        "overlap_comm": False,
+        "overlap_comm": on_gpu and stage >= 2 and (config.lora is None or config.engine.offload != "none"),
         **bucket,
-        **_offload(config, stage),
+        **_offload(config, stage, pinned=on_gpu),
         **config.engine.deepspeed.get("zero_optimization", {}),
     }
     return {
@@ -75,14 +88,16 @@ def deepspeed_config(config: Config, world_size: int, dtype_name: str, num_train
         "gradient_accumulation_steps": check_batches(config, world_size),
         # at stage 0 the norm is taken here (`take_step`), because DeepSpeed does not report it there
         "gradient_clipping": config.optim.grad_clip if stage else 0.0,
-        "torch_autocast": {"enabled": dtype_name == "bfloat16", "dtype": "bfloat16"},
+        # no module is safe to reduce in 16 bit: gradients are added up in the float32 of what trains
+        "torch_autocast": {"enabled": half, "dtype": dtype_name if half else "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         **config.engine.deepspeed,
         "zero_optimization": zero,
     }
 
 
-def _offload(config: Config, stage: int) -> dict[str, Any]:
+def _offload(config: Config, stage: int, *, pinned: bool) -> dict[str, Any]:
     """DeepSpeed's words for engine.offload and engine.nvme_path (ZeRO-Offload, arXiv:2101.06840; ZeRO-Infinity, arXiv:2104.07857)."""
     engine = config.engine
     if engine.offload == "none":
@@ -96,6 +111,6 @@ def _offload(config: Config, stage: int) -> dict[str, Any]:
         raise ConfigError(
             f"engine.offload={engine.offload}: the update runs on the CPU, which optim.name={config.optim.name} cannot; use adamw"
         )
-    place: dict[str, Any] = {"device": "nvme" if engine.nvme_path else "cpu", "pin_memory": False}
+    place: dict[str, Any] = {"device": "nvme" if engine.nvme_path else "cpu", "pin_memory": pinned}
     place |= {"nvme_path": engine.nvme_path} if engine.nvme_path else {}
     return {"offload_optimizer": place} | ({"offload_param": place} if engine.offload == "all" else {})

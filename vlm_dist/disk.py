@@ -87,3 +87,14 @@ def _number(error: BaseException) -> int | None:
 def _short(path: object) -> str:
     text = str(path)
     return text if len(text) <= 160 else f"{text[:80]}...{text[-40:]}"
+
+
+def readable_as_others(folder: Path) -> None:
+    """Give files that only their owner may read (safetensors writes them so) the mode of any other new file there."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(mode)

@@ -1,22 +1,22 @@
-"""Who is this process among the others: the only reader of RANK, WORLD_SIZE and their kin.
-
-torchrun, the deepspeed launcher and Ray set the variables; under srun they are taken from SLURM's; a plain `python` process becomes a
-world of one.
-"""
+"""Who is this process among the others, and what it asks of them. A plain `python` process becomes a world of one."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from vlm_dist.errors import MachineError
+from vlm_dist.cards import card_id, check_cards, choose_device
+from vlm_dist.joining import join
+from vlm_dist.launched import announced
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,59 +78,50 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def first_on_node(self, do: Callable[[], T]) -> T:
+        """What `do` returns, on every rank; one rank of each node does it before the others, who then find on the disk what it fetched.
+        Every rank must call it."""
+        if self.local_rank:
+            self.barrier()
+            return do()
+        try:
+            return do()
+        finally:
+            self.barrier()
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(0)
 
 
-def env_world_size() -> int:
-    """The number of ranks that the launcher announced, without starting anything."""
-    return int(os.environ.get("WORLD_SIZE") or _from_slurm().get("WORLD_SIZE", "1"))
+def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", "cpu"] = "auto") -> Ranks:
+    """Join the process group that the launcher describes (or a group of one), and choose the device of this rank.
 
+    Args:
+        run: what all ranks have in common, such as the run's directory; one that has come to another run's ranks leaves them alone.
+        join_timeout_s: until all must be there; who is missing is told after 10 s.
+        device: auto: the card that belongs to this rank, where there are cards.
 
-def env_rank() -> int:
-    """The rank that the launcher announced, without starting anything."""
-    return int(os.environ.get("RANK") or _from_slurm().get("RANK", "0"))
-
-
-def _from_slurm() -> dict[str, str]:
-    """The variables of a task that srun started; nothing elsewhere, such as in a batch script or an interactive allocation."""
-    if "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
-        return {}
-    return {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
-        "MASTER_PORT": str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000),
-    }
-
-
-def start() -> Ranks:
-    """Join the process group that the launcher describes (or a group of one), and choose the device of this rank."""
-    import torch
+    Raises:
+        MachineError: the launcher's variables do not agree, or the others did not come; there are cards, but CUDA does not start, or not
+            every rank has its own.
+    """
     import torch.distributed as dist
 
-    if "RANK" not in os.environ:
-        for name, value in _from_slurm().items():
-            os.environ.setdefault(name, value)
-        if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:
-            raise MachineError(
-                "srun on several nodes: MASTER_ADDR is not set; export the first node's name, as launch/slurm/train.sbatch does"
-            )
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    place = announced()
+    ours = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size, "MASTER_ADDR": place.host}
+    for name, value in ours.items():
+        os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+        os.environ["MASTER_PORT"] = str(place.port or free_port())
+    chosen = choose_device(place.local_rank, device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        store = join(place, run, join_timeout_s)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+    ranks = Ranks(dist.get_rank(), place.local_rank, dist.get_world_size(), chosen)
+    check_cards(ranks.gather((socket.gethostname(), card_id(chosen))))
+    return ranks
 
 
 def alone() -> Ranks:
@@ -148,7 +139,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from vlm_dist.distributed import Ranks
@@ -21,9 +22,9 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
 
     return {
         "command": redacted_words(sys.argv),
-        "python": platform.python_version(),
+        "python": platform.pythonversion(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "ranks": ranks.world_size,
         "device": str(ranks.device),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
@@ -31,12 +32,23 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def available_memory() -> int:
+    """Bytes of the host's memory that this process can still take: what is free, or what its control group leaves."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return available
+
+
 def write_environment(run: RunDir, ranks: Ranks) -> None:
     if ranks.is_first:
         write_json(run.environment, describe_environment(ranks), mode=PRIVATE)
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None: it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -7,6 +7,8 @@ class UserError(ValueError):
     exit_code = 2
     told = False
     """Another rank says it: this one only ends."""
+    of_one = False
+    """One rank says it, and the others know."""
 
 
 class ConfigError(UserError):
@@ -39,3 +41,9 @@ class MachineError(UserError):
     """This machine cannot do what the configuration asks."""
 
     exit_code = 6
+
+
+def words_of(error: Exception) -> str:
+    """What a library said, on one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -31,6 +31,8 @@ class Family:
     """Paths of modules that the checkpoint holds and the model never runs; never adapted."""
     boxes: str = "thousand"
     """How its makers taught it to write boxes and points, a name of `data/conventions.py`; thousand where they document nothing."""
+    overflows_in_float16: bool = False
+    """Whether its hidden states are known to grow beyond 65,504, the largest float16."""
     packs: bool = False
     """Whether several samples may share a row without one seeing another (tests/models/test_packing.py shows it by their losses)."""
 
@@ -45,12 +47,14 @@ class Family:
 LLAVA_PARTS = ("model.vision_tower", ("model.multi_modal_projector",), "model.language_model")
 IDEFICS_PARTS = ("model.vision_model", ("model.connector",), "model.text_model")
 QWEN_PARTS = ("model.visual", ("model.visual.merger",), "model.language_model")
+QWEN3_PARTS = ("model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model")
 SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-language model takes the patches
 FAMILIES = {
     row.model_type: row
     for row in (
-        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma"),
+        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True),
         Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma"),
+        Family("glm4v_moe", *QWEN_PARTS, packs=True),
         Family("idefics3", *IDEFICS_PARTS, packs=True),
         Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl"),
         Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
@@ -65,9 +69,9 @@ FAMILIES = {
         Family("qwen2_5_vl", *QWEN_PARTS, packs=True, boxes="absolute"),
         Family("qwen2_vl", *QWEN_PARTS, packs=True, boxes="qwen2"),
         Family("qwen3_5", *QWEN_PARTS),
-        Family(
-            "qwen3_vl", "model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model", packs=True,
-        ),
+        Family("qwen3_5_moe", *QWEN_PARTS),
+        Family("qwen3_vl", *QWEN3_PARTS, packs=True),
+        Family("qwen3_vl_moe", *QWEN3_PARTS, packs=True),
         Family("smolvlm", *IDEFICS_PARTS, packs=True),
     )
 }  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import sys
 import warnings
 
 from vlm_dist.redaction import redact_log
@@ -14,8 +16,8 @@ def quiet_libraries() -> None:
     redact_log()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # A repository's `kernels/` folder on the path is no reason to speak of Hugging Face's optional package of that name.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    _hide_folder("kernels")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # says that this package is not installed
     logging.getLogger("DeepSpeed").addFilter(_not_about_accelerator)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     # torch: raised inside DeepSpeed and peft on every start
@@ -25,6 +27,13 @@ def quiet_libraries() -> None:
     # Pillow: its own limit of pixels; ours is checked on the same header
     warnings.filterwarnings("ignore", message=".*could be decompression bomb.*")
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*", category=UserWarning)
+
+
+def _hide_folder(name: str) -> None:
+    """With the repository's folder on the path, its `kernels/` would pass for Hugging Face's optional package of that name."""
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    if spec is not None and spec.origin is None:  # a folder without code
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
 
 
 def _not_about_accelerator(record: logging.LogRecord) -> bool:

@@ -75,6 +75,11 @@ class RunDir:
         return self.path / "quarantine.jsonl"
 
     @property
+    def tracking(self) -> Path:
+        """The ids under which trackers (Weights & Biases, MLflow) know this run."""
+        return self.path / "tracking.json"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

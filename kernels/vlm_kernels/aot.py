@@ -76,8 +76,8 @@ def compile_all(targets: Sequence[str] = tuple(SHARED_LIMIT), kernels: Sequence[
                 yield Row(**{**asdict(done[key]), "shape": case.shape})
 
 
-def compile_one(name: str, case: Compilation, target: str) -> Row:
-    """Compile one kernel for one target, e.g. "cuda:89" or "hip:gfx942"."""
+def compile_for(case: Compilation, target: str) -> Any:
+    """Triton's compiled kernel for one target, e.g. "cuda:89" or "hip:gfx942", with its `asm`."""
     backend, _, architecture = target.partition(":")
     gpu = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
     signature = {**case.pointers, **dict.fromkeys(case.constants, "constexpr")}
@@ -87,7 +87,12 @@ def compile_one(name: str, case: Compilation, target: str) -> Row:
     places = [i for i, (argument, kind) in enumerate(ordered.items()) if kind != "constexpr" and kind[0] in "*i" and argument not in free]
     source_attributes: Any = {(i,): [["tt.divisibility", 16]] for i in places}
     source = ASTSource(fn=case.kernel, signature=ordered, constexprs=case.constants, attrs=source_attributes)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, **case.options})
+    return triton.compile(source, target=gpu, options={"num_warps": case.num_warps, **case.options})
+
+
+def compile_one(name: str, case: Compilation, target: str) -> Row:
+    """Compile one kernel for one target and read off what it uses."""
+    backend, compiled = target.partition(":")[0], compile_for(case, target)
     used = _cuda_resources(compiled.asm["cubin"]) if backend == "cuda" else _hip_resources(compiled.asm["amdgcn"])
     widths = _cuda_widths(compiled.asm["ptx"]) if backend == "cuda" else _hip_widths(compiled.asm["amdgcn"])
     kernel = f"{name}.{case.kernel.fn.__name__.strip('_').removesuffix('_kernel').replace('kernel', 'forward')}"

@@ -44,6 +44,8 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride
     label = tl.load(LABELS + row)
+    # before the sums, whose barriers stand between this load of one thread and the stores of all
+    right = _softcapped(tl.load(LOGITS + label).to(tl.float32), softcap, HAS_CAP)
     largest = -float("inf")
     total = 0.0
     logit_sum = 0.0
@@ -57,7 +59,6 @@ def _row_kernel(
         largest = new_largest
         logit_sum += tl.sum(tl.where(columns < V, logits, 0.0), axis=0)
     lse = largest + tl.log(total)
-    right = _softcapped(tl.load(LOGITS + label).to(tl.float32), softcap, HAS_CAP)
     loss = lse - (1.0 - smoothing) * right + z_loss * lse * lse
     if smoothing > 0.0:
         loss -= smoothing / V * logit_sum

@@ -45,6 +45,21 @@ def test_what_is_planted_is_found(monkeypatch, tmp_path, capsys, settings):
     assert checks["data"]["state"] == "bad" and "no shard matches" in checks["data"]["found"]
 
 
+def test_an_address_that_no_other_node_reaches(monkeypatch):
+    """Debian writes the host's own name beside 127.0.1.1, where gloo would then listen."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    for name in doctor.INTERFACES:
+        monkeypatch.delenv(name, raising=False)
+    (check,) = doctor._sockets()
+    assert check.state == "warn" and "export GLOO_SOCKET_IFNAME" in check.fix and "NCCL_SOCKET_IFNAME" in check.fix
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    (check,) = doctor._sockets()
+    assert check.state == "warn" and "export GLOO" not in check.fix and "export NCCL_SOCKET_IFNAME" in check.fix
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    (check,) = doctor._sockets()
+    assert check.state == "ok" and "GLOO_SOCKET_IFNAME=eth0" in check.found
+
+
 def test_a_broken_library_is_a_finding(monkeypatch, capsys):
     from bitsandbytes import functional
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.control_tokens import WORD_JOINER
-from vlm_dist.data.encode import IGNORED, Encoder, count_labels, is_per_token
-from vlm_dist.data.labels import in_spans
+from vlm_dist.data.encode import IGNORED, Encoder, count_labels
+from vlm_dist.data.labels import is_per_token, span_of
 from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.samples import Sample
 from vlm_dist.errors import BadSample, ConfigError
@@ -115,7 +115,7 @@ def test_text_is_counted_as_it_is_encoded(encoder):
 def test_a_template_that_rewrites_earlier_turns_is_refused(encoder):
     said = "{{ m.content[-1].text | upper if m.role == 'assistant' else m.content[-1].text }}"
     encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} " + said + "{% endfor %}"
-    with pytest.raises(BadSample, match="rewrites earlier turns, so turn 1 cannot be located"):
+    with pytest.raises(BadSample, match="writes turn 1 in several pieces or in other words"):
         encoder.encode(sample(MORE, assistant("red"), images=0))
 
 
@@ -230,8 +230,8 @@ def test_spans_move_past_the_pictures_before_them():
     """Rendered "<i>ab<i>c": each placeholder becomes 5 characters, of one token each; "ab" and "c" are spoken."""
     offsets = torch.tensor([[n, n + 1] for n in range(13)])
     replacements = [{"span": (0, 3), "new_span": (0, 5)}, {"span": (5, 8), "new_span": (7, 12)}]
-    assert in_spans(offsets, replacements, [(3, 5), (8, 9)]).nonzero().flatten().tolist() == [5, 6, 12]
-    assert in_spans(offsets, [], [(3, 5)]).nonzero().flatten().tolist() == [3, 4]
+    assert (span_of(offsets, replacements, [(3, 5), (8, 9)]) >= 0).nonzero().flatten().tolist() == [5, 6, 12]
+    assert (span_of(offsets, [], [(3, 5)]) >= 0).nonzero().flatten().tolist() == [3, 4]
 
 
 def test_what_has_values_a_token():

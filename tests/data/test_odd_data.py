@@ -97,10 +97,10 @@ def test_a_run_that_learns_from_little_fails(run, usable, tmp_path):
 def test_what_nothing_reads_is_told_with_its_number(run, capsys, settings, tmp_path):
     members = good(6)
     members += [("s9.jpg", picture()), ("s9.mp4", b"x"), ("s9.json", conversation(("user", "<image>?"), ("assistant", "a"), tone="kind"))]
-    odd_turn = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "b </s>", "mood": 1}]}
+    odd_turn = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "b </s>\n", "mood": 1}]}
     members += [("t.jpg", picture()), ("t.json", json.dumps(odd_turn).encode())]
     summary, quarantined = run(members)
-    expected = {"key": {"tone": 1}, "turn key": {"mood": 1}, "member": {".mp4": 1}, "split": {"</s>": 1}}
+    expected = {"key": {"tone": 1}, "turn key": {"mood": 1}, "member": {".mp4": 1}, "split": {"</s>": 1}, "stripped": {"line breaks": 1}}
     assert summary["notes"] == expected and not quarantined
     said = capsys.readouterr().out
     assert "data: keys of the JSON that nothing reads: tone (1 sample)" in said

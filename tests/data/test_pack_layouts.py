@@ -136,7 +136,8 @@ def test_other_formats_are_converted_and_told(folder, capsys):
     assert pack(folder / "a.json", folder / "out") == 0
     out = capsys.readouterr().out
     assert "3 pictures converted to png: 1 BMP, 1 GIF, 1 TIFF" in out and "1 pictures have several frames or pages; the first" in out
-    assert "pip install pillow-heif" in (folder / "out" / "left_out.jsonl").read_text()
+    assert "1 records have a HEIC or AVIF picture that cannot be read here: `pip install 'vlm_dist[heif]'`" in out
+    assert "pip install 'vlm_dist[heif]'` (or pillow-heif)" in (folder / "out" / "left_out.jsonl").read_text()
     raws = packed(folder / "out")
     assert Image.open(io.BytesIO(raws[0]["png"])).getpixel((0, 0)) == (255, 0, 0) and raws[3]["jpg"] == (folder / "0.jpg").read_bytes()
     assert Image.open(io.BytesIO(raws[2]["png"])).getpixel((0, 0)) == (156, 156, 156)
@@ -244,20 +245,27 @@ def test_tars_in_other_forms(folder):
 
 def test_coco(folder, capsys):
     coco = {
-        "images": [{"id": 1, "file_name": "0.jpg", "width": 16, "height": 12}, {"id": 2, "file_name": "none.jpg"}],
+        "images": [
+            {"id": 1, "file_name": "0.jpg", "width": 16, "height": 12},
+            {"id": 2, "file_name": "none.jpg"},
+            {"id": 3, "file_name": "3.jpg"},
+        ],
         "annotations": [
             {"image_id": 1, "category_id": 5, "bbox": [1, 2, 4, 4.5], "segmentation": [[1]]},
             {"image_id": 1, "category_id": 5, "bbox": [0, 0, 8, 8], "iscrowd": 1},
             {"image_id": 9, "category_id": 5, "bbox": [0, 0, 8, 8]},
+            {"image_id": 3, "category_id": 5, "bbox": [0, 0, 8, 8], "iscrowd": 1},
             {"image_id": 1, "category_id": 5, "bbox": [3, 3, 0, 2]},
         ],
         "categories": [{"id": 5, "name": "cat"}],
     }
     (folder / "i.json").write_text(json.dumps(coco))
     assert pack(folder / "i.json", folder / "out") == 0
-    boxes = [{"bbox": [1, 2, 5, 6.5], "label": "cat"}, {"bbox": [0, 0, 8, 8], "label": "cat", "iscrowd": 1}]
+    assert "1 boxes around crowds (iscrowd) are left out" in capsys.readouterr().out
+    boxes = [{"bbox": [1, 2, 5, 6.5], "label": "cat"}]
     assert jsons(folder / "out") == [{"objects": boxes, "width": 16, "height": 12, "image_id": 1}]
     left = (folder / "out" / "left_out.jsonl").read_text()
+    assert "picture '3.jpg' has boxes around crowds (iscrowd) alone" in left
     assert "picture 'none.jpg' has no annotation" in left and "the picture '9', which 'images' does not have" in left
     assert "picture '1': a box is [3, 3, 0, 2], which is empty" in left
     assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,15 @@ from vlm_dist.data.samples import parse_sample
 from vlm_dist.data.shards import read_in_order
 
 
-def drawn(number: int, size: int = 96) -> Image.Image:
+def drawn(number: int) -> Image.Image:
     """A picture of its own for each number: shapes on white, as clip art is."""
-    picture = Image.new("RGB", (size, size), "white")
+    picture = Image.new("RGB", (96, 96), "white")
     draw = ImageDraw.Draw(picture)
-    for part in range(3):
-        value = (number * 7919 + part * 104729) % 997
-        x, y, side = value % 60 * size // 96, value // 7 % 60 * size // 96, (12 + value % 24) * size // 96
-        shape = draw.ellipse if value % 2 else draw.rectangle
-        shape((x, y, x + side, y + side), fill=(value % 200, value * 3 % 200, value * 7 % 200))
+    chance = random.Random(number)
+    for _ in range(4):
+        x, y, side = chance.randrange(60), chance.randrange(60), chance.randrange(12, 36)
+        shape = draw.ellipse if chance.random() < 0.5 else draw.rectangle
+        shape((x, y, x + side, y + side), fill=tuple(chance.randrange(200) for _ in range(3)))
     return picture
 
 

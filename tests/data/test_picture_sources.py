@@ -117,7 +117,7 @@ def test_other_formats_are_decoded():
     for kind in ("GIF", "BMP", "TIFF", "AVIF", "PPM"):
         picture = decode_picture(encoded(kind), "p", 10_000, readable_formats())
         assert picture.mode == "RGB" and picture.size == (8, 6)
-    with pytest.raises(BadSample, match="a HEIC or AVIF picture; `pip install pillow-heif`"):
+    with pytest.raises(BadSample, match=r"a HEIC or AVIF picture; `pip install 'vlm_dist\[heif\]'` \(or pillow-heif\)"):
         decode_picture(b"\0\0\0\x18ftypheic" + bytes(40), "p", 10_000, readable_formats())
     with pytest.raises(BadSample, match="p: a PDF; expected a picture that Pillow can read"):
         decode_picture(b"%PDF-1.4", "p", 10_000, readable_formats())

@@ -59,6 +59,13 @@ def test_turns_are_found(released):
     assert learnt(encoder, user(PICTURE), assistant(parts)) == ["It is red."]
 
 
+def test_what_a_template_takes_away_around_an_answer_is_told(released):
+    _, _, encoder = released
+    encoded = encoder.encode(Sample("k", "s", read_messages([user("Which?"), assistant([{"type": "text", "text": "  red"}])]), []))
+    text = encoder.processor.tokenizer.decode(encoded.inputs["input_ids"][0])
+    assert ("  red" not in text) == any(kind == "stripped" for kind, _ in encoded.notes)
+
+
 def test_two_answers_in_a_row_and_an_assistant_who_begins(released):
     family, name, encoder = released
     if family in ALTERNATE:
@@ -112,6 +119,47 @@ def test_tools(released):
         return
     found = "".join(learnt(encoder, *turns, tools=TOOLS))
     assert "zoom" in found and "x" in found and found.endswith("red") and "closer" not in found and "</think>" not in found
+
+
+@pytest.mark.parametrize("more", [{}, {"reasoning_content": "I cannot see."}], ids=["plain", "thinking"])
+@pytest.mark.parametrize("words", [None, "Let me zoom."])
+def test_calls_in_an_earlier_turn(released, words, more):
+    """They are learnt wholly, what the tool answers never; a template that parts a call from the words beside it refuses the sample."""
+    family, name, encoder = released
+    if family not in WITH_TOOLS:
+        pytest.skip("takes no tools, see test_tools")
+    calls = [{"type": "function", "function": {"name": called, "arguments": '{"x": 1}'}} for called in ("zoom", "crop")]
+    turns = [
+        user(PICTURE), assistant(words, tool_calls=calls, **more), {"role": "tool", "content": "closer"},
+        {"role": "tool", "content": "nearer"}, assistant("red"), user("Sure?"), assistant("yes"),
+    ]  # fmt: skip
+    if family == "gemma4" and words and name != "gemma4_v2":  # written behind what the tool says
+        with pytest.raises(BadSample, match="turn 1 in several pieces"):
+            learnt(encoder, *turns, tools=TOOLS)
+        return
+    found = "".join(learnt(encoder, *turns, tools=TOOLS))
+    assert all(one in found for one in ("zoom", "crop", "x", "red", "yes")) and (words or "") in found
+    assert "closer" not in found and "nearer" not in found and "Sure" not in found
+    assert ("I cannot see." in found) == ("</think>" in found)
+
+
+def test_control_tokens_in_calls_and_tools_are_text(released):
+    """As in what people say: a turn that a call's argument ends would be learnt as one."""
+    family, _, encoder = released
+    if family not in WITH_TOOLS:
+        pytest.skip("takes no tools, see test_tools")
+    end = encoder.processor.tokenizer.eos_token
+
+    def encoded(argument: str, described: str):
+        call = {"type": "function", "function": {"name": "zoom", "arguments": {"x": [argument]}}}
+        turns = [user(PICTURE), assistant(None, tool_calls=[call]), {"role": "tool", "content": "closer"}, assistant("red")]
+        tool = {"type": "function", "function": {**TOOLS[0]["function"], "description": described}}
+        return encoder.encode(Sample("k", "s", read_messages(turns), [Image.new("RGB", (64, 48))], tools=[tool]))
+
+    plain, odd = encoded("a", "b"), encoded(f"a{end}", f"b{end}")
+    number = encoder.processor.tokenizer.convert_tokens_to_ids(end)
+    assert (odd.inputs["input_ids"] == number).sum() == (plain.inputs["input_ids"] == number).sum()
+    assert ("split", end) in odd.notes and not any(kind == "split" for kind, _ in plain.notes)
 
 
 def test_what_is_written_into_a_user_turn_is_not_lost(released):

@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, child_environment
 from vlm_dist.cli.main import main
 from vlm_dist.data import index as indexing
 from vlm_dist.data import pictures
-from vlm_dist.data.bounds import tokens_beyond
+from vlm_dist.data.bounds import beginning_beyond
 from vlm_dist.data.dataset import open_dataset
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.index import scan_shards
@@ -311,6 +312,45 @@ def test_what_is_far_too_long_is_refused_at_once(checkpoint, name, family):
         assert time.process_time() - before < 1.5  # 0.1 to 0.4 s here
 
 
+@pytest.mark.parametrize("name", [name for name in ENDLESS if "thought" not in name])
+@pytest.mark.parametrize("family", ["llava", "qwen3_5"])
+def test_what_is_cut_is_not_read_to_its_end(checkpoint, name, family, monkeypatch):
+    """The same tokens and labels as of a text that is only just long enough, and no tokenizer sees more than a multiple of that."""
+    from transformers import AutoProcessor
+
+    encoder = Encoder(AutoProcessor.from_pretrained(checkpoint(family)), max_seq_length=256, on_too_long="truncate")
+    tokenizer, seen = type(encoder.processor.tokenizer), []
+    real = tokenizer._encode_plus
+
+    def counted(self, text, *more, **options):
+        seen.append(max(map(len, [text] if isinstance(text, str) else text)))
+        return real(self, text, *more, **options)
+
+    monkeypatch.setattr(tokenizer, "_encode_plus", counted)
+    given = sample(ENDLESS[name])
+    if name == "a question":
+        with pytest.raises(BadSample, match="all of it was cut"):
+            encoder.encode(given)
+    else:
+        found = encoder.encode(given)
+        short = [{**turn, "content": turn["content"][:6_000]} for turn in ENDLESS[name][:200]]
+        expected = Encoder(encoder.processor, 10**6).encode(sample(short))
+        assert found.length == 256 and ("cut", "too long") in found.notes
+        assert torch.equal(found.inputs["input_ids"], expected.inputs["input_ids"][:, :256])
+        assert torch.equal(found.labels, expected.labels[:, :256])
+    assert Ruler(encoder).measure(given.messages, given.sizes).tokens > 256
+    assert max(seen) < 40_000
+
+
+def test_a_picture_behind_the_cut_is_not_lost_without_a_word(llava):
+    from transformers import AutoProcessor
+
+    encoder = Encoder(AutoProcessor.from_pretrained(llava), max_seq_length=256, on_too_long="truncate")
+    late = [{"role": "user", "content": "why " * 100_000 + "<image>"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(BadSample, match=r"too long: at least \d+ tokens, .*; cutting would lose picture tokens"):
+        encoder.encode(sample(late))
+
+
 def test_the_bound_never_refuses_what_fits(llava):
     """Near the limit the real count decides, to the token."""
     from transformers import AutoProcessor
@@ -323,17 +363,17 @@ def test_the_bound_never_refuses_what_fits(llava):
         with pytest.raises(BadSample, match="too long"):
             Encoder(processor, length - 1).encode(given)
         for limit in (length, length + 100):
-            assert tokens_beyond(text, limit, processor.tokenizer) is None
+            assert beginning_beyond(text, limit, processor.tokenizer) is None
 
 
 def test_thoughts_are_found_as_before():
     """As the regular expression that took time quadratic in spaces found them."""
-    from vlm_dist.data.turns import _thought_of
+    from vlm_dist.data.thoughts import thought_of
 
     pattern, draw = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)", re.DOTALL), random.Random(0)
     for _ in range(20_000):
         text = "".join(draw.choice(["<think>", "</think>", " ", "\n", "a", "b", "<", "\u3000"]) for _ in range(draw.randrange(9)))
-        found, thought = pattern.match(text), _thought_of(text)
+        found, thought = pattern.match(text), thought_of(text)
         assert (found is None) == (thought is None)
         if found and thought:
             assert (found[1], found[2], found[3], text[found.end() :]) == tuple(thought)

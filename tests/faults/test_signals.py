@@ -41,7 +41,7 @@ def newest(settings: dict) -> Path:
 @pytest.fixture
 def evaluating(settings, tmp_path, monkeypatch):
     """Start a run with evaluations of several batches; `batches` counts those that were answered, and `at` is where a signal comes."""
-    settings["evaluation"] = {"every": 2, "samples": 4, "batch_size": 1, "max_new_tokens": 2, "patience": 9}
+    settings["evaluation"] = {"every": 2, "samples": 4, "batch_size": 1, "max_new_tokens": 2, "patience": 9, "without_pictures": False}
     generate, state = scoring.generate, {"batches": 0, "at": 0, "signal": signal.SIGTERM}
 
     def counted(*arguments, **options):

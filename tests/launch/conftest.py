@@ -75,9 +75,10 @@ def _start_munge() -> subprocess.Popen | None:
 def _configuration(host: str, folder: Path) -> str:
     ports = [_free_port() for _ in range(3)]
     nodes = "".join(
-        f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1 + number]} CPUs=1 State=UNKNOWN\n" for number in range(2)
+        f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1 + number]} CPUs=8 State=UNKNOWN\n" for number in range(2)
     )
     return f"""ClusterName=test
+SlurmdParameters=config_overrides
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from ruamel.yaml import YAML
 
 from tests.conftest import ROOT
+from vlm_dist.config import CheckpointConfig
 
 FOLDER = ROOT / "configs" / "cluster"
 
@@ -24,8 +26,29 @@ def test_kuberay():
     gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert f"ray.workers={gpus * workers['replicas']}" in job["spec"]["entrypoint"]
     labels = policy["spec"]["podSelector"]["matchLabels"]
-    for template in (cluster["headGroupSpec"]["template"], workers["template"]):
+    templates = (cluster["headGroupSpec"]["template"], workers["template"])
+    for template in (*templates, job["spec"]["submitterPodTemplate"]):
         assert template["metadata"]["labels"] == labels
+    assert len({container["image"] for template in (*templates, job["spec"]["submitterPodTemplate"])
+                for container in template["spec"]["containers"]}) == 1  # fmt: skip
+
+
+def test_kuberay_lets_in_whoever_must_come_and_leaves_time_to_save():
+    """The pod that submits the job and the operator, wherever it is installed; a pod ends after its ranks have saved."""
+    job, policy = YAML(typ="safe", pure=True).load_all((FOLDER / "kuberay.yaml").read_text())
+    own, operator = policy["spec"]["ingress"][0]["from"]
+    assert own["podSelector"]["matchLabels"] == job["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert operator["namespaceSelector"] == {} and operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        spec = group["template"]["spec"]
+        (container,) = spec["containers"]
+        drain = {one["name"]: float(one["value"]) for one in container["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        assert CheckpointConfig().grace_s <= drain < spec["terminationGracePeriodSeconds"]
+    wait = YAML(typ="safe", pure=True).load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]
+    assert float(wait) >= CheckpointConfig().grace_s and "ray.use_gpu=true" in job["spec"]["entrypoint"]
+    install = (FOLDER / "install.sh").read_text()
+    assert "for name in ray vlm-dist; do ln -sf" in install and re.search(r"apt-get install .* wget", install)  # KubeRay calls both
 
 
 def test_on_premise():
@@ -37,4 +60,6 @@ def test_on_premise():
     provider = config["provider"]
     assert all(ipaddress.ip_address(address).is_private for address in (provider["head_ip"], *provider["worker_ips"]))
     starts = [line for key in ("head_start_ray_commands", "worker_start_ray_commands") for line in config[key] if "ray start" in line]
+    text = (FOLDER / "ray_on_premise.yaml").read_text()
+    assert "ray submit" not in text and "'RAY_AUTH_MODE=token /app/.venv/bin/python /app/launch/ray_train.py" in text
     assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line for line in starts) and "--dashboard-host=127.0.0.1" in starts[0]

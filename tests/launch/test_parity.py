@@ -32,6 +32,7 @@ def port(offset: int) -> str:
     return str(21_000 + (os.getpid() * 7 + offset) % 18_000)
 
 
+FULL = ["lora=null", "model.load_in_4bit=false", "model.freeze=[vision]"]
 STARTED: list[subprocess.Popen | Warm] = []
 
 
@@ -118,6 +119,25 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
     for name in runs:
         assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected[name.split("-")[0]], rel=1e-4), (name, output[-2000:])
         assert "trainable tensors have a gradient" in (tmp_path / "runs" / name / "logs" / "rank-0.log").read_text(), name
+
+
+def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path):
+    """What a GPU does, as far as a CPU can: all kernels on NF4 in bfloat16, with held-out samples of which one rank has fewer. Gradients
+    are added up in float32 at every stage, so the losses are those of stage 0; so are the answers, with and without kernels."""
+    few = [f"model.name={qwen}", f"data.heldout={json.dumps(shards['qa-heldout'])}", "evaluation.samples=5", "evaluation.batch_size=2"]
+    more = [*few, "evaluation.max_new_tokens=3", "training.micro_batch=2"]
+    forms = {"bfloat16": ["model.dtype=bfloat16", "kernels=all"], "plain": ["kernels=off"], "whole": FULL}
+    stages = {"bfloat16": (0, 1, 2, 3), "plain": (0, 3), "whole": (0, 3)}
+    runs = [
+        [*more, *options, f"name={form}-{stage}", f"engine.zero_stage={stage}"] for form, options in forms.items() for stage in stages[form]
+    ]
+    two_ranks("tests/launch/many.py", many(config, runs, tmp_path))
+    for form in forms:
+        first, *others = (tmp_path / "runs" / f"{form}-{stage}" for stage in stages[form])
+        for run in others:
+            assert losses_of(run) == pytest.approx(losses_of(first), rel=1e-6), run.name
+            answers = [[row["answer"] for row in read_jsonl(one / "samples" / "after.jsonl")] for one in (run, first)]
+            assert answers[0] == answers[1] and len(answers[0]) == 5, run.name
 
 
 def test_batch_norms_statistics_are_one_on_all_ranks(config, tmp_path):
@@ -220,7 +240,8 @@ def test_a_packed_mixture_goes_on_with_fewer_ranks(config, reference, shards, qw
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_launcher_that_is_told_to_stop(config, tmp_path, launcher):
     """SIGTERM to the launcher's process group, as a scheduler sends with a grace period: the ranks stop at the same step, save, and are
-    gone. (On one host the deepspeed command does not hand on a SIGTERM that it alone gets.) `vlm-dist launch` starts torchrun."""
+    gone. (On one host the deepspeed command does not hand on a SIGTERM that it alone gets.) `vlm-dist launch` starts torchrun. A second
+    deepspeed start on the same port ends, with a line of each rank, and does the first no harm."""
     more = ["training.micro_batch=1", "training.steps=5000", "name=told"]
     if launcher == "torchrun":
         process = start(*command("launch", config, *more, "--torchrun", "--gpus", "2"))
@@ -228,6 +249,13 @@ def test_a_launcher_that_is_told_to_stop(config, tmp_path, launcher):
         process = start(BIN / "deepspeed", "--num_gpus", "2", "--master_port", port(10), "launch/train.py", "--config", config, *more)
     run = tmp_path / "runs" / "told"
     wait_for_steps(run, process)
+    if launcher == "deepspeed":
+        words = ["--num_gpus", "2", "--master_port", port(10), "launch/train.py", "--config", config, *more, "name=second"]
+        second = start(BIN / "deepspeed", *words)
+        output, _ = second.communicate(timeout=400)
+        assert second.returncode == 6 and f"port {port(10)} (MASTER_PORT) of this machine is in use" in output, output
+        assert "meets; it leaves without harm" in output and "Traceback" not in output and process.poll() is None, output
+        assert not (tmp_path / "runs" / "second").exists()
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=400)  # until the last rank has closed its output
     summary = json.loads((run / "summary.json").read_text())
@@ -350,12 +378,19 @@ def test_zero_3_shards_the_4_bit_base(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--deepspeed", "--gpus", "2"], ["deepspeed", "--num_gpus 2 launch/train.py --config"]),
+        (["--deepspeed", "--gpus", "2", "--port", "9"], ["deepspeed --master_port 9 --num_gpus 2 launch/train.py --config"]),
         (["--deepspeed", "--gpus", "2", "--nodes", "2", "--head", "a"], ["--hostfile hostfile --num_nodes 2 --master_addr a --num_gpus 2"]),
-        (["--torchrun", "--nodes", "2", "--head", "a"], ["--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id tiny"]),
-        (["--slurm", "--gpus", "2", "--nodes", "2"], ["sbatch --job-name=tiny --nodes=2 --ntasks-per-node=2 --gpus-per-node=2"]),
+        (["--torchrun", "--nodes", "2", "--head", "a"], ["--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:2", "--rdzv-id tiny-2"]),
+        (
+            ["--slurm", "--gpus", "2", "--nodes", "2"],
+            ["sbatch --job-name=tiny --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=8"],
+        ),
+        (["--slurm", "--gpus", "2", "--cpus", "4"], ["--gpus-per-node=2 --cpus-per-task=4"]),
         (["--ray", "--gpus", "4"], ["launch/ray_train.py --config", "optim.lr=0.1", "ray.workers=4"]),
-        (["--ray", "--address", "http://127.0.0.1:8265"], ["ray job submit --address http://127.0.0.1:8265", "ray.workers=1"]),
+        (
+            ["--ray", "--gpus", "1", "--address", "http://127.0.0.1:8265"],
+            ["ray job submit --address http://127.0.0.1:8265", '"RAY_JOB_STOP_WAIT_TIME_S": "30"', "ray.workers=1"],
+        ),
     ],
 )
 def test_launch_prints_the_command(config, capsys, options, expected):
@@ -364,7 +399,30 @@ def test_launch_prints_the_command(config, capsys, options, expected):
     assert all(part in shown for part in expected), shown
 
 
+def test_each_start_on_one_node_has_a_port_of_its_own(config, capsys):
+    """On several nodes all come to the same one without asking, another run to another one."""
+    ports = []
+    for options in (["--gpus", "2"], ["--gpus", "2"], ["--nodes", "2", "--head", "a"], ["--nodes", "2", "--head", "a"],
+                    ["--nodes", "2", "--head", "a", "name=other"]):  # fmt: skip
+        assert main(["launch", config, "training.micro_batch=1", "--deepspeed", "--print", *options]) == 0
+        ports.append(re.search(r"--master_port (\d+)", capsys.readouterr().out)[1])
+    assert len(set(ports[:3])) == 3 and ports[2] == ports[3] != ports[4]
+
+
+def test_a_mistake_on_two_ranks_is_told_once(config):
+    """However often torchrun starts them again."""
+    process = torchrun("--max-restarts", "2", "launch/train.py", "--config", config, "optim.lrr=1", offset=12)
+    assert finish(process, 1).count("optim.lrr") == 1
+
+
 def test_launch_refuses_what_cannot_be(config, capsys):
+    for options, told in (
+        (["--ray", "--gpus", "1", "--address", "http://127.0.0.1:1", "output_dir=runs"], "output_dir: 'runs' would lie in the copy"),
+        (["--ray", "--gpus", "1", "--address", "http://127.0.0.1:1"], "is outside of this folder"),
+        (["--slurm", "--nodes", "2"], "--gpus: this machine has no GPU to count"),
+    ):
+        path = os.path.relpath(config) if "outside" in told else config
+        assert main(["launch", path, *options, "--print"]) == 2 and told in capsys.readouterr().err
     assert main(["launch", config, "--torchrun", "--gpus", "3", "--print"]) == 2
     assert "is not a multiple of micro_batch x ranks" in capsys.readouterr().err
     assert main(["launch", config, "training.micro_batch=1", "--torchrun", "--gpus", "2", "--nodes", "2", "--print"]) == 2

@@ -40,13 +40,16 @@ def test_srun_on_two_nodes_gives_the_losses_of_one_process(slurm, config, tmp_pa
 
 
 def test_an_array_of_configurations_and_a_mistake(slurm, config, tmp_path):
-    """Each task takes the configuration of its number; a mistake ends it with its exit code, and so does a number without one."""
+    """Each task takes the configuration of its number; a mistake of two ranks is told once and ends it with its exit code, and so does a
+    number without one."""
     other = tmp_path / "other.yaml"
     other.write_text("name: other\n")
     command = [
         "sbatch",
         "--wait",
         "--array=0-2",
+        "--nodes=2",
+        "--ntasks-per-node=1",
         f"--output={tmp_path}/job-%a.log",
         "launch/slurm/train.sbatch",
         f"{config},{other}",
@@ -54,7 +57,7 @@ def test_an_array_of_configurations_and_a_mistake(slurm, config, tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False, timeout=240)
     first, second, third = ((tmp_path / f"job-{task}.log").read_text() for task in range(3))
-    assert result.returncode == 2 and "optim.lrr" in first and config in first
+    assert result.returncode == 2 and first.count("optim.lrr") == 1 and config in first, first
     assert str(other) in second and "has no configuration; 2 were given" in third
 
 
@@ -74,6 +77,18 @@ def test_a_job_saves_before_its_limit_queues_again_and_ends(slurm, config, tmp_p
     assert losses_of(tmp_path / "runs" / "limited") == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
 
 
+def test_a_rank_has_eight_cpus(slurm, config, tmp_path):
+    """SLURM gives one by default; and srun takes the number from the job only when it is handed on."""
+    script = tmp_path / "cpus.sh"
+    script.write_text("echo a rank has $SLURM_CPUS_PER_TASK\n")
+    for more, expected in (([], 8), (["--cpus-per-task=3"], 3)):
+        log = tmp_path / f"job-{expected}.log"
+        words = ["sbatch", "--wait", f"--output={log}", *more, "launch/slurm/train.sbatch", config]
+        there = environment(slurm) | {"VLM_DIST_PYTHON": "/bin/sh", "VLM_DIST_TRAIN": str(script)}
+        subprocess.run(words, capture_output=True, cwd=ROOT, env=there, check=True, timeout=240)
+        assert f"a rank has {expected}\n" in log.read_text()
+
+
 def wait_for(condition, folder) -> None:
     for _ in range(6000):
         if condition():
@@ -83,12 +98,28 @@ def wait_for(condition, folder) -> None:
 
 
 def test_submitted_from_another_folder(slurm, config, tmp_path):
-    """`vlm-dist launch --slurm` tells the job where Python and the training script are; without GPUs, which this SLURM has none of."""
+    """What `vlm-dist launch --slurm` printed in the repository (without GPUs: this SLURM has none). And a Python that is not there."""
     printing = command("launch", config, "--slurm", "--gpus", "1", "--print")
-    told = subprocess.run(printing, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), check=True)
+    told = subprocess.run(printing, capture_output=True, text=True, cwd=ROOT, env=child_environment(), check=True)
     words = [word for word in shlex.split(told.stdout) if not word.startswith("--gpus-per-node")]
     words[1:1] = ["--wait", f"--output={tmp_path}/job.log"]
     there = child_environment(SLURM_CONF=slurm["SLURM_CONF"])
     result = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, env=there, check=False, timeout=240)
     log = (tmp_path / "job.log").read_text()
     assert result.returncode == 0 and "all checks passed" in log, log
+    words = ["sbatch", "--wait", f"--output={tmp_path}/none.log", str(ROOT / "launch/slurm/train.sbatch"), config]
+    result = subprocess.run(words, cwd=tmp_path, env=there, check=False, timeout=240)
+    assert result.returncode == 6 and "set VLM_DIST_PYTHON and VLM_DIST_TRAIN to absolute paths" in (tmp_path / "none.log").read_text()
+
+
+def test_what_a_new_start_does_not_mend_is_not_queued_again(slurm, tmp_path):
+    """After the signal before the limit; the training is a script that ends with the exit code of a disk that fails."""
+    script = tmp_path / "fails.sh"
+    script.write_text("trap 'exit 5' TERM\ntouch $2.begun\nwhile true; do sleep 0.1; done\n")
+    there = child_environment(SLURM_CONF=slurm["SLURM_CONF"], VLM_DIST_PYTHON="bash", VLM_DIST_TRAIN=str(script))
+    words = ["sbatch", "--parsable", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch", f"{tmp_path}/c.yaml"]
+    job = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=there, check=True).stdout.strip()
+    wait_for(lambda: (tmp_path / "c.yaml.begun").exists(), tmp_path)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=there, check=True)
+    wait_for(lambda: "ended with exit code 5, which a new start does not mend" in (tmp_path / "job.log").read_text(), tmp_path)
+    assert "queueing again" not in (tmp_path / "job.log").read_text()

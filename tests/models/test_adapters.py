@@ -16,7 +16,7 @@ from vlm_dist.cli.main import main
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.models import merge
-from vlm_dist.models.adapters import base_of
+from vlm_dist.models.adapters import base_of, find_adapter
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.models.record import compare_probes, make_record, probe, write_record
@@ -26,14 +26,14 @@ from vlm_dist.models.trained import load_adapter, load_trained
 CPU = torch.device("cpu")
 
 
-def of_peft(base: str, folder: Path, **settings) -> Path:
-    """What plain PEFT saves after training."""
+def of_peft(base: str, folder: Path, name: str = "default", **settings) -> Path:
+    """What plain PEFT saves after training: an adapter of another name than "default" in a folder of that name."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(1)
-    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(base), PeftConfig(r=4, **settings))
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(base), PeftConfig(r=4, **settings), adapter_name=name)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -46,6 +46,24 @@ def loaded_by_peft(base: str, folder: Path):
     from transformers import AutoModelForImageTextToText
 
     return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), folder).eval()
+
+
+def test_an_adapter_with_a_name(qwen, tmp_path, capsys):
+    """In a subfolder: the only one is meant, of several their names are told in one line."""
+    folder = of_peft(qwen, tmp_path / "saved", name="mine", target_modules=["q_proj"])
+    assert not (folder / "adapter_config.json").exists() and find_adapter(str(folder)) == folder / "mine"
+    model, processor = load_trained(str(folder), CPU)
+    torch.testing.assert_close(logits(model.eval(), processor), logits(loaded_by_peft(qwen, folder / "mine"), processor))
+    assert (
+        main(["export", str(folder), "--to", "adapter", "--out", str(tmp_path / "out")]) == 0
+        and find_adapter(str(tmp_path / "out")) == tmp_path / "out"
+    )
+    shutil.copytree(folder / "mine", folder / "other")
+    capsys.readouterr()
+    for command in (["export", str(folder), "--to", "adapter", "--out", str(tmp_path / "two")], ["generate", str(folder), "--prompt", "x"]):
+        assert main(command) != 0
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{folder}: holds 2 adapters (mine, other); give one, such as {folder / 'mine'}" in line
 
 
 @pytest.fixture(scope="module")

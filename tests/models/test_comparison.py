@@ -100,7 +100,7 @@ def test_a_verdict_without_held_out_answers():
     ours[:2] = torch.tensor([2.0, 1.9])
     harmless, harmful = ours.clone(), ours.clone()
     harmless[5:] += 4.0
-    harmful[:2] = harmful[:2].flip(0) * 3
+    harmful[:2] = torch.tensor([-4.0, 4.0])
     one, other = (
         compare("original", "bfloat16", Observed([ours], ["a"], None), Observed([theirs], ["b"], None)) for theirs in (harmless, harmful)
     )

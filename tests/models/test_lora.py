@@ -34,7 +34,7 @@ def adapters(model) -> dict[str, torch.nn.Module]:
 
 
 def rank(module) -> int:
-    return module.lora_A["default"].out_features
+    return module.lora_A["default"].out_features // getattr(module, "num_experts", 1)
 
 
 def test_rank_and_scale_per_side(adapted, any_checkpoint):

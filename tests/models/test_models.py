@@ -11,7 +11,7 @@ from vlm_dist import FastVisionModel
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.models.load import load_model
-from vlm_dist.models.lora import add_lora, as_pattern, count_trainable, find_targets, freeze_sides
+from vlm_dist.models.lora import add_lora, as_pattern, count_trainable, find_expert_targets, find_targets, freeze_sides
 
 CPU = torch.device("cpu")
 
@@ -45,20 +45,27 @@ def test_evaluating_leaves_the_4_bit_weights_alone(loaded):
         assert torch.equal(weights[name].view(torch.uint8), parameter.detach().view(torch.uint8)), name
 
 
+def wrapped(weights: list[str]) -> set[str]:
+    """Where PEFT puts adapters on the weights of one module: one wrapper in another."""
+    modules = [name.rpartition(".")[0] for name in weights]
+    return {module + ".base_layer" * (modules.count(module) - 1) for module in modules} | set(modules)
+
+
 @pytest.mark.parametrize("vision", [True, False])
 @pytest.mark.parametrize("attention", [True, False])
 def test_adapters_stand_where_the_switches_say(loaded, vision, attention):
     model, _, family = loaded
     config = LoraConfig(r=2, vision=vision, language=True, attention=attention, mlp=not attention)
-    targets = set(find_targets(model, family, config))
+    targets = set(find_targets(model, family, config)) | wrapped(find_expert_targets(model, family, config))
     adapted = add_lora(model, family, config)
     found = {name.removeprefix("base_model.model.").split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A." in name}
     assert found == targets
-    assert {family.side_of(name) for name in found} == ({"vision", "language"} if vision else {"language"})
-    kind = re.compile(r"\.(self_attn|attn|attention|cross_attn|linear_attn)\." if attention else r"\.(mlp|feed_forward)\.")
+    adaptable = {"language"} if family.model_type == "glm4v_moe" and not attention else {"vision", "language"}  # see taken_for_experts
+    assert {family.side_of(name) for name in found} == (adaptable if vision else {"language"})
+    kind = re.compile(r"\.(self_attn|attn|attention|cross_attn|linear_attn)\." if attention else r"\.(mlp|feed_forward|experts)\b")
     assert all(kind.search(name) for name in found)
     counts = count_trainable(adapted, family)
-    assert counts["projector"] == 0 and (counts["vision"] > 0) == vision
+    assert counts["projector"] == 0 and (counts["vision"] > 0) == (vision and "vision" in adaptable)
 
 
 def test_a_pattern_matches_these_modules_only():

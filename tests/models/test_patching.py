@@ -18,8 +18,9 @@ from vlm_dist.models.generate import generate
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.patches import Patches
 from vlm_dist.models.patching import patch_model
-from vlm_dist.models.patching_vision import attend_in_windows
+from vlm_dist.models.patching_vision import attend_in_windows, patch_patch_embedding
 
 CPU = torch.device("cpu")
 
@@ -64,9 +65,11 @@ def assert_same(found, expected):
 ALL = {"layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows", "vision_windows"}
 LACKING = {  # what a family has no module for, or none that the kernel fits
     "gemma4": {"layer_norm", "rope"},
+    "gemma4_moe": {"layer_norm", "rope"},
     "mistral3": {"layer_norm"},
     "pixtral": {"layer_norm"},
     "qwen2_5_vl": {"layer_norm"},
+    "qwen3_vl_moe": {"mlp"},
 }
 
 
@@ -76,7 +79,7 @@ def test_every_kernel_on_every_family(any_checkpoint):
     expected = loss_and_gradients(model, data)
     patches = patch_model(model, "all")
     name = any_checkpoint.rsplit("/", 1)[1]
-    windows = set() if name.startswith("qwen") else {"vision_windows"}
+    windows = set() if name.startswith(("qwen", "glm")) else {"vision_windows"}
     assert set(patches.counts) == ALL - LACKING.get(name, set()) - windows, str(patches)
     assert_same(loss_and_gradients(model, data), expected)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -193,6 +196,27 @@ def test_windows_are_attended_to_one_by_one(lengths):
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_embedded_by_a_product(dtype):
+    """The numbers and gradients of the convolution; one whose patches overlap stays, and so does an input of another size."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(3, 64, (2, 14, 14), (2, 14, 14), bias=False, dtype=dtype)
+    x = torch.randn(20, 3, 2, 14, 14, dtype=dtype)
+    expected = conv(x)
+    expected.float().square().sum().backward()
+    gradient, conv.weight.grad = conv.weight.grad, None
+    holder = torch.nn.ModuleList([conv, torch.nn.Conv3d(3, 8, (2, 4, 4), (2, 2, 2))])
+    patches = Patches()
+    patch_patch_embedding(holder, patches)
+    assert patches.counts["patch_embedding"] == 1 and "overlap" in patches.kept["patch_embedding"]
+    y = conv(x)
+    y.float().square().sum().backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(y, expected, **tolerance)
+    assert (conv.weight.grad - gradient).norm() <= tolerance["rtol"] * gradient.norm()
+    assert conv(torch.zeros(1, 3, 4, 28, 28, dtype=dtype)).shape == (1, 64, 2, 2, 2)
+
+
 def test_a_kernel_that_fits_nothing_is_refused(qwen):
     model, _ = trainable(qwen)
     with pytest.raises(ConfigError, match=r"kernels: layer_norm fits nothing in this model \(no such module\); leave it out"):
@@ -243,14 +267,14 @@ def test_no_label_trains_nothing(llava):
 
 @pytest.mark.slow
 def test_training_at_zero_stage_3(settings, tmp_path):
-    """The same losses with all kernels and with none, on real engines; the head's weight is gathered where it is used."""
+    """The same losses with all kernels and with none, on real engines; weights are gathered where they are used, in `generate` too."""
     from tests.conftest import losses_of, run_command, write_config
 
     config = str(write_config({**settings, "training": {"steps": 5, "global_batch": 4, "micro_batch": 2}}, tmp_path))
     found = []
     for kernels in ("off", "all"):
         folder = tmp_path / f"runs-{len(found)}"
-        options = [f"kernels={kernels}", "engine.zero_stage=3", f"output_dir={folder}", "data.heldout=[]"]
+        options = [f"kernels={kernels}", "engine.zero_stage=3", f"output_dir={folder}"]
         result = run_command("train", config, *options)
         assert result.returncode == 0, result.stderr
         assert ("20 x nf4_lora_linear" in result.stdout) == (kernels != "off")

@@ -14,7 +14,7 @@ from vlm_dist.models.load import load_model
 from vlm_dist.models.processor import load_processor
 from vlm_dist.models.processor_settings import known_settings
 
-PIXELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+PIXELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 def load(name: str, **settings):

@@ -212,6 +212,23 @@ def test_export_merged(trained, capsys, onto):
     assert "library_name: transformers" in card and f"Merged onto the {comparison['onto']} weights" in card and told["warning"] == ""
 
 
+def test_a_merged_model_that_fits_nowhere(trained, tmp_path, capsys, monkeypatch):
+    """It is written all the same, and what was not looked at is told; the card is only taken where there is room beside the trained one."""
+    from vlm_dist.models import export
+
+    assert export.place_for(10**6, torch.device("cpu")) == torch.device("cpu")
+    for free, place in ((2 * 10**6, "cuda"), (10**6, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**9))
+        assert export.place_for(10**6, torch.device("cuda")).type == place
+    monkeypatch.setattr(export, "available_memory", lambda: 1000)
+    out = tmp_path / "out"
+    assert main(["export", str(trained.parent), "--to", "merged-16bit", "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert "the GPU and the host's memory have too little room" in told["comparison"]["left_out"] and told["comparison"]["samples"] == 0
+    assert "not compared with the trained model: its weights take" in (out / "README.md").read_text()
+    assert list(out.glob("*.safetensors"))
+
+
 def test_a_hub_that_cannot_be_reached(trained, tmp_path, capsys):
     """What was exported stays, and one line says so. (That the hub takes it cannot be shown without a network.)"""
     assert main(["export", str(trained.parent), "--to", "adapter", "--out", str(tmp_path / "out"), "--push", "me/it"]) == 4

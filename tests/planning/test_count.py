@@ -17,7 +17,7 @@ from vlm_dist.models.loss import IGNORED, summed_loss
 from vlm_dist.models.patching import patch_model
 from vlm_dist.models.processor import load_processor
 from vlm_dist.planning.count import Counted, count_micro_batch, quant_state_bytes
-from vlm_dist.planning.memory import memory_of, optimizer_bytes
+from vlm_dist.planning.memory import CONTEXT, loading_of, memory_of, optimizer_bytes
 from vlm_dist.planning.shapes import Tally
 
 pytestmark = pytest.mark.slow
@@ -194,3 +194,14 @@ def test_what_zero_shards():
     assert (three["base in 4 bit"], three["its scales"], three["one layer whole"]) == (200, 40, 70)
     offloaded = memory_of(counted, config_of("m", **{"engine.offload": "all", "engine.zero_stage": "3"}), 3, 4)
     assert "optimizer" not in offloaded.parts and offloaded.host == 2048 + 1024 + 200 + 100 + 1024
+
+
+def test_what_loading_takes():
+    """In shares at stage 3, whole elsewhere, and where DoRA begins with whole weights; and one weight as it is read."""
+    counted = Counted(trainable=[1000], largest_loaded=600)
+    counted.weights.update({"4-bit": 800, "statistics": 40, "16-bit": 400, "trainable": 4000})
+    three = {"engine.zero_stage": "3"}
+    assert loading_of(counted, config_of("m"), 4) == loading_of(counted, config_of("m", **three, **{"lora.dora": "true"}), 4) == 5840
+    assert loading_of(counted, config_of("m", **three), 4) == 40 + 5200 // 4 + 600
+    assert loading_of(counted, config_of("m", **three, **{"engine.offload": "all"}), 4) == 40 + 600
+    assert memory_of(counted, config_of("m", **three), 3, 4).loading == 40 + 5200 // 4 + 600 + CONTEXT

@@ -119,7 +119,9 @@ def test_training_refuses_what_cannot_fit(settings, tmp_path, caplog):
     inputs = open_inputs(config, RunDir(tmp_path / "run"), ALONE)
     check_fits(inputs, ALONE)  # on a CPU nothing is counted
     check_fits(inputs, ALONE, small_gpu(24e9))
-    with pytest.raises(MachineError, match=r"training.micro_batch=2: a step needs about 0.6 GB, small has 0.1 \(CUDA itself 0.6.*--auto"):
+    with pytest.raises(
+        MachineError, match=r"training.micro_batch=2: loading needs 0.6 GB, a step about 0.6 GB, small has 0.1 \(CUDA itself 0.6.*--auto"
+    ):
         check_fits(inputs, ALONE, small_gpu(1e8))
     told = load_config(write_config(settings, tmp_path), ["health.on_too_large=tell"])
     check_fits(replace(inputs, config=told), ALONE, small_gpu(1e8))

@@ -42,7 +42,7 @@ def run(tmp_path) -> Path:
             }
         )
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "summary.json").write_text(json.dumps({"ended": "finished", "wall_s": 80.0, "goodput": 0.87}))
+    (run / "summary.json").write_text(json.dumps({"ended": "finished", "step": 40, "result": "adapter", "wall_s": 80.0, "goodput": 0.87}))
     events = [{"time": 1e9, "step": step, "event": "checkpoint", "text": f"step-{step:08d}"} for step in (10, 40)]
     events.insert(0, {"time": 1e9, "step": 7, "event": "skipped", "text": "the loss is nan; no update. Samples: <b>k7</b>"})
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -63,10 +63,53 @@ def test_page_is_self_contained_and_escaped(run):
     page = write_report(run).read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)(?!#)", page)
     assert "<script>alert(1)</script>" not in page and "&lt;script&gt;" in page
-    assert page.count("<svg") == 11 and page.count("data:image/png;base64,") == 2
+    assert page.count("<svg") == 12 and page.count("data:image/png;base64,") == 2
     assert "step-00000040" in page and "step-00000010" not in page and "&lt;b&gt;k7" in page and "87%" in page
     for words in ("0.0 % before", "<b>100.0 %</b>", "cannot be decoded", "finished", "demo", "<th>token_f1</th>", "<td>0.250</td>"):
         assert words in page
+
+
+def test_the_headline_is_what_the_run_goes_by(run):
+    """checkpoint.best_metric, with a curve of its own; exact match beside it; and what is right without the pictures."""
+    (run / "config.yaml").write_text("name: demo\ncheckpoint: {best_metric: token_f1}\n")
+    page = write_report(run).read_text()
+    assert "Held-out token_f1: 0.000 before, <b>0.250</b>" in page and "exact match 0.0 % before, 100.0 % after" in page
+    assert "<h3>Held-out token_f1</h3>" in page and "greyed out" not in page
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    blind = {
+        "samples": 2,
+        "exact_match": 0.5,
+        "token_f1": 0.125,
+        "with_pictures": {"exact_match": 1.0, "token_f1": 0.25},
+        "needs_eyes": 0.5,
+    }
+    rows[-1]["eval"]["without_pictures"] = blind
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run).read_text()
+    assert "greyed out: 0.125 (with them 0.250; 2 questions have one). Right with the picture alone: <b>50.0 %</b>" in page
+    assert "<th>without_pictures</th>" not in page
+
+
+def test_earlier_turns_and_how_many_answers(run):
+    """A conversation's question is read with what was said before; how many of the answers are shown is said."""
+    path = run / "samples" / "after.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    row["earlier"] = [{"role": "user", "text": "Is it <old>?"}, {"role": "assistant", "text": "yes"}]
+    row["without_picture"] = {"answer": "green", "exact": False}
+    path.write_text("".join(json.dumps({**row, "key": f"k{number}", "number": number}) + "\n" for number in range(60)))
+    page = write_report(run).read_text()
+    assert "The first 48 of 60 answers" in page and page.count("2 earlier turns") == 48 and "Is it &lt;old&gt;?" in page
+    assert page.count('<dt>blind</dt><dd class="wrong">green</dd>') == 48
+
+
+def test_scores_of_other_questions_are_marked(run, other):
+    """Two runs whose held-out questions differ."""
+    assert "Not of the same" not in write_comparison([run, other], run.parent / "compared.html").read_text()
+    path = other / "samples" / "after.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text(lines[0] + "\n" + json.dumps({**json.loads(lines[1]), "key": "another"}) + "\n")
+    page = write_comparison([run, other], run.parent / "compared.html").read_text()
+    assert "Not of the same held-out questions:</b> 2, 2 questions, of which 1 are the same." in page
 
 
 def test_watching_a_run_that_goes_on(run, tmp_path):
@@ -114,7 +157,7 @@ def test_runs_compared(run, other, capsys):
     assert main(["report", str(run), str(other)]) == 0
     page = (run.parent / "compared.html").read_text()
     assert capsys.readouterr().out.strip() == str(run.parent / "compared.html")
-    assert not re.search(r"(?:src|href)=\"(?!data:)(?!#)", page) and page.count("<svg") == 5 and page.count("var(--curve-2)") > 5
+    assert not re.search(r"(?:src|href)=\"(?!data:)(?!#)", page) and page.count("<svg") == 6 and page.count("var(--curve-2)") > 5
     assert "<td>optim.lr</td><td>0.001</td><td>0.002</td>" in page and "data.train.b.shards" in page and "<td>model.name</td>" not in page
     assert "<td>exact match</td><td>100.0 %</td><td>50.0 %</td>" in page and "<td>steps</td><td>40</td><td>20</td>" in page
     same = write_comparison([run, shutil.copytree(run, run.parent / "more" / "demo")], run.parent / "same.html").read_text()

@@ -145,10 +145,31 @@ def test_the_page_in_a_browser(trained, picture):
             shares = driver.find_elements(By.CSS_SELECTOR, "button[title=Share], button[aria-label=Share]")
             assert shares and not any(button.is_displayed() for button in shares)
             assert [error for error in errors_of(driver) if "127.0.0.1" in error] == []
+        with browser(1400) as driver:
+            driver.get(f"http://127.0.0.1:{page.server_port}/")
+            WebDriverWait(driver, 60).until(lambda one: one.find_elements(By.ID, "trained"))
+            assert driver.find_element(By.ID, "trained").size["width"] > 1000
         with pytest.raises(MachineError, match="give another --port"):
             serve_page(chat, "talk", host="127.0.0.1", port=page.server_port)
     finally:
         page.close()
+
+
+def test_a_fully_trained_model_has_its_start_for_a_base(tmp_path, shards, llava, picture):
+    """Loaded when it is asked; another conversation shares it."""
+    settings = {
+        "name": "full", "output_dir": str(tmp_path), "model": {"name": llava, "dtype": "float32", "load_in_4bit": False}, "lora": None,
+        "data": {"train": shards["qa-train"]}, "training": {"steps": 4, "global_batch": 4}, "optim": {"lr": 0.02},
+        "log": {"wandb": "disabled"},
+    }  # fmt: skip
+    train(load_config(write_config(settings, tmp_path)))
+    chat = Chat(str(tmp_path / "full"), max_new_tokens=6)
+    assert chat.has_base and not chat.has_adapter
+    chat.show(picture)
+    said = "".join(chat.ask("What colour?")).strip()
+    assert said == answer(str(tmp_path / "full"), [picture], "What colour?", max_new_tokens=6)
+    assert "".join(chat.of_base()).strip() == answer(llava, [picture], "What colour?", max_new_tokens=6)
+    assert chat.another()._base is chat._base and len(chat._base) == 1
 
 
 def test_wrong_settings(llava, capsys, monkeypatch):

@@ -52,6 +52,20 @@ def test_on_an_nvme_disk(run, tmp_path):
     assert offloaded == pytest.approx(losses_of(run("plain")), rel=1e-4)
 
 
+@pytest.mark.parametrize("error", ["builder.MissingCUDAException('CUDA_HOME does not exist')", "TypeError('expected str, not None')"])
+def test_a_compiler_for_cuda_that_is_missing(run, tmp_path, monkeypatch, error):
+    """DeepSpeed asks nvcc for its version where torch has CUDA; what it raises without one is no RuntimeError."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder, builder
+
+    def compile_it(*_, **__):
+        raise eval(error, {"builder": builder})
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    monkeypatch.setattr(AsyncIOBuilder, "load", compile_it)
+    with pytest.raises(MachineError, match=r"engine.nvme_path: .*does not work here: .*nvcc"):
+        run("refused", "engine.zero_stage=3", "engine.offload=all", f"engine.nvme_path={tmp_path}")
+
+
 def test_a_folder_that_asynchronous_io_cannot_use(run, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: True)
     with pytest.raises(MachineError, match=r"engine.nvme_path: .*(libaio|does not work here)"):
@@ -83,3 +97,22 @@ def test_buckets_are_no_larger_than_what_is_reduced(settings, tmp_path):
     assert deepspeed_config(config, 1, "float32", 10**10)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
     more = load_config(write_config(settings, tmp_path), ["engine.deepspeed={zero_optimization: {reduce_bucket_size: 77}}"])
     assert deepspeed_config(more, 1, "float32", 1000)["zero_optimization"]["reduce_bucket_size"] == 77
+
+
+@pytest.mark.parametrize(
+    ("options", "overlaps"),
+    [
+        (["lora=null", "model.load_in_4bit=false", "engine.zero_stage=2"], True),
+        (["lora=null", "model.load_in_4bit=false", "engine.zero_stage=3"], True),
+        (["engine.offload=all"], True),
+        (["engine.offload=optimizer", "engine.zero_stage=1"], False),
+        (["engine.zero_stage=3"], False),  # adapters: little to send
+    ],
+)
+def test_what_a_card_does_meanwhile(settings, tmp_path, options, overlaps):
+    config = load_config(write_config(settings, tmp_path), options)
+    here, on_gpu = (deepspeed_config(config, 2, "bfloat16", on_gpu=value)["zero_optimization"] for value in (False, True))
+    assert here["overlap_comm"] is False and on_gpu["overlap_comm"] is overlaps
+    for place in ("offload_optimizer", "offload_param"):
+        assert (place in here) == (place in on_gpu)
+        assert place not in here or (here[place]["pin_memory"], on_gpu[place]["pin_memory"]) == (False, True)

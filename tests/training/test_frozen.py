@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import losses_of, write_config
 from tests.pretrained import language_model, vision_encoder
 from vlm_dist import distributed, load_config, train
+from vlm_dist.buffers import moving_buffers
 from vlm_dist.checking.doctor import examine
 from vlm_dist.checking.inspection import inspect
 from vlm_dist.config import LoraConfig
@@ -23,7 +24,7 @@ from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.compose import compose
 from vlm_dist.models.generate import encode_chat, generate
 from vlm_dist.models.lora import add_lora, freeze_sides
-from vlm_dist.models.modes import Statistics, hold_frozen, moving_buffers
+from vlm_dist.models.modes import Statistics, hold_frozen
 from vlm_dist.models.record import probe_inputs
 from vlm_dist.models.trained import load_trained
 from vlm_dist.serving.export import export_run
@@ -191,6 +192,8 @@ def test_doctor_and_inspect_tell_them(settings, seeing_by_resnet, tmp_path):
     found = {check.name: check for check in examine(config)}["BatchNorm"]
     assert found.state == "warn" and "6 layers of the vision side" in found.found and "model.freeze" in found.fix
     assert any("BatchNorm trains in 6 layers" in flag for flag in inspect(config, 1)["flags"])
+    (sample,) = inspect(config, 1, heat=True)["rows"][0]
+    assert sample["picture_tokens"] == 16 and sample["pictures"][0]["heat"].startswith("data:image")  # of a map, row by row
     frozen = load_config(write_config(settings, tmp_path), ["model.freeze=[vision]"])
     assert "BatchNorm" not in {check.name for check in examine(frozen)}
     assert not any("BatchNorm" in flag for flag in inspect(frozen, 1)["flags"])

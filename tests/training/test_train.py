@@ -93,16 +93,18 @@ def test_adapter_loads_with_plain_peft_and_answers_the_same(settings, tmp_path, 
     assert (plain - of_base).abs().max() > 1e-3
 
 
-def test_full_training_learns_and_its_model_loads(settings, tmp_path):
+@pytest.mark.parametrize("stage", [0, 3])
+def test_full_training_learns_and_its_model_loads(settings, tmp_path, stage):
     """From random weights, with the vision tower frozen: the loss falls, frozen weights stay, plain transformers loads the result."""
     from transformers import AutoModelForImageTextToText
 
     settings.update(lora=None, model={"name": settings["model"]["name"], "load_in_4bit": False, "freeze": ["vision"]})
-    run(settings, tmp_path, "optim.lr=3e-3", "training.steps=30", "optim.warmup_steps=2")
+    run(settings, tmp_path, "optim.lr=3e-3", "training.steps=30", "optim.warmup_steps=2", f"engine.zero_stage={stage}")
     losses = losses_of(run_dir(settings))
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     before = AutoModelForImageTextToText.from_pretrained(settings["model"]["name"]).state_dict()
     after = AutoModelForImageTextToText.from_pretrained(run_dir(settings) / "model").state_dict()
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: tensor.shape for name, tensor in after.items()}
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed and not any("vision_tower" in name for name in changed)
     assert any("multi_modal_projector" in name for name in changed) and "lm_head.weight" in changed

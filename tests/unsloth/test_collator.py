@@ -113,6 +113,33 @@ def test_pictures_are_those_that_training_sees(tmp_path):
         as_sample(row(str(tmp_path / "cut.jpg")))
 
 
+def test_objects_are_written_as_in_training_and_what_is_dropped_is_told(collator, caplog):
+    """In the model's own convention, with placeholders and without words; an unknown column is told once."""
+    cat = {"bbox": [10, 10, 30, 20], "label": "a cat"}
+    turns = [{"role": "user", "content": "<image>Where is <ref-object>?"}, {"role": "assistant", "content": "At <bbox>."}]
+    mood = {"images": [PICTURE], "messages": turns, "objects": [cat], "mood": "fine"}
+    for _ in range(2):
+        batch = collator([mood])
+    text = collator.encoder.processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] >= 0])
+    assert "<bbox>" not in text and collator.encoder.placing.convention.place is not None and any(char.isdigit() for char in text)
+    assert [record.getMessage() for record in caplog.records if "mood" in record.getMessage()] == [
+        "row of a batch: keys of the JSON that nothing reads: mood; told once"
+    ]
+    alone = as_sample({"image": PICTURE, "objects": [cat]})
+    assert alone.messages[-1]["role"] == "assistant" and alone.objects[0].box == (10, 10, 30, 20)
+    turned = PICTURE.copy()
+    turned.getexif()[0x0112] = 6
+    sized = {"image": turned, "objects": [cat], "objects_size": list(PICTURE.size)}
+    assert as_sample(sized).sizes == [PICTURE.size[::-1]] and as_sample(sized).objects[0].box == (
+        PICTURE.height - 20,
+        10,
+        PICTURE.height - 10,
+        30,
+    )
+    with pytest.raises(DataError, match=r"row 0 of the batch: objects\[0\]"):
+        collator([{**mood, "objects": [{"bbox": [0, 0, 9_000, 9_000], "label": "x"}]}])
+
+
 def test_rows_of_a_real_data_set(collator, tmp_path):
     """Through `datasets`, which gives every part every key."""
     datasets = pytest.importorskip("datasets", reason="datasets comes with the extra for TRL")

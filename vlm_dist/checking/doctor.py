@@ -16,6 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm_dist.cards import why_no_cuda
+from vlm_dist.environment import available_memory
+from vlm_dist.launched import left_over
+
 if TYPE_CHECKING:
     from vlm_dist.config import Config
 
@@ -26,6 +30,7 @@ LEAST_MEMORY = 8 * 10**9
 MOST_APART = 2.0  # seconds between clocks
 READ = 200 * 10**6  # bytes of the data that are read to tell its speed
 SLOWING = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 LEFT_ON = ("NCCL_DEBUG", "CUDA_LAUNCH_BLOCKING", "TORCH_DISTRIBUTED_DEBUG", "TRITON_INTERPRET")
 
 
@@ -116,18 +121,19 @@ def _gpus() -> Iterator[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi") is None:
+        if (problem := why_no_cuda()) is None:
             yield Check("gpu", "warn", "none; training runs on the CPU", "fine for the quickstart and tiny models")
             return
-        found = f"there is a driver, but torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda})"
-        yield Check("gpu", "bad", found, "check nvidia-smi, CUDA_VISIBLE_DEVICES, and that this driver is new enough for that CUDA version")
+        yield Check(
+            "gpu", "bad", problem, "check nvidia-smi, CUDA_VISIBLE_DEVICES, and that this driver is new enough for that CUDA version"
+        )
         return
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         major, minor = torch.cuda.get_device_capability(number)
         about = f"{torch.cuda.get_device_name(number)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, capability {major}.{minor}"
         if major < 8:
-            yield Check(f"gpu {number}", "warn", f"{about}: no bfloat16", "model.dtype: float32")
+            yield Check(f"gpu {number}", "warn", f"{about}: no bfloat16", "model.dtype: auto takes float16, and scales the loss")
         else:
             yield _judge(f"gpu {number}", free >= 0.9 * total, about, "another process holds memory: nvidia-smi names it")
 
@@ -188,11 +194,7 @@ def _compiler() -> Iterator[Check]:
 
 
 def _memory() -> Iterator[Check]:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    available = available_memory()
     found = f"{available / 1e9:.1f} GB of memory free, {len(os.sched_getaffinity(0))} CPUs"
     fix = "close other programs, or lower data.workers, data.prefetch and data.pack_lookahead"
     yield _judge("host", available >= LEAST_MEMORY, found, fix)
@@ -215,13 +217,25 @@ def _sockets() -> Iterator[Check]:
         probe.bind(("127.0.0.1", 0))
     name = socket.gethostname()
     try:
-        yield Check("network", "ok", f"{name} is {socket.gethostbyname(name)}")
+        address = socket.gethostbyname(name)
     except OSError:
         fix = "on several nodes: add it to DNS or /etc/hosts, or set MASTER_ADDR to an address"
         yield Check("network", "warn", f"the host's own name '{name}' does not resolve", fix)
+        return
+    chosen = [variable for variable in INTERFACES if os.environ.get(variable)]
+    inside = address.startswith("127.") and len(chosen) < len(INTERFACES)
+    fix = (
+        f"on several nodes: ranks would wait for one another at an address that no other node reaches; "
+        f"{' and '.join(f'export {variable}=INTERFACE' for variable in INTERFACES if variable not in chosen)} (`ip -br addr` names them), "
+        f"or take '{name}' off the line of {address} in /etc/hosts"
+    )
+    yield _judge("network", not inside, f"{name} is {address}" + "".join(f", {one}={os.environ[one]}" for one in chosen), fix)
 
 
 def _variables() -> Iterator[Check]:
+    if (what := left_over()) is not None:
+        found, _, fix = what.partition("; ")
+        yield Check("launcher", "bad", found, fix)
     for name in SLOWING:
         if (value := os.environ.get(name, "0")) not in ("", "0"):
             yield Check(name, "warn", f"is {value}: slower transfers between GPUs", f"unset {name}, unless this cluster needs it")

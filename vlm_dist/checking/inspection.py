@@ -41,7 +41,8 @@ def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, 
     Returns:
         `rows` (each a list of samples with `key`, `tokens`, `segments`, `pictures`, `flags`, ...), `refused` (samples that training
         leaves out, with the reason), `notes` (what nothing reads, is changed or left out: kind, name, samples), `lengths` of up to 300
-        samples, `flow` (what comes out of each part of the model for the first sample), and `flags`: what is wrong with many.
+        samples, `flow` (what comes out of each part of the model for the first sample), `weights` (what is in 16
+        bit, what has no adapter), and `flags`: what is wrong with many.
 
     Raises:
         DataError, ModelError: as training would.
@@ -61,10 +62,12 @@ def inspect(config: Config, count: int = 8, *, heat: bool = False) -> dict[str, 
             rows.append(shown)
         lengths = _lengths(stream)
         moving = moving_statistics(inputs.config, inputs.hf_config, inputs.family)
+
+        weights = _weights(inputs)
     found = {
         "name": config.name, "model": config.model.name or config.model.kind, "max_seq_length": config.data.max_seq_length,
         "packing": stream.pack, "rows": rows, "refused": [*refused, *lengths.pop("refused")], "lengths": lengths,
-        "flow": flow, "notes": stream.encoder.tally.to_dict(),
+        "flow": flow, "weights": weights, "notes": stream.encoder.tally.to_dict(),
     }  # fmt: skip
     return found | {"flags": [*_flags(found), *([moving] if moving else [])]}
 
@@ -79,6 +82,14 @@ def _flow(inputs: Inputs, encoded: Encoded) -> list[dict[str, Any]]:
     except Exception as error:  # a model's code raises whatever it likes where numbers are missing
         logger.warning("inspect: no data flow: %s", (str(error).splitlines() or [""])[0][:200])
         return []
+
+
+def _weights(inputs: Inputs) -> list[str]:
+    """What stays in 16 bit beside 4-bit weights, and what has no adapter, in words."""
+    from vlm_dist.planning.plan import torch_dtype
+    from vlm_dist.planning.twin import weights_of_twin
+
+    return weights_of_twin(inputs.config, inputs.hf_config, inputs.family, torch_dtype(inputs.config))
 
 
 def _describe(preparer: Preparer, slot: Slot, encoded: Encoded, warm: Heat | None) -> dict[str, Any]:

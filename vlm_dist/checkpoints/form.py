@@ -12,6 +12,7 @@ scores of its evaluation) is added to state.json; meanwhile the manifest knows b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.disk import again, why
+from vlm_dist.checkpoints.contents import problem_of
+from vlm_dist.disk import again, readable_as_others, why
 from vlm_dist.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
@@ -66,6 +68,7 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot, state: dict[st
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         _write_files(temporary, snapshot, {"step": step, "version": STATE_VERSION, **state})
+        readable_as_others(temporary)
         _write_manifest(temporary)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
@@ -88,8 +91,12 @@ def prune(folder: Path, keep_last: int, keep_best: int = 0, metric: str = "exact
     scored = [path for path in found if score_of(path, metric) is not None]
     best = sorted(scored, key=lambda path: score_of(path, metric) or 0.0, reverse=not lower_is_better)[:keep_best]
     gone = [path for path in found[keep_last:] if path not in best]
-    for path in gone:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in gone:  # a kill leaves no half of one under its name
+        with contextlib.suppress(OSError):
+            os.replace(path, path.with_name(f".{path.name}.partial"))
+    for partial in folder.glob(".step-*.partial"):
+        if found and _step_of(partial) <= _step_of(found[0]):  # a later one is being written
+            shutil.rmtree(partial, ignore_errors=True)
     return gone
 
 
@@ -99,7 +106,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is of another version.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = _json_of(path / STATE)
     version = state["version"] if isinstance(state, dict) and "version" in state else None
     if version != STATE_VERSION:
         raise CheckpointError(
@@ -120,8 +127,8 @@ def amend_state(path: Path, changes: dict[str, Any], sent: Callable[[Path], obje
     """
     manifest, file = path / MANIFEST, path / STATE
     try:
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-        state = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+        before = _json_of(manifest)
+        state = {**_json_of(file), **changes}
         text = json.dumps({name: value for name, value in state.items() if value is not None or name not in changes}, indent=1) + "\n"
         after = {**before, "sha256": {**before["sha256"], STATE: hashlib.sha256(text.encode()).hexdigest()}}
         _replace(manifest, json.dumps({**after, "before": {STATE: before["sha256"][STATE]}}, indent=1) + "\n")
@@ -158,7 +165,7 @@ def verify_checkpoint(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file that one needs must be in its manifest, and be there with its sha256; and
     state.json must hold what continuing needs."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _json_of(path / MANIFEST)
         files, before = {**manifest["sha256"]}, {**manifest.get("before", {})}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
@@ -176,6 +183,10 @@ def verify_checkpoint(path: Path) -> str | None:
     return _problem_of_state(path)
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2].removesuffix(".partial"))
+
+
 def _lacking(files: dict[str, Any]) -> str | None:
     """A file that a checkpoint cannot do without."""
     weights = [name for name in WEIGHTS if name in files]
@@ -188,7 +199,7 @@ def _lacking(files: dict[str, Any]) -> str | None:
 def _problem_of_state(path: Path) -> str | None:
     """What continuing would miss. Another version is no damage: `read_state` refuses it."""
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = _json_of(path / STATE)
     except ValueError:
         return f"{STATE} is no JSON"
     if not isinstance(state, dict):
@@ -198,8 +209,10 @@ def _problem_of_state(path: Path) -> str | None:
     odd = next((name for name, kind in OF_STATE.items() if not isinstance(state.get(name), kind)), None)
     if odd is not None:
         return f"{STATE} holds no '{odd}'"
-    step = int(path.name.rpartition("-")[2].removesuffix(".partial"))
-    return None if state["step"] == step else f"{STATE} is of step {state['step']}"
+    if state["step"] != _step_of(path):
+        return f"{STATE} is of step {state['step']}"
+    problem = problem_of(state)
+    return problem and f"{STATE}: {problem}"
 
 
 def newest_good_checkpoint(folder: Path) -> Path | None:
@@ -247,6 +260,17 @@ def _replace(path: Path, text: str) -> None:
     _flush(partial)
     os.replace(partial, path)
     _flush(path.parent)
+
+
+def _json_of(path: Path) -> Any:
+    """Raises:
+    ValueError: it holds no JSON.
+    OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _sha256(path: Path) -> str:

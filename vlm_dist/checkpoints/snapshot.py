@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.buffers import moving_buffers
 from vlm_dist.checkpoints.form import MOMENTS, WEIGHTS, Snapshot, read_state
 from vlm_dist.errors import CheckpointError
-from vlm_dist.models.modes import moving_buffers
-from vlm_dist.upstream.deepspeed import create_moments
+from vlm_dist.upstream.deepspeed import create_moments, gathered, is_sharded
 
 if TYPE_CHECKING:
     import torch
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # its state of a parameter
+BEFORE = "delete this checkpoint to continue from the one before"
 OF_A_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")  # have its shape
 
 
@@ -63,7 +64,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     try:
         return load_file(path / name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {name} cannot be read ({error}); delete this checkpoint to continue from the one before") from None
+        raise CheckpointError(f"{path}: {name} cannot be read ({error}); {BEFORE}") from None
 
 
 def _check_parameters(path: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
@@ -79,9 +80,14 @@ def _check_parameters(path: Path, now: dict[str, Any], then: dict[str, Any]) -> 
             f"{path}: holds other shapes than this model trains ({len(odd)} of {len(now)} differ, e.g. {odd[0]}: {_shape(then[odd[0]])} "
             f"there, {_shape(now[odd[0]])} now); set lora.r and the model back, or start a run of another name"
         )
+    for name, tensor in then.items():
+        if str(tensor.dtype) != "torch.float32":
+            raise CheckpointError(f"{path}: holds '{name}' as {tensor.dtype}, expected torch.float32; {BEFORE}")
 
 
 def _check_moments(path: Path, parameters: dict[str, Any], moments: dict[str, Any], kind: str) -> None:
+    import torch
+
     parts = [(name, *name.rpartition("/")[::2]) for name in moments]
     then = "adamw" if all(entry in ADAMW for _, _, entry in parts) else "adamw_8bit"
     if parts and then != kind:
@@ -97,6 +103,17 @@ def _check_moments(path: Path, parameters: dict[str, Any], moments: dict[str, An
                 f"{path}: {MOMENTS} holds another shape of '{name}' ({_shape(moments[name])} there, {_shape(parameters[parameter])} now); "
                 "start a run of another name"
             )
+        if entry in ADAMW and moments[name].dtype != torch.float32:
+            raise CheckpointError(f"{path}: {MOMENTS} holds '{name}' as {moments[name].dtype}, expected torch.float32; {BEFORE}")
+        for partner in _partners(name, entry):
+            if partner not in moments:
+                raise CheckpointError(f"{path}: {MOMENTS} holds '{name}' without '{partner}'; {BEFORE}")
+
+
+def _partners(name: str, entry: str) -> list[str]:
+    """The other moments that an optimizer has of the same parameter."""
+    group = next((group for group in (("exp_avg", "exp_avg_sq"), ("state1", "state2")) if entry in group), ())
+    return [f"{name.removesuffix(entry)}{other}" for other in group if other != entry]
 
 
 def _kind_of(engine: Any) -> str:
@@ -110,14 +127,22 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def gather_weights(engine: Any, *, keep: bool) -> dict[str, Any]:
+def gather_weights(engine: Any, *, keep: bool, frozen: bool = False) -> dict[str, Any]:
     """The trainable parameters, whole and in float32, and the buffers that training moves, by name, on the CPU. Every rank must call it;
-    only those that `keep` get them."""
+    only those that `keep` get them.
+
+    Args:
+        frozen: those too that do not train but are sharded (ZeRO stage 3), as they are.
+    """
     weights = {}
     for name, parameter in trainable(engine).items():
         value = _full_parameter(engine, parameter)
         if keep:
             weights[name] = _copy(value.float())
+    for name, parameter in engine.module.named_parameters() if frozen else ():
+        if not parameter.requires_grad and is_sharded(parameter):
+            with gathered([parameter]):
+                weights |= {name: _copy(parameter)} if keep else {}
     if keep:
         weights |= {name: _copy(buffer) for name, buffer in moving_buffers(engine.module).items()}
     return weights

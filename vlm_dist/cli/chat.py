@@ -65,8 +65,8 @@ def _in_terminal(chat: Any, arguments: argparse.Namespace) -> int:
     for path in arguments.image:
         chat.show(path)
     compare = arguments.compare
-    if compare and not chat.has_adapter:
-        raise ConfigError(f"chat --compare: '{arguments.source}' has no adapter, so there is no base to compare with")
+    if compare and not chat.has_base:
+        raise ConfigError(f"chat --compare: '{arguments.source}' has no adapter and is no run, so there is no base to compare with")
     if sys.stdin.isatty():
         print(HELP)
         if chat.system:
@@ -83,7 +83,7 @@ def _in_terminal(chat: Any, arguments: argparse.Namespace) -> int:
             except DataError as problem:
                 print(problem)
         elif command == "/compare":
-            compare = not compare and chat.has_adapter
+            compare = not compare and chat.has_base
             print(f"comparing with the base: {'on' if compare else 'off'}")
         elif line.startswith("/"):
             print(HELP)

@@ -34,6 +34,13 @@ def add_parser(commands: Any) -> None:
     synth.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     synth.add_argument("--questions", type=int, default=3, metavar="N", help="most questions a training picture of task qa (default 3)")
     synth.set_defaults(run=run_synth)
+    _add_pack(kinds)
+    add_index(kinds)
+    add_verify(kinds)
+    add_order(kinds)
+
+
+def _add_pack(kinds: Any) -> None:
     pack = new_parser(
         kinds,
         "pack",
@@ -52,7 +59,12 @@ def add_parser(commands: Any) -> None:
         "--format", choices=("records", "flickr8k"), default="records", help="default records; flickr8k: pictures with five captions each"
     )
     pack.add_argument("--images", type=Path, metavar="FOLDER", help="records: where paths of pictures begin (default: beside SOURCE)")
-    pack.add_argument("--split", metavar="NAME", help="records: of a Hugging Face data set (default train)")
+    pack.add_argument(
+        "--split",
+        metavar="NAME",
+        help="records: of a Hugging Face data set or a folder with several (default train), or of records with a key `split` (default all)",
+    )
+    pack.add_argument("--annotations", metavar="FILE", help="records: the answers to SOURCE's questions, where VQA's are two files")
     pack.add_argument("--question", metavar="COLUMN", help="records: the key of the question (default: recognised)")
     pack.add_argument("--answer", metavar="COLUMN", help="records: the key of the answer, or without --question of the caption")
     pack.add_argument("--image", metavar="COLUMN", help="records: the key of the picture or pictures")
@@ -71,9 +83,6 @@ def add_parser(commands: Any) -> None:
     pack.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     pack.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     pack.set_defaults(run=run_pack)
-    add_index(kinds)
-    add_verify(kinds)
-    add_order(kinds)
 
 
 def run_synth(arguments: argparse.Namespace) -> int:
@@ -108,10 +117,10 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if arguments.heldout is not None:
         options["heldout"] = arguments.heldout
     if arguments.format == "flickr8k":
-        _refuse(arguments, "dedup", "dry_run", "question", "answer", "image", "fetch", "fetch_private")
+        _refuse(arguments, "dedup", "dry_run", "annotations", "question", "answer", "image", "fetch", "fetch_private")
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
-        names = ("images", "split", "dedup", "max_side", "reencode", "quality", "processes")
+        names = ("images", "split", "annotations", "dedup", "max_side", "reencode", "quality", "processes")
         options |= {name: getattr(arguments, name) for name in names} | _reading(arguments)
         made = dict(pack_records(arguments.source, arguments.out, **options))
     if arguments.dry_run:

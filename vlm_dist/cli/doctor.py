@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     for check in examine(config):
         checks.append(check)
         if not arguments.json:
-            _show(check)
+            show(check)
     bad = sum(check.state == "bad" for check in checks)
     if arguments.json:
         print(json.dumps({"fit": not bad, "checks": [check.to_dict() for check in checks]}, indent=1))
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     return MachineError.exit_code if bad else 0
 
 
-def _show(check: Any) -> None:
+def show(check: Any) -> None:
+    """Print a finding."""
     from rich.console import Console
 
     colour, word = SIGNS[check.state]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.cli.parsers import add_base_model, add_system, new_parser
+from vlm_dist.errors import ConfigError
 
 
 def add_parser(commands: Any) -> None:
@@ -20,8 +21,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, an adapter folder, a checkpoint folder or a hub id")
     add_base_model(parser)
     add_system(parser)
-    parser.add_argument("--image", type=Path, action="append", default=[], help="a JPEG, PNG or WebP file; may be given several times")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        help="a JPEG, PNG or WebP file, or an http(s) address; may be given several times",
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="ask about each picture in it, one after another, and print a line of JSON for each"
+    )
     parser.add_argument("--prompt", required=True, help="what to ask")
+    parser.add_argument("--temperature", type=float, metavar="T", help="draw the words, the bolder the higher (default: the likeliest)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest words of this probability together")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--base", action="store_true", help="leave the run's adapter off: the answer before training")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -29,17 +41,22 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vlm_dist.serving.answer import answer
+    from vlm_dist.serving.answer import answers, pictures_of, sampling
 
+    if arguments.folder is not None and arguments.image:
+        raise ConfigError("generate: --image and --folder are given; give one of them")
+    asked = [[str(path)] for path in pictures_of(arguments.folder)] if arguments.folder is not None else [arguments.image]
     options = {
         "max_new_tokens": arguments.max_new_tokens,
+        "base": arguments.base,
         "base_model": arguments.base_model,
         "system": arguments.system,
         "reasoning": arguments.reasoning,
+        "sampling": sampling(arguments.temperature, arguments.top_p, arguments.seed),
     }
-    text = answer(arguments.source, arguments.image, arguments.prompt, base=arguments.base, **options)
-    if arguments.json:
-        print(json.dumps({"prompt": arguments.prompt, "images": [str(path) for path in arguments.image], "answer": text}))
-    else:
-        print(text)
+    for images, text in zip(asked, answers(arguments.source, asked, arguments.prompt, **options), strict=True):
+        if arguments.json or arguments.folder is not None:
+            print(json.dumps({"prompt": arguments.prompt, "images": images, "answer": text}), flush=True)
+        else:
+            print(text)
     return 0

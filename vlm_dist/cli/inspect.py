@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_dist.cli.parsers import add_config, new_parser
 from vlm_dist.errors import ConfigError
+from vlm_dist.waiting import waiting
 
 STYLES = {"supervised": "bold green", "picture": "blue", "other": "dim"}
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"-n: found {arguments.n}; expected 1 or more")
     if arguments.heat and not arguments.html:
         raise ConfigError("inspect --heat: draws on the page; add --html FILE")
-    found = inspect(load_config(arguments.config, arguments.overrides), arguments.n, heat=arguments.heat)
+    with waiting("reading, encoding and looking at the first samples"):
+        found = inspect(load_config(arguments.config, arguments.overrides), arguments.n, heat=arguments.heat)
     if arguments.html:
         write_inspection(found, arguments.html)
     if arguments.json:
@@ -87,6 +89,8 @@ def _show(found: dict[str, Any]) -> None:
         for stage in found["flow"]:
             shape = " x ".join(map(str, stage["shape"]))
             console.print(f"  {stage['name']:<24} {shape:<22} {stage['module']}", markup=False)
+    for line in found["weights"]:
+        console.print(line, markup=False)
     for one in found["refused"][:10]:
         console.print(f"left out: {one['key']}: {one['reason']}", markup=False)
     for line in in_words(found["notes"]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import shlex
 import shutil
@@ -14,10 +16,12 @@ from vlm_dist.cli.parsers import add_config, new_parser
 from vlm_dist.cli.starter import starter_file
 from vlm_dist.config import Config
 from vlm_dist.config_load import load_config
+from vlm_dist.distributed import free_port
 from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.launched import port_of
 from vlm_dist.redaction import redacted
 
-PORT = 29_500
+CPUS = 8  # of a rank: it reads and decodes beside training
 
 
 def add_parser(commands: Any) -> None:
@@ -38,9 +42,17 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--gpus", metavar="N", type=_positive, help="processes on each node, one a GPU (default: the GPUs of this machine)")
     parser.add_argument("--nodes", metavar="M", type=_positive, default=1, help="nodes (default: 1)")
     parser.add_argument("--head", metavar="HOST", help="several nodes: name or address of the first")
+    parser.add_argument(
+        "--port",
+        metavar="N",
+        type=_positive,
+        help="where ranks meet (default: a free one; on several nodes one that follows from the run's name)",
+    )
     parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
     parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
+    parser.add_argument("--cpus", metavar="N", type=_positive, default=CPUS, help=f"--slurm: CPUs of each process (default: {CPUS})")
     parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
+    parser.add_argument("--preflight", action="store_true", help="check the nodes and what lies between them, by the same launcher")
     parser.add_argument("--print", dest="only_print", action="store_true", help="print the command, start nothing")
     parser.set_defaults(run=run)
 
@@ -49,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.deepspeed_config import check_batches
 
     config = load_config(arguments.config, arguments.overrides)
-    arguments.gpus = arguments.gpus or _gpus_here()
+    arguments.gpus = arguments.gpus or _gpus_here(arguments)
     check_batches(config, arguments.gpus * arguments.nodes)
+    if arguments.preflight:
+        arguments.overrides = [*arguments.overrides, "--preflight"]
     command = arguments.launcher(arguments, config)
     print(shlex.join(command), flush=True)
     if arguments.only_print:
@@ -65,7 +79,7 @@ def _training(arguments: argparse.Namespace, script: str = "train.py") -> list[s
 
 
 def _deepspeed(arguments: argparse.Namespace, config: Config) -> list[str]:
-    command = [_beside_python("deepspeed")]
+    command = [_beside_python("deepspeed"), "--master_port", str(_port(arguments, config))]
     if arguments.nodes > 1:
         if not Path(arguments.hostfile).exists() and not arguments.only_print:
             raise ConfigError(f"--hostfile: '{arguments.hostfile}' is missing; write a line `HOST slots={arguments.gpus}` for each node")
@@ -76,26 +90,29 @@ def _deepspeed(arguments: argparse.Namespace, config: Config) -> list[str]:
 def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
     command = [_beside_python("torchrun"), "--nproc-per-node", str(arguments.gpus)]
     if arguments.nodes > 1:
-        endpoint = f"{_head(arguments)}:{PORT}"
-        command += ["--nnodes", str(arguments.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", config.name]
+        port = _port(arguments, config)
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{_head(arguments)}:{port}", "--rdzv-id", f"{config.name}-{port}"]
+        command += ["--nnodes", str(arguments.nodes), *meeting]
     else:
         command += ["--standalone"]
     return [*command, *_training(arguments)]
 
 
+def _port(arguments: argparse.Namespace, config: Config) -> int:
+    """On one node a free one. On several each node must come to the same without asking: it follows from the run's directory."""
+    if arguments.port:
+        return arguments.port
+    return port_of(str(Path(config.output_dir).absolute() / config.name)) if arguments.nodes > 1 else free_port()
+
+
 def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
-    size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}"]
-    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", *_where_not_here()]
-    return ["sbatch", *options, _script("slurm/train.sbatch"), arguments.config, *arguments.overrides]
-
-
-def _where_not_here() -> list[str]:
-    """train.sbatch looks for launch/ and .venv in the folder that it is submitted from; from another one it is told where they are."""
-    training = starter_file("launch/train.py")
-    if training == Path.cwd() / "launch" / "train.py":
-        return []
-    python = os.environ.get("VLM_DIST_PYTHON", _python())
-    return [f"--export=ALL,VLM_DIST_PYTHON={python},VLM_DIST_TRAIN={training}"]
+    """Absolute paths: SLURM runs a copy of the script, and the command may be given elsewhere."""
+    size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}",
+            f"--cpus-per-task={arguments.cpus}"]  # fmt: skip
+    python = shutil.which(os.environ.get("VLM_DIST_PYTHON", sys.executable)) or sys.executable
+    where = f"--export=ALL,VLM_DIST_PYTHON={os.path.abspath(python)},VLM_DIST_TRAIN={starter_file('launch/train.py')}"
+    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", f"--chdir={Path.cwd()}", where]
+    return ["sbatch", *options, str(starter_file("launch/slurm/train.sbatch")), os.path.abspath(arguments.config), *arguments.overrides]
 
 
 def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
@@ -105,9 +122,22 @@ def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
     for override in arguments.overrides:
         if redacted(override) != override:
             raise ConfigError(f"launch: '{redacted(override)}' holds a secret, and Ray shows the command of a job; write it into the YAML")
-    left_out = '{"excludes": [".venv", ".git", "data", "runs"]}'
-    job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", left_out, "--"]
-    return [_beside_python("ray"), *job, _python(), *_training(arguments, "ray_train.py"), workers]
+    _refuse_unseen(arguments, config)
+    seconds = str(math.ceil(config.checkpoint.grace_s))
+    settings = {"excludes": ["/.venv", "/.git", "/data", "/runs"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
+    job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", json.dumps(settings), "--"]
+    return [_beside_python("ray"), *job, sys.executable, *_training(arguments, "ray_train.py"), workers]  # .venv is not sent
+
+
+def _refuse_unseen(arguments: argparse.Namespace, config: Config) -> None:
+    """What a job does not find, or leaves where it is deleted: Ray sends a copy of this folder, and removes it after the job."""
+    if not Path(config.output_dir).is_absolute():
+        raise ConfigError(
+            f"output_dir: '{config.output_dir}' would lie in the copy of this folder that Ray makes for the job and deletes after it; "
+            "give an absolute path on storage that every node sees"
+        )
+    if os.path.relpath(arguments.config).startswith("..") and not Path(arguments.config).is_absolute():
+        raise ConfigError(f"'{arguments.config}' is outside of this folder, of which Ray sends a copy; give an absolute path that all see")
 
 
 def _script(name: str) -> str:
@@ -133,10 +163,13 @@ def _head(arguments: argparse.Namespace) -> str:
     return arguments.head
 
 
-def _gpus_here() -> int:
+def _gpus_here(arguments: argparse.Namespace) -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
+    here = torch.cuda.device_count()
+    if not here and (arguments.launcher is _slurm or arguments.address):
+        raise ConfigError("--gpus: this machine has no GPU to count, and the nodes are others; say how many each of them has")
+    return max(1, here)
 
 
 def _positive(text: str) -> int:

@@ -12,6 +12,7 @@ from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
 from vlm_dist.disk import disk_error, remedy, why
 from vlm_dist.errors import UserError
+from vlm_dist.mistakes import told_once
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.redaction import redacted_screen
 
@@ -82,7 +83,7 @@ def _reporting(action, *, debug: bool) -> int:
         if debug:
             raise
         if not error.told:
-            print(f"vlm-dist: {error}", file=sys.stderr)
+            told_once(error, _tell)
         return error.exit_code
     except BrokenPipeError:
         _forget_output()
@@ -98,6 +99,10 @@ def _reporting(action, *, debug: bool) -> int:
     except KeyboardInterrupt:
         print("vlm-dist: interrupted", file=sys.stderr)
         return 130
+
+
+def _tell(error: UserError) -> None:
+    print(f"vlm-dist: {error}", file=sys.stderr, flush=True)
 
 
 def _forget_output() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.cli.parsers import add_config, new_parser
+from vlm_dist.cli.plan_profile import show_profile
 from vlm_dist.errors import ConfigError, MachineError
 
 DEFAULT = "rtx4090"
@@ -30,6 +31,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="only the configuration's own settings, not what else would fit")
     parser.add_argument("--auto", action="store_true", help="write a copy of CONFIG with the quickest settings that fit")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --auto: where to (default: CONFIG's name with .planned.yaml)")
+    parser.add_argument("--profile", action="store_true", help="where the time, launches and kept bytes of a micro-batch go, by part")
+    parser.add_argument("--against", choices=("off", "auto", "all"), help="with --profile: beside these kernels (off: PEFT)")
     parser.add_argument("--json", action="store_true", help="print JSON; bytes, FLOPs and seconds")
     parser.set_defaults(run=run)
 
@@ -43,6 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("plan: expected --gpus of 1 or more and --pictures of 0 or more")
     if arguments.auto and arguments.quick:
         raise ConfigError("plan: --auto looks for other settings, --quick leaves them out; give one of the two")
+    if arguments.auto and arguments.profile:
+        raise ConfigError("plan: --auto looks for other settings, --profile looks at the configuration's own; give one of the two")
+    if arguments.against is not None and not arguments.profile:
+        raise ConfigError("plan: --against is of --profile; give both")
     config = load_config(arguments.config, arguments.overrides)
     gpu = find_gpu(arguments.gpu) if arguments.gpu else this_gpu() or find_gpu(DEFAULT)
     out = arguments.out or Path(arguments.config).with_suffix(".planned.yaml")
@@ -51,9 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
     with open_planner(
         config, gpu, arguments.gpus, size=_size(arguments.size), pictures=arguments.pictures, note=_note(arguments)
     ) as planner:
-        plan = make_plan(planner, others=not arguments.quick)
+        plan = make_plan(planner, others=not (arguments.quick or arguments.profile))
+        if arguments.profile:
+            plan |= _profiles(planner, arguments)
     if arguments.json:
         print(json.dumps(plan, indent=1))
+    elif arguments.profile:
+        show_profile(plan)
     else:
         _show(plan)
     if arguments.auto:
@@ -64,6 +75,17 @@ def run(arguments: argparse.Namespace) -> int:
     elif not plan["own"]["fits"]:
         return MachineError.exit_code
     return 0
+
+
+def _profiles(planner: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    from vlm_dist.config_load import load_config
+    from vlm_dist.planning.profile import profile
+
+    found = {"profile": profile(planner)}
+    if arguments.against is not None:
+        other = load_config(arguments.config, [*arguments.overrides, f"kernels={arguments.against}"]).kernels
+        found["against"] = {"kernels": arguments.against, **profile(planner, planner.config.model_copy(update={"kernels": other}))}
+    return found
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -91,12 +113,15 @@ def _show(plan: dict[str, Any]) -> None:
     for name, size in own["memory"].items():
         table.add_row(name, _amount(size))
     table.add_row("together", _amount(own["total"]), style="bold")
+    table.add_row("while loading", _amount(own["loading"]))
     if own["host"]:
         table.add_row("and on the host", _amount(own["host"]))
     console.print(f"memory of a GPU at micro_batch {own['micro_batch']}, gradient checkpointing {own['gradient_checkpointing']}, "
                   f"ZeRO {own['zero_stage']}")  # fmt: skip
     console.print(table)
-    left = gpu["memory"] - own["total"]
+    for line in plan["weights"]:
+        console.print(line, markup=False)
+    left = gpu["memory"] - max(own["total"], own["loading"])
     if own["fits"]:
         console.print(f"fits: {left / 1e9:.1f} GB to spare", style="green")
     else:

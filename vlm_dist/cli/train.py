@@ -7,9 +7,12 @@ import json
 import signal
 from typing import Any
 
+from vlm_dist.checking.doctor import Check
+from vlm_dist.cli.doctor import show
 from vlm_dist.cli.parsers import add_config, new_parser
 from vlm_dist.config_load import load_config
-from vlm_dist.distributed import env_rank, env_world_size
+from vlm_dist.errors import MachineError
+from vlm_dist.launched import announced
 
 
 def add_parser(commands: Any) -> None:
@@ -26,6 +29,9 @@ def add_parser(commands: Any) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check the configuration, the shards and the plan; load no weights")
+    parser.add_argument(
+        "--preflight", action="store_true", help="check every node of this start, and what lies between them; train nothing"
+    )
     parser.add_argument("--resume-anyway", action="store_true", help="continue a run although its configuration has changed")
     parser.add_argument("--json", action="store_true", help="print the outcome (or the plan of --dry-run) as JSON")
 
@@ -34,6 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         return _dry_run(config, arguments)
+    if arguments.preflight:
+        from vlm_dist.checking.preflight import preflight
+
+        return _told(preflight(config), arguments)
     from vlm_dist.training.train import train
 
     return _end(train(config, resume_anyway=arguments.resume_anyway), arguments)
@@ -46,21 +56,41 @@ def run_on_ray(arguments: argparse.Namespace) -> int:
         return _dry_run(config, arguments)
     from vlm_dist.training.on_ray import train_on_ray
 
+    if arguments.preflight:
+        from vlm_dist.checking.preflight import preflight
+
+        found = train_on_ray(config, instead=preflight)
+        return _told(found, arguments) if "fit" in found else _end(found, arguments)
     return _end(train_on_ray(config, resume_anyway=arguments.resume_anyway), arguments)
 
 
 def _end(summary: dict[str, Any], arguments: argparse.Namespace) -> int:
-    if env_rank() == 0:
+    if announced().rank == 0:
         _tell(summary, arguments)
     if summary["ended"] == "interrupted":
         return 128 + signal.Signals[summary["signal"]]
     return 0
 
 
+def _told(found: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """The findings, by the first rank; the exit code is the same on all."""
+    if announced().rank == 0:
+        bad = sum(check["state"] == "bad" for check in found["checks"])
+        if arguments.json:
+            print(json.dumps({"fit": found["fit"], "checks": found["checks"]}, indent=1))
+        else:
+            for check in found["checks"]:
+                show(Check(**check))
+            print(
+                f"{'fit' if found['fit'] else 'not fit'} to train on these nodes: {bad} bad of {len(found['checks'])} findings", flush=True
+            )
+    return 0 if found["fit"] else MachineError.exit_code
+
+
 def _dry_run(config: Any, arguments: argparse.Namespace) -> int:
     from vlm_dist.checking.dry_run import dry_run
 
-    plan = dry_run(config, env_world_size())
+    plan = dry_run(config, announced().world_size)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from vlm_dist.data.encode import IGNORED, Encoded, is_per_token
+from vlm_dist.data.encode import IGNORED, Encoded
+from vlm_dist.data.labels import is_per_token
 
 Positions = Callable[[Encoded], Any]
 """A sample's position ids [P, L]: P = 1, or 4 with M-RoPE (transformers: 0, 1, 2, ..., then time, height, width)."""

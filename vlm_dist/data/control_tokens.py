@@ -73,6 +73,24 @@ class ControlTokens:
 
         return {**part, "text": self._any.sub(plain, text)}
 
+    def in_values(self, value: Any, notes: set[Note]) -> Any:
+        """The same of every text in tools or tool calls.
+
+        Raises:
+            BadSample: they are nested without end.
+        """
+        try:
+            return self._in_values(value, notes)
+        except RecursionError:
+            raise BadSample("json: tools or tool calls are nested too deeply") from None
+
+    def _in_values(self, value: Any, notes: set[Note]) -> Any:
+        if isinstance(value, dict):
+            return {key: self._in_values(inner, notes) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._in_values(inner, notes) for inner in value]
+        return self.as_text({"text": value}, notes)["text"] if isinstance(value, str) else value
+
 
 def _shape(token: str) -> str:
     """A token with its numbers left out: <row_1_col_2> and <loc0042> are one of many."""

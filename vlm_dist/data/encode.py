@@ -9,24 +9,25 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
-from vlm_dist.data.bounds import tokens_beyond
+from vlm_dist.data.bounds import beginning_beyond
 from vlm_dist.data.control_tokens import ControlTokens
-from vlm_dist.data.labels import expanded, weights_of
+from vlm_dist.data.labels import expanded, is_per_token, weights_of
 from vlm_dist.data.messages import as_templates_take_it, joined, says_something
 from vlm_dist.data.placing import Placing
 from vlm_dist.data.run_tokenizer import RunTokenizer
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
-from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer, with_reasoning_apart
-from vlm_dist.errors import BadSample
+from vlm_dist.data.thoughts import with_reasoning_apart
+from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
+from vlm_dist.errors import BadSample, words_of
+from vlm_dist.upstream.transformers import merge_options_once
 
 if TYPE_CHECKING:
     from vlm_dist.config import DataConfig
 
 IGNORED = -100  # the label of tokens that are not supervised, as in torch.nn.functional.cross_entropy
-RAISE_OR_CUT = "raise it, or set data.on_too_long: truncate"
 WEIGHT_UNIT = 1_000_000  # a token's weight w is handed on as the whole number (w - 1) x 10^6, so that padding's 0 is weight 1
 Tools = list[Any] | None
 
@@ -91,6 +92,7 @@ class Encoder:
         self._habits: tuple[str, Habits] | None = None
         self._quick = copy.copy(processor)
         self._quick.tokenizer = RunTokenizer(processor.tokenizer, processor.tokenizer.convert_ids_to_tokens(self._picture_ids.tolist()))
+        merge_options_once(self._quick)
 
     @classmethod
     def of(cls, processor: Any, config: DataConfig) -> Self:
@@ -126,14 +128,15 @@ class Encoder:
         messages, notes = self._plain_text(self.placing.written(sample.messages, sample.objects, sample.sizes))
         if sample.objects:
             notes -= {("kept", token) for token in self.placing.convention.tokens}
-        text = self._render(messages, tools=sample.tools)
-        self._check_beginning(text)
-        notes |= left_out(messages, text, sample.tools)
-        turns = self._learnt(messages, self._turns(messages, text, sample.tools), notes)
-        inputs, picture, offsets, replacements = self._process(text, sample.images)
+        tools = self._tokens.in_values(sample.tools, notes)
+        text = self._render(messages, tools=tools)
+        bounded = self._bounded(text)
+        notes |= left_out(messages, text, tools)
+        turns = self._learnt(messages, self._turns(messages, text, tools), notes)
+        inputs, picture, offsets, replacements = self._process(bounded, sample.images)
         labels = inputs["input_ids"].clone()
-        spans = [(turn.start, turn.end) for turn in turns]
-        weights = weights_of(offsets, replacements, spans, [float(messages[turn.number].get("weight", 1.0)) for turn in turns])
+        counts = [float(messages[turn.number].get("weight", 1.0)) for turn in turns]
+        weights = weights_of(offsets, replacements, [turn[1:] for turn in turns], counts)
         of_pictures = torch.isin(labels[0], self._markup_ids) | expanded(offsets, replacements)
         labels[0, (weights == 0) | of_pictures] = IGNORED
         if ((weights != 0) & (weights != 1)).any():
@@ -176,23 +179,23 @@ class Encoder:
         Raises:
             BadSample: the chat template or the tokenizer refuses it, or it is far too long.
         """
-        text = self._render(self._plain_text(messages)[0], tools=tools, **options)
-        self._check_beginning(text)
+        text = self._bounded(self._render(self._plain_text(messages)[0], tools=tools, **options))
         try:
             return len(self.processor.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))["input_ids"])
         except Exception as error:  # tokenizers raise whatever they like on text that is none
-            raise BadSample(f"tokenizer: {_words(error)}") from None
+            raise BadSample(f"tokenizer: {words_of(error)}") from None
 
-    def _check_beginning(self, text: str) -> None:
-        """Refuse what is far too long before more is done with it."""
-        if self.on_too_long != "refuse":
-            return
+    def _bounded(self, text: str) -> str:
+        """Of a text that is far too long only the beginning, or a refusal, before more is done with it."""
         try:
-            tokens = tokens_beyond(text, self.max_seq_length, self.processor.tokenizer)
+            piece = beginning_beyond(text, self.max_seq_length, self.processor.tokenizer)
         except Exception as error:  # tokenizers raise whatever they like on text that is none
-            raise BadSample(f"tokenizer: {_words(error)}") from None
-        if tokens is not None:
-            raise BadSample(f"too long: at least {tokens} tokens, more than data.max_seq_length={self.max_seq_length}; {RAISE_OR_CUT}")
+            raise BadSample(f"tokenizer: {words_of(error)}") from None
+        if piece is None:
+            return text
+        if self.on_too_long == "refuse" or piece.loses_one(text, self._tokens.pictures):
+            self._refuse(f"at least {piece.tokens} tokens")
+        return text[: piece.characters]
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Unless the chat template wrote them."""
@@ -202,11 +205,11 @@ class Encoder:
     def _render(self, messages: list[dict], tools: Tools = None, **options: Any) -> str:
         given = [as_templates_take_it(message) for message in messages]
         if tools is not None:
-            options["tools"] = tools
+            options["tools"] = self._tokens.in_values(tools, set())
         try:
             return self.processor.apply_chat_template(given, tokenize=False, **options)
         except Exception as error:  # a template raises jinja2's errors, and Python's in what it calls
-            raise BadSample(f"chat template: {_words(error)}") from None
+            raise BadSample(f"chat template: {words_of(error)}") from None
 
     def _plain_text(self, messages: list[dict]) -> tuple[list[dict], set[Note]]:
         """Control tokens that a person typed (`<|im_start|>`, `<image>`) must stay text. The parts of an assistant's text become one,
@@ -219,6 +222,8 @@ class Encoder:
             made.append({**message, "content": content if message["role"] == "user" else joined(content)})
             if isinstance(thought := message.get("reasoning_content"), str):
                 made[-1]["reasoning_content"] = self._tokens.as_text({"text": thought}, notes)["text"]
+            if "tool_calls" in message:
+                made[-1]["tool_calls"] = self._tokens.in_values(message["tool_calls"], notes)
         return made, notes
 
     def _process(self, text: str, images: list[Any]) -> tuple[dict[str, Any], Any, Any, list[dict]]:
@@ -236,7 +241,7 @@ class Encoder:
                 add_special_tokens=self._adds_special_tokens(text),
             )
         except Exception as error:  # what a processor does not like of a picture, it says in any way
-            raise BadSample(f"processor: {_words(error)}") from None
+            raise BadSample(f"processor: {words_of(error)}") from None
         inputs = dict(batch)
         offsets = inputs.pop("offset_mapping")[0]
         replacements = inputs.pop("text_replacement_offsets", [])
@@ -264,17 +269,18 @@ class Encoder:
         BadSample: so many tokens are too long, and are not to be cut.
         """
         if tokens > self.max_seq_length and self.on_too_long == "refuse":
-            raise BadSample(f"too long: {tokens} tokens, more than data.max_seq_length={self.max_seq_length}; {RAISE_OR_CUT}")
+            self._refuse(f"{tokens} tokens")
+
+    def _refuse(self, size: str) -> NoReturn:
+        remedy = "raise it, or set data.on_too_long: truncate" if self.on_too_long == "refuse" else "cutting would lose picture tokens"
+        raise BadSample(f"too long: {size}, more than data.max_seq_length={self.max_seq_length}; {remedy}")
 
     def _fit(self, encoded: Encoded) -> Encoded:
         if encoded.length <= self.max_seq_length:
             return encoded
-        limit, num_picture = self.max_seq_length, int(encoded.picture.sum())
-        size = f"{encoded.length} tokens ({num_picture} of them picture), more than data.max_seq_length={limit}"
-        if self.on_too_long == "refuse":
-            raise BadSample(f"too long: {size}; {RAISE_OR_CUT}")
-        if encoded.picture[limit:].any():
-            raise BadSample(f"too long: {size}; cutting would lose picture tokens")
+        limit = self.max_seq_length
+        if self.on_too_long == "refuse" or encoded.picture[limit:].any():
+            self._refuse(f"{encoded.length} tokens ({int(encoded.picture.sum())} of them picture)")
         length = encoded.length
         cut = {name: tensor[:, :limit] if is_per_token(tensor, length) else tensor for name, tensor in encoded.inputs.items()}
         notes = encoded.notes | {("cut", "too long")}
@@ -287,14 +293,3 @@ def count_labels(sample: Encoded) -> float:
     if "weights" not in sample.inputs:
         return int(supervised.sum())
     return float((1 + sample.inputs["weights"][:, 1:][supervised].double() / WEIGHT_UNIT).sum())
-
-
-def is_per_token(tensor: Any, length: int) -> bool:
-    """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
-    return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()
-
-
-def _words(error: Exception) -> str:
-    """What a library said, on one line."""
-    lines = str(error).strip().splitlines()
-    return f"{lines[0][:200]}" if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,44 +10,38 @@ Span = tuple[int, int]
 """(start, end) in a text."""
 
 
-def in_spans(offsets: Any, replacements: list[dict], spans: Sequence[Span]) -> Any:
-    """Mask [L]: tokens that lie in a span of the rendered text, whose ends are moved past the pictures expanded before them.
+def span_of(offsets: Any, replacements: list[dict], spans: Sequence[Span]) -> Any:
+    """[L] int64: the span of the rendered text in which each token lies, -1 where in none. Spans' ends are moved past the pictures
+    expanded before them.
 
     Args:
         offsets: [L, 2]: each token's place in the expanded text.
-        replacements: of each picture its `span` in the rendered and its `new_span` in the expanded text.
+        replacements: of each picture, in order, its `span` in the rendered and its `new_span` in the expanded text.
+        spans: in order, none within another.
     """
     import torch
 
-    mask = torch.zeros(len(offsets), dtype=torch.bool)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    for start, end in spans:
-        start, end = _after_expansion(start, replacements), _after_expansion(end, replacements)
-        mask |= (starts < end) & (ends > start)
-    return mask
+    if not spans:
+        return torch.full((len(offsets),), -1)
+    ends_of_pictures = [one["span"][1] for one in replacements]
+    gained = [0, *(one["new_span"][1] - one["span"][1] for one in replacements)]
+    moved = torch.tensor([[place + gained[bisect_right(ends_of_pictures, place)] for place in span] for span in spans])
+    last = torch.searchsorted(moved[:, 0].contiguous(), offsets[:, 1].contiguous()) - 1  # that begins before the token ends
+    return last.where((last >= 0) & (moved[:, 1][last] > offsets[:, 0]), -1)
 
 
 def weights_of(offsets: Any, replacements: list[dict], spans: Sequence[Span], weights: Sequence[float]) -> Any:
     """[L] float64: what each token counts: the weight of its span, 0 outside of all."""
     import torch
 
-    found = torch.zeros(len(offsets), dtype=torch.float64)
-    for span, weight in zip(spans, weights, strict=True):
-        found[in_spans(offsets, replacements, [span])] = weight
-    return found
+    return torch.tensor([*weights, 0.0], dtype=torch.float64)[span_of(offsets, replacements, spans)]
 
 
 def expanded(offsets: Any, replacements: list[dict]) -> Any:
     """Mask [L]: tokens that the processor wrote for a picture, markers included."""
-    import torch
-
-    mask = torch.zeros(len(offsets), dtype=torch.bool)
-    for one in replacements:
-        start, end = one["new_span"]
-        mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-    return mask
+    return span_of(offsets, [], [tuple(one["new_span"]) for one in replacements]) >= 0
 
 
-def _after_expansion(position: int, replacements: list[dict]) -> int:
-    gained = [r["new_span"][1] - r["span"][1] for r in replacements if r["span"][1] <= position]
-    return position + (gained[-1] if gained else 0)
+def is_per_token(tensor: Any, length: int) -> bool:
+    """Whether a processor's tensor of one sample has values a token: [1, L], or [1, L, pictures, tiles] (a cross-attention mask)."""
+    return tensor.ndim in (2, 4) and tuple(tensor.shape[:2]) == (1, length) and not tensor.is_floating_point()

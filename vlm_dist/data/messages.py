@@ -64,6 +64,17 @@ def unread_keys(turns: Any) -> set[str]:
     }
 
 
+def line_breaks_lost(turns: Any) -> bool:
+    """Whether an assistant's text begins or ends with line breaks, which `read_messages` takes away."""
+    said = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict) and _speaks(turn)]
+    return any(isinstance(text, str) and text.strip() and text != text.strip("\n") for text in said)
+
+
+def _speaks(turn: dict[str, Any]) -> bool:
+    role = turn.get("role", turn.get("from"))
+    return isinstance(role, str) and ROLES.get(role.strip().casefold()) == "assistant"
+
+
 def joined(content: list[dict]) -> list[dict]:
     """Texts that follow one another in one part."""
     made: list[dict] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ def describe_source(source: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def done_before(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """What the same call made, if all of it is there."""
+def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """What the same call made, if all of it is there; that is told."""
     known = read_json(out / DONE)
     if known is None or known["call"] != about or (out / UNFINISHED).exists():
         return None
     names = [name for part in known["made"].values() for name in part["shards"]]
-    return known["made"] if all((out / name).is_file() for name in names) else None
+    if not all((out / name).is_file() for name in names):
+        return None
+    tell(f"{out} holds what this call makes, and the source has not changed since: nothing to do")
+    return known["made"]
 
 
 def begin(out: Path, about: dict[str, Any]) -> Path:

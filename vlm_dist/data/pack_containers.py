@@ -48,7 +48,11 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
         (key for key in WRAPPERS if isinstance(value.get(key), list) and all(isinstance(v, dict | list) for v in value[key])), None
     )
     if wrapped is not None and (layout is None or layout.name not in WITH_TURNS):
-        yield from (item["row"] if isinstance(item, dict) and isinstance(item.get("row"), dict) else item for item in _flat(value[wrapped]))
+        subset = value.get("data_subtype")  # VQA's: which of COCO's pictures
+        more = {"split": subset} if isinstance(subset, str) and subset else {}
+        for item in _flat(value[wrapped]):
+            item = item["row"] if isinstance(item, dict) and isinstance(item.get("row"), dict) else item
+            yield {**more, **item} if isinstance(item, dict) else item
     elif layout is not None and layout.name not in WITH_TURNS and _is_table(value):
         yield from (dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True))
     elif layout is not None:
@@ -129,8 +133,12 @@ def coco_records(value: dict[str, Any]) -> Iterator[Any]:
         if record is None:
             yield BadSample(f"picture {str(_file_of(image)[0])[:200]!r} has no annotation")
         elif record:
-            yield record.get("bad", record)
+            yield record.get("bad") or (record if "objects" in record or "captions" in record else _only_crowds(record))
     yield from others
+
+
+def _only_crowds(record: dict[str, Any]) -> BadSample:
+    return BadSample(f"picture {str(record['image'])[:200]!r} has boxes around crowds (iscrowd) alone")
 
 
 def _file_of(image: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -148,17 +156,18 @@ def _add(annotation: dict[str, Any], record: dict[str, Any], names: dict[Any, An
     """An annotation to its picture's record."""
     if isinstance(annotation.get("caption"), str) and "bbox" not in annotation:
         record.setdefault("captions", []).append(annotation["caption"])
+    elif annotation.get("bbox") and annotation.get("iscrowd"):
+        record["crowds"] = record.get("crowds", 0) + 1  # around many: no box to learn
     elif annotation.get("bbox"):
         number = annotation.get("category_id")
         label = annotation.get("caption") or (names.get(number) if isinstance(number, int | str) else None)
         if label is None:
             raise BadSample(f"a box of the category {str(number)[:40]!r}, which 'categories' does not have")
-        crowd = {"iscrowd": 1} if annotation.get("iscrowd") else {}
         try:
             corners = corners_of(annotation["bbox"])
         except BadSample as reason:  # the picture's other boxes stay
             otherwise(BadSample(f"picture {str(annotation.get('image_id'))[:40]!r}: {reason}"))
             return
-        record.setdefault("objects", []).append({"bbox": corners, "label": str(label), **crowd})
+        record.setdefault("objects", []).append({"bbox": corners, "label": str(label)})
     else:
         otherwise(annotation)

@@ -64,7 +64,9 @@ def _abridged(sample: dict[str, Any]) -> str:
     else:
         said = [f"objects: {_short(str(sample.get('objects')))}"]
     images = sample["images"]
-    pictures = [f"{len(images)} pictures: {_short(name_of(images[0]))}"] if images else ["no picture"]
+    number = sample.get("image_id")
+    alone = "no picture" if number is None else f"picture number {_short(str(number))}"
+    pictures = [f"{len(images)} pictures: {_short(name_of(images[0]))}"] if images else [alone]
     others = [key for key in sample if key not in ("messages", "captions", "images")]
     return " | ".join([*said, *pictures, *([f"also {', '.join(others)}"] if others else [])])[:600]
 

@@ -12,7 +12,7 @@ from vlm_dist.config import DataConfig
 from vlm_dist.data import tally
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.picture_sources import name_of, read_source
-from vlm_dist.data.pictures import Size, as_rgb, decode_picture, frames_of, picture_extension, readable_formats
+from vlm_dist.data.pictures import HEIC, NEEDS_HEIF, Size, as_rgb, decode_picture, frames_of, picture_extension, readable_formats
 from vlm_dist.errors import BadSample
 
 if TYPE_CHECKING:
@@ -102,15 +102,19 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
         lines.append(f"{notes['frames']:,} pictures have several frames or pages; the first is learnt from")
     if notes["sized"]:
         lines.append(f"{notes['sized']:,} records whose pictures were made smaller keep the numbers of their objects, with the size before")
+    if notes["crowds"]:
+        lines.append(f"{notes['crowds']:,} boxes around crowds (iscrowd) are left out")
+    if notes["heif"]:
+        lines.append(f"{notes['heif']:,} records have {HEIC} that cannot be read here: {NEEDS_HEIF}")
     if notes["no picture"]:
         lines.append(f"{notes['no picture']:,} records have no picture; if they name one under a key of their own, give it: --image KEY")
     splits = {name.removeprefix("split "): count for name, count in sorted(notes.items()) if name.startswith("split ")}
     if len(splits) > 1:
         each = ", ".join(f"{name} ({count:,})" for name, count in splits.items())
-        lines.append(f"records of several splits are packed together: {each}; leave out what is to be held apart")
+        lines.append(f"records of several splits are packed together: {each}; --split NAME packs one of them (NAME,NAME several)")
     unread = {
         kind: {name.removeprefix(f"unread {kind} "): count for name, count in notes.most_common() if name.startswith(f"unread {kind} ")}
-        for kind in ("key", "turn key")
+        for kind in ("key", "turn key", "stripped")
     }
     lines += tally.in_words({kind: names for kind, names in unread.items() if names})
     for name, count in sorted(notes.items()):

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.fetch import Fetcher
-from vlm_dist.data.layouts import Columns, canonical
-from vlm_dist.data.messages import check_messages, read_messages, unread_keys
+from vlm_dist.data.layouts import Columns, as_object, canonical
+from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, unread_keys
 from vlm_dist.data.pack_calls import begin, describe_source, done_before, remember
+from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
-from vlm_dist.data.pack_split import split_records
+from vlm_dist.data.pack_split import check_heldout, split_records
+from vlm_dist.data.pictures import NEEDS_HEIF
 from vlm_dist.data.samples import METADATA
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
@@ -59,6 +61,7 @@ def pack_records(
     limit: int | None = None,
     seed: int = 0,
     split: str | None = None,
+    annotations: str | None = None,
     max_side: int | None = None,
     reencode: str | None = None,
     quality: int = 90,
@@ -74,24 +77,21 @@ def pack_records(
     finds what it made before.
 
     Args:
-        source: see `open_source`.
+        source, split, annotations: see `open_source`.
         images: where relative paths of pictures begin; None: beside the source.
         heldout: about so many records are kept apart, by `seed`; those that show the same picture together, whatever it is called.
         dedup: pictures that look alike are one picture; of records that say the same of one the first is kept.
-        limit: keep so many training records, by `seed`.
-        processes: None: one per CPU.
+        limit, processes: keep so many training records, by `seed`; None: all; write so many shards at a time; None: one per CPU.
         columns: which keys hold question, answer and picture; None: the layout is recognised.
         fetcher: of pictures at http(s) addresses; None: records with such pictures are left out.
-        tell: takes the first look, in words.
-        look_only: after the first look nothing is packed.
+        tell, look_only: the first look is told in words; after it nothing is packed.
 
     Raises:
         DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
     """
-    records = open_source(str(source), split)
-    look = first_look(str(source), records, columns)
-    if tell is not None:
-        tell("\n".join(look))
+    records = open_source(str(source), split, annotations)
+    say = tell or (lambda text: None)
+    say("\n".join(first_look(str(source), records, columns)))
     if look_only:
         return {}
     base = images or _beside(Path(source))
@@ -99,26 +99,25 @@ def pack_records(
     about = {
         **describe_source(str(source)), "records": len(records), "samples_per_shard": samples_per_shard, "heldout": heldout, "dedup": dedup,
         "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
-        "columns": str(columns or Columns()), "fetcher": str(fetcher),
+        "columns": str(columns or Columns()), "fetcher": str(fetcher), "annotations": annotations,
     }  # fmt: skip
-    if (before := done_before(out, about)) is not None:
-        if tell is not None:
-            tell(f"{out} holds what this call makes, and the source has not changed since: nothing to do")
+    if (before := done_before(out, about, say)) is not None:
         return {part: PackedRecords.of(out, made) for part, made in before.items()}
-    if heldout >= len(records):
-        raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
+    check_heldout(heldout, len(records))
     unfinished = begin(out, about)
-    parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=tell)
-    tasks = [
+    parts = split_records(records, pictures, columns, heldout=heldout, limit=limit, seed=seed, dedup=dedup, tell=say)
+    tasks = _tasks(parts.numbers, samples_per_shard)
+    _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
+    return _finish(tasks, parts.dropped, out, unfinished, len(records), about)
+
+
+def _tasks(parts: dict[str, list[int]], samples_per_shard: int) -> list[tuple[str, int, list[int]]]:
+    """(part, number of the shard, numbers of its records) of each shard."""
+    return [
         (part, number, numbers[start : start + samples_per_shard])
-        for part, numbers in parts.numbers.items()
+        for part, numbers in parts.items()
         for number, start in enumerate(range(0, len(numbers), samples_per_shard))
     ]
-    _write_all(tasks, records, _Job(pictures, columns, out, unfinished), processes)
-    made = _finish(tasks, parts.dropped, out, unfinished, len(records))
-    remember(out, about, {part: packed.to_dict() for part, packed in made.items()})
-    shutil.rmtree(unfinished)
-    return made
 
 
 def _beside(source: Path) -> Path:
@@ -182,6 +181,7 @@ def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job:
             samples.append({"__key__": f"{part}-{number:08d}", **_members(record, job.pictures, job.columns, here)})
             notes += here
         except BadSample as reason:
+            notes["heif"] += NEEDS_HEIF in str(reason)
             problems.append({"record": number, "reason": str(reason)})
     if samples:
         write_shard(job.out / f"{_name(task)}.tar", samples)
@@ -192,9 +192,10 @@ def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job:
 
 
 def _finish(
-    tasks: list[tuple[str, int, list[int]]], dropped: list[dict[str, Any]], out: Path, unfinished: Path, total: int
+    tasks: list[tuple[str, int, list[int]]], dropped: list[dict[str, Any]], out: Path, unfinished: Path, total: int,
+    about: dict[str, Any],
 ) -> dict[str, PackedRecords]:  # fmt: skip
-    """Gather what was left out."""
+    """Gather what was left out, and remember the call."""
     problems: list[dict[str, Any]] = list(dropped)
     made: dict[str, PackedRecords] = {"train": PackedRecords([], 0, len(dropped))}
     for task in tasks:
@@ -213,6 +214,8 @@ def _finish(
         reasons = list(dict.fromkeys(problem["reason"] for problem in problems))
         others = f"; another: {reasons[1]}" if reasons[1:] else ""
         raise DataError(f"data pack: none of the {total:,} records can be used; the first: {reasons[0]}{others}")
+    remember(out, about, {part: packed.to_dict() for part, packed in made.items()})
+    shutil.rmtree(unfinished)
     return made
 
 
@@ -225,7 +228,9 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     if isinstance(record, BadSample):
         raise record
     made = canonical(record, columns)
-    pictures = [read_picture(pictures_as, source, notes) for source in made.pop("images")]
+    sources = made.pop("images") or picture_by_number(as_object(record), pictures_as.base)
+    pictures = [read_picture(pictures_as, source, notes) for source in sources]
+    notes["crowds"] += made.pop("crowds", 0) if isinstance(made.get("crowds"), int) else 0
     if "messages" in made:
         check_messages(read_messages(made["messages"]), len(pictures))  # as training will
     elif len(pictures) != 1:
@@ -239,6 +244,7 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     notes.update(f"unread turn key {key}" for key in unread_keys(made.get("messages") or ()))
     if isinstance(made.get("split"), str):
         notes[f"split {made['split'][:40]}"] += 1
+    notes["unread stripped line breaks"] += line_breaks_lost(made.get("messages") or ())
     several = len(pictures) > 1
     files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
     return {**files, "json": _as_json(made, notes)}

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.file_kinds import is_tar, why_no_source
 from vlm_dist.data.layout_values import PICTURE_KEYS
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.data.pack_files import decoded, read_folder, read_records
+from vlm_dist.data.pack_join import joined, of_split, refuse_half
 from vlm_dist.data.pack_tables import HubRecords, ParquetRecords, choose_split
 from vlm_dist.data.samples import TEXT_MEMBERS, members_found
 from vlm_dist.errors import BadSample, DataError
@@ -26,7 +28,7 @@ class Listed(list):
     """What they were read from, in words."""
 
 
-def open_source(source: str, split: str | None = None) -> Sequence[Any]:
+def open_source(source: str, split: str | None = None, annotations: str | None = None) -> Sequence[Any]:
     """Records, by number; picklable, so that several processes may read. One that cannot be read is a BadSample.
 
     Args:
@@ -34,7 +36,8 @@ def open_source(source: str, split: str | None = None) -> Sequence[Any]:
             folder of pictures, each with a caption in NAME.txt or all in metadata.jsonl or metadata.csv, or in subfolders named by what
             they show; tars that hold pictures and text, such as img2dataset's (a glob or brace pattern); a folder that
             `Dataset.save_to_disk` wrote, or a data set's id on the Hugging Face hub.
-        split: of a Hugging Face data set, or of a folder with several.
+        split: of a Hugging Face data set, of a folder with several, or what the records' key `split` says ("train,restval": two).
+        annotations: a second file whose records have the answers to the source's questions, as VQA's.
 
     Raises:
         DataError: it cannot be read, or holds no record.
@@ -42,6 +45,15 @@ def open_source(source: str, split: str | None = None) -> Sequence[Any]:
     path = Path(source)
     try:
         records = _open(source, path, split)
+        if annotations is not None:
+            records = _listed(
+                joined(records, _open(annotations, Path(annotations), None), source, annotations),
+                f"{path.name} with {Path(annotations).name}",
+            )
+        elif isinstance(records, Listed):
+            refuse_half(records, source)
+        if split is not None and isinstance(records, Listed) and not (path / split).is_dir():
+            records = _listed((records[number] for number in of_split(records, split, source)), f"{records.about}, split {split}")
     except OSError as error:
         raise DataError(f"data pack: '{source}' cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:  # of json, of UTF-8, of Parquet
@@ -54,8 +66,8 @@ def open_source(source: str, split: str | None = None) -> Sequence[Any]:
 
 
 def _open(source: str, path: Path, split: str | None) -> Sequence[Any]:
-    if source.endswith(".tar"):
-        return TarRecords([source])
+    if source.endswith(".tar") or (path.is_file() and is_tar(path)):
+        return _tars([source], split)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return HubRecords(source, split)
     if not path.exists() and re.search(r"[*?\[{]", source):
@@ -65,10 +77,16 @@ def _open(source: str, path: Path, split: str | None) -> Sequence[Any]:
     if not path.is_dir():
         return _open_all(source, [path], split)
     if tars := sorted(path.glob("*.tar")):
-        return TarRecords([str(tar) for tar in tars])
+        return _tars([str(tar) for tar in tars], split)
     if parquets := sorted(path.rglob("*.parquet")):
         return _open_all(source, parquets, split)
     return _listed(read_folder(path, split), f"the folder {path.name}")
+
+
+def _tars(patterns: list[str], split: str | None) -> TarRecords:
+    if split is not None:
+        raise DataError(f"data pack: --split {split}: found with tars, which have no splits; name the tars of one split")
+    return TarRecords(patterns)
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -82,9 +100,15 @@ def _matching(pattern: str) -> list[Path]:
 
 def _open_all(source: str, paths: list[Path], split: str | None) -> Sequence[Any]:
     """Files of one kind: Parquet's are read piece by piece, others whole."""
+    for path in paths:
+        if (reason := why_no_source(path)) is not None:
+            raise DataError(f"data pack: '{path}' {reason}")
     with paths[0].open("rb") as file:
         is_parquet = file.read(4) == b"PAR1" or paths[0].suffix.lower() == ".parquet"
     if is_parquet:
+        records = ParquetRecords([str(path) for path in paths])
+        if split is not None and records.has_splits:
+            return records.of_split(split, source)
         chosen = choose_split(paths, split, source)
         records = ParquetRecords([str(path) for path in chosen])
         if len(chosen) < len(paths):

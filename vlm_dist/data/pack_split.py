@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.alike import Look, groups, look_at
-from vlm_dist.data.layouts import Columns, canonical
+from vlm_dist.data.layouts import Columns, as_object, canonical
+from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_pictures import MAX_PIXELS, Pictures
 from vlm_dist.data.picture_sources import name_of, read_source
 from vlm_dist.data.pictures import decode_picture, readable_formats
@@ -33,6 +35,12 @@ class Parts:
     """Those that say what an earlier record says, of a picture that looks alike: `record` and `reason`."""
 
 
+def check_heldout(heldout: int, total: int) -> None:
+    """Raises DataError where nothing would be left to train on."""
+    if heldout >= total:
+        raise DataError(f"data pack: --heldout={heldout}, but the source has {total} records; keep fewer apart")
+
+
 def split_records(
     records: Sequence[Any], pictures: Pictures, columns: Columns | None = None, *, heldout: int = 0, limit: int | None = None,
     seed: int = 0, dedup: bool = False, tell: Callable[[str], None] | None = None,
@@ -46,8 +54,7 @@ def split_records(
     Raises:
         DataError: there are not so many records.
     """
-    if heldout >= len(records):
-        raise DataError(f"data pack: --heldout={heldout}, but the source has {len(records)} records; keep fewer apart")
+    check_heldout(heldout, len(records))
     rng = random.Random(seed)
     leaders = _leaders(records, pictures, columns, dedup, tell) if heldout or dedup else list(range(len(records)))
     dropped = _repeated(records, leaders, columns) if dedup else []
@@ -76,7 +83,7 @@ def _leaders(
     starts = range(0, len(records), AT_A_TIME)
     with ThreadPoolExecutor(os.cpu_count() or 1, "look") as pool:
         for start in track(starts, "looking at the pictures", transient=True, disable=not sys.stderr.isatty()):
-            sources = [_sources(records[number], columns) for number in range(start, min(start + AT_A_TIME, len(records)))]
+            sources = [_sources(records[number], columns, pictures.base) for number in range(start, min(start + AT_A_TIME, len(records)))]
             shown += pool.map(lambda each: [_look(source, pictures) for source in each], sources)
     found = groups(shown, near=near)
     by_name = sum(any(isinstance(picture, str) for picture in each) for each in shown)
@@ -90,9 +97,11 @@ def _leaders(
     return found
 
 
-def _sources(record: Any, columns: Columns | None) -> list[Any]:
+def _sources(record: Any, columns: Columns | None, base: Path) -> list[Any]:
     try:
-        return [] if isinstance(record, BadSample) else canonical(record, columns)["images"]
+        if isinstance(record, BadSample):
+            return []
+        return canonical(record, columns)["images"] or picture_by_number(as_object(record), base)
     except BadSample:  # which packing will name
         return []
 

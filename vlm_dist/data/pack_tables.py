@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.pack_join import numbers_of_split
 from vlm_dist.errors import DataError
 
 NEEDS_DATASETS = "needs `pip install 'vlm_dist[datasets]'`"
@@ -17,14 +18,18 @@ SHARD = re.compile(r"(?P<split>[A-Za-z]\w*?)-\d+-of-\d+.*\.parquet$|(?P<name>tra
 
 
 class ParquetRecords(Sequence):
-    """Rows of Parquet files; one group of rows in memory at a time. Pictures stay as they were stored, classes get their names."""
+    """Rows of Parquet files; one group of rows in memory at a time. Pictures stay as they were stored, classes get their names.
 
-    def __init__(self, paths: list[str]):
+    Args:
+        numbers: of the rows that are records; None: all.
+    """
+
+    def __init__(self, paths: list[str], numbers: list[int] | None = None):
         try:
             from pyarrow import parquet
         except ImportError:
             raise DataError(f"data pack: reading Parquet {NEEDS_DATASETS}") from None
-        self.paths = paths
+        self.paths, self._numbers = paths, numbers
         self._held: tuple[int, Any] = (-1, None)
         files = [parquet.ParquetFile(path) for path in paths]
         groups = [(path, group, file.metadata.row_group(group).num_rows) for path, file in zip(paths, files, strict=True)
@@ -32,20 +37,36 @@ class ParquetRecords(Sequence):
         self._groups = [(path, group) for path, group, _ in groups]
         self._ends = list(itertools.accumulate(rows for _, _, rows in groups))
         self._classes = _class_names(files[0].schema_arrow.metadata)
+        self.has_splits = all("split" in file.schema_arrow.names for file in files)
+        """Whether a column says which split a row is of."""
         self.about = f"Parquet, {len(paths)} files: {Path(paths[0]).name} ..." if len(paths) > 1 else Path(paths[0]).name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths}
+        return {"paths": self.paths, "numbers": self._numbers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
+    def of_split(self, split: str, source: str) -> ParquetRecords:
+        """The rows whose column `split` says so.
+
+        Raises:
+            DataError: there is none.
+        """
+        from pyarrow import parquet
+
+        values = [value for path in self.paths for value in parquet.read_table(path, columns=["split"])["split"].to_pylist()]
+        chosen = ParquetRecords(self.paths, numbers_of_split(values, split, source))
+        chosen.about = f"{self.about}, split {split}"
+        return chosen
+
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._numbers) if self._numbers is not None else self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
+        number = number if self._numbers is None else self._numbers[number]
         group = bisect.bisect_right(self._ends, number)
         if self._held[0] != group:
             from pyarrow import parquet
@@ -84,7 +105,7 @@ def choose_split(paths: list[Path], split: str | None, source: str) -> list[Path
     for path in paths:
         match = SHARD.match(path.name)
         found.setdefault((match["split"] or match["name"]) if match else "", []).append(path)
-    if len(found) == 1 and (split is None or "" in found):
+    if len(found) == 1 and split is None:
         return paths
     chosen = split or ("train" if "train" in found else None)
     if chosen not in found:
@@ -115,7 +136,10 @@ class HubRecords(Sequence):
         if isinstance(found, datasets.DatasetDict):
             names = [str(name) for name in found]
             split = split or ("train" if "train" in names else names[0])
-            if split not in names:
+            if split not in names and len(names) == 1 and "split" in found[names[0]].column_names:
+                values, whole = found[names[0]]["split"], found[names[0]]
+                found[split] = whole.select(numbers_of_split(list(values), split, source))
+            elif split not in names:
                 raise DataError(f"data pack: '{source}' has no split '{split}'; it has {', '.join(names)}")
             found = found[split]
             self.about += f", split {split} of {', '.join(names)}"

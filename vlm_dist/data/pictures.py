@@ -36,6 +36,7 @@ SIGNATURES = {
 }  # fmt: skip
 PICTURE_STARTS = (b"GIF8", b"BM", b"II*\0", b"MM\0*")
 HEIC = "a HEIC or AVIF picture"
+NEEDS_HEIF = "`pip install 'vlm_dist[heif]'` (or pillow-heif) makes it readable"
 Size = tuple[int, int]
 
 
@@ -244,7 +245,7 @@ def _as_bad_sample(name: str, data: bytes, formats: tuple[str, ...] | None = PIC
         if formats != PICTURE_FORMATS:
             is_damaged = data.startswith(PICTURE_STARTS) or picture_extension(data) is not None
             advice = "damaged or cut short" if is_damaged else "expected a picture that Pillow can read"
-            advice = "`pip install pillow-heif` makes it readable" if found == HEIC else advice
+            advice = NEEDS_HEIF if found == HEIC else advice
         raise BadSample(f"{name}: {found}; {advice}") from None
     except MemoryError:
         raise BadSample(f"{name}: cannot be decoded (not enough memory)") from None

@@ -14,10 +14,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vlm_dist.data.boxes import Marked, are_objects, read_objects
+from vlm_dist.data.boxes import Marked, Orientation, are_objects, read_objects
 from vlm_dist.data.layout_turns import looks_like_turns
 from vlm_dist.data.layouts import canonical
-from vlm_dist.data.messages import check_messages, read_messages, text_of, unread_keys
+from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
 from vlm_dist.data.placing import asked_for, check_placeholders, placeholders_of, size_of
 from vlm_dist.data.tally import Note
@@ -91,7 +91,7 @@ def parse_sample(
     images = [decode(raw[member], member, max_image_pixels) for member in members]
     meta = {key: value for key, value in record.items() if key not in ("messages", "images")}
     objects = _objects(raw, record, messages, [size_of(image) for image in images])
-    return Sample(str(raw["__key__"]), raw.get("__url__", ""), messages, images, meta, _tools(record), _notes(raw, record), objects)
+    return Sample(str(raw["__key__"]), raw.get("__url__", ""), messages, images, meta, _tools(record), notes_of(raw, record), objects)
 
 
 def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> Outline:
@@ -158,14 +158,23 @@ def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, 
 
 
 def _objects(raw: dict[str, Any], record: dict[str, Any], messages: list[dict], sizes: list[Size]) -> list[Marked]:
+    members = picture_members(raw)
+    return objects_of(record, messages, sizes, lambda image: picture_orientation(raw[members[image]]))
+
+
+def objects_of(record: dict[str, Any], messages: list[dict], sizes: list[Size], orientation: Orientation) -> list[Marked]:
+    """What a record marks in its pictures of these (width, height), upright.
+
+    Raises:
+        BadSample: an object lies outside of its picture, or their number is not that of the text's placeholders.
+    """
     if not record.get("objects"):
         return []
     if not are_objects(record["objects"]):
         if found := placeholders_of(messages):
             raise BadSample(f"json: the text has {found[0]}, and 'objects' is {NO_OBJECTS}")
         return []
-    members = picture_members(raw)
-    objects = read_objects(record, sizes, lambda image: picture_orientation(raw[members[image]]))
+    objects = read_objects(record, sizes, orientation)
     check_placeholders(messages, objects)
     return objects
 
@@ -210,7 +219,7 @@ def _tools(record: dict[str, Any]) -> list[Any] | None:
     return tools
 
 
-def _notes(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
+def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     """Members, keys, and keys of turns that nothing reads."""
     members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
     notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name)}
@@ -219,4 +228,6 @@ def _notes(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
         notes.add(("key", f"objects ({NO_OBJECTS})"))
     elif not objects and (found := next((one for one in PLACEHOLDERS if one.encode() in raw.get("json", b"")), None)):
         notes.add(("placeholder", found))
+    if line_breaks_lost(record.get("messages") or ()):
+        notes.add(("stripped", "line breaks"))
     return notes | {("turn key", key) for key in unread_keys(record.get("messages") or ())}

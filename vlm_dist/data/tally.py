@@ -17,6 +17,7 @@ KINDS = {
     "placeholder": "placeholders of objects in samples that have none, which stay text",
     "kept": "special tokens in the text that stay what they are (data.split_tokens makes them text)",
     "split": "turn and picture tokens typed into a text, which became text (data.keep_tokens lets them be)",
+    "stripped": "what is taken away around answers",
     "template": "what the chat template leaves out",
     "turn": "turns that are not learnt from",
     "cut": "samples cut at data.max_seq_length",

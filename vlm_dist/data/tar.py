@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, NamedTuple
 
+from vlm_dist.data.file_kinds import why_no_shard
 from vlm_dist.errors import DataError
 
 BLOCK = 512  # bytes in a tar header, and the unit that members are padded to
@@ -54,7 +55,7 @@ def check_start(file: IO[bytes], path: str, size: int, where: str) -> None:
     file.seek(0)
     first = file.read(BLOCK)
     if size == 0 or not _is_header_or_end(first):
-        raise DataError(f"{where}: '{path}' is not a tar file ({size:,} bytes); expected an uncompressed tar shard of image-text samples")
+        raise DataError(f"{where}: '{path}' is not a tar file ({size:,} bytes): {why_no_shard(first, path)}")
 
 
 def check_end(file: IO[bytes], path: str, size: int, where: str) -> None:

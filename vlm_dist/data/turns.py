@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 from vlm_dist.data.messages import says_something
 from vlm_dist.data.tally import Note
+from vlm_dist.data.thoughts import thought_of
 from vlm_dist.errors import BadSample
 
 Messages = list[dict[str, Any]]
 Render = Callable[..., str]
 """render(messages, add_generation_prompt=False) -> text; raises BadSample."""
+Holes = dict[int, list[tuple[int, int]]]
+"""turn -> (start, end) in the text of each thing said in it."""
 
 MARK = re.compile("\ue000([0-9]+)\ue001")
-OPENING = re.compile(r"\s*(?:<think>)?\s*")
-CLOSING = "</think>"
 STRIPS: tuple[Callable[[str], str], ...] = (
     lambda text: text, str.strip, str.lstrip, str.rstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"),
     lambda text: text.rstrip("\n"),
@@ -81,42 +82,6 @@ def _thinking_answer() -> dict[str, Any]:
     return {"role": "assistant", "reasoning_content": _mark(0), "content": [{"type": "text", "text": _mark(1)}]}
 
 
-def with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
-    """A turn that thinks between tags, with its thought in `reasoning_content`."""
-    place = next((number for number, part in enumerate(message["content"]) if "text" in part), None)
-    if message["role"] != "assistant" or place is None or message.get("reasoning_content"):
-        return message
-    words = message["content"][place]["text"]
-    thought = _thought_of(words)
-    if thought is None or ("<think>" not in thought.before and "\n" not in thought.behind):  # a sentence about the tag
-        return message
-    content = [*message["content"]]
-    content[place] = {**content[place], "text": thought.rest}
-    return {**message, "content": content, **({"reasoning_content": thought.words} if thought.words else {})}
-
-
-class _Thought(NamedTuple):
-    """An answer that thinks between tags, in four pieces."""
-
-    before: str
-    words: str
-    """Without spaces around."""
-    behind: str
-    rest: str
-
-
-def _thought_of(text: str) -> _Thought | None:
-    """Without a regular expression over all of it, which would take time quadratic in its spaces."""
-    end = text.find(CLOSING)
-    opening = OPENING.match(text) if end >= 0 else None
-    if opening is None:
-        return None
-    start = opening.end()
-    words = text[start:end].rstrip()
-    rest = text[end + len(CLOSING) :].lstrip()
-    return _Thought(text[:start], words, text[start + len(words) : len(text) - len(rest)], rest)
-
-
 def assistant_turns(
     messages: Messages, text: str, render: Render, habits: Habits, tokens: frozenset[str], last_only: bool = False
 ) -> list[Turn]:
@@ -131,40 +96,45 @@ def assistant_turns(
         BadSample: the template leaves out what an assistant says, or rewrites it beyond recognition.
     """
     speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
+    messages = [_without_lost_thought(message, text) for message in messages]
     tries = ({"calls": True}, {}, {"thoughts_apart": True})
     holes = next((found for one in tries if (found := _find_holes(messages, text, render, **one)) is not None), None)
     turns: list[Turn] = []
     for number in speaking[-1:] if last_only else speaking:
         places = holes.get(number) if holes is not None else None
-        if places is None:
-            if holes is None or messages[number].get("tool_calls"):
-                turns.append(_by_prefix(messages, number, text, render, habits))
-            continue  # else a thought without words, which the template leaves out
-        start, end = min(start for start, _ in places), max(end for _, end in places)
-        if messages[number].get("tool_calls") and number + 1 < len(messages):
-            following = [start for turn, found in (holes or {}).items() if turn > number for start, _ in found]
-            end = text.find(habits.tail, end) if habits.tail else -1
-            inside = all(name in text[start:end] for name in _names(messages[number]["tool_calls"]))  # some write calls before words
-            if end < 0 or end > min(following, default=len(text)) or not inside:
-                turns.append(_by_prefix(messages, number, text, render, habits))
-                continue
+        if holes is not None and places is None and not messages[number].get("tool_calls"):
+            continue  # a thought without words, which the template leaves out
+        span = _span_of(messages, number, text, holes, habits) if holes is not None and places else None
+        if span is None:
+            turns.append(
+                _by_prefix(messages, number, text, render, habits) or _by_replacing(messages, number, text, render, habits, tokens)
+            )
+            continue
+        start, end = span
         if habits.lead and not habits.opens_thought and text[:start].endswith(habits.lead):
             start -= len(habits.lead)
         turns.append(Turn(number, start, _with_end(text, end, number + 1 == len(messages), habits, tokens)))
     return turns
 
 
-def has_reasoning(message: dict[str, Any]) -> bool:
-    """Whether a turn thinks before it speaks, in `reasoning_content` or between tags."""
-    if str(message.get("reasoning_content") or "").strip():
-        return True
-    thought = _thought_of(next((part["text"] for part in message["content"] if "text" in part), ""))
-    return bool(thought and thought.words)
+def _without_lost_thought(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """A turn without the `reasoning_content` that the template left out."""
+    is_lost = str(message.get("reasoning_content") or "").strip() not in text
+    return {key: value for key, value in message.items() if key != "reasoning_content"} if is_lost else message
 
 
-def without_reasoning(text: str) -> str:
-    """What an answer says behind its thought."""
-    return text.rsplit("</think>", 1)[-1].strip()
+def _span_of(messages: Messages, number: int, text: str, holes: Holes, habits: Habits) -> tuple[int, int] | None:
+    """From the first thing said in a turn to the last, its tool calls included; None: those do not stand behind its words."""
+    start, said = min(start for start, _ in holes[number]), max(end for _, end in holes[number])
+    names = _names(messages[number].get("tool_calls"))
+    if not names:
+        return start, said
+    is_last = number + 1 == len(messages)
+    end = len(text) if is_last else text.find(habits.tail, said) if habits.tail else -1
+    following = [start for turn, found in holes.items() if turn > number for start, _ in found]
+    if end < 0 or end > min(following, default=len(text)) or not all(name in text[said:end] for name in names):
+        return None
+    return start, said if is_last else end
 
 
 def prompt_before_answer(messages: Messages, render: Render, reasoning: bool) -> str:
@@ -192,6 +162,8 @@ def left_out(messages: Messages, text: str, tools: list[Any] | None) -> set[Note
                 raise BadSample(f"the chat template leaves out what the {message['role']} says in turn {number}")
             if message["role"] == "system":
                 notes.add(("template", "system turns"))
+        elif message["role"] == "assistant" and any(part.get("text", "") not in text for part in message["content"]):
+            notes.add(("stripped", "spaces and line breaks, by the chat template"))
         if any(name not in text for name in _names(message.get("tool_calls"))):
             raise BadSample(f"the chat template leaves out the tool calls of turn {number}; use a model whose template takes tools")
         if str(message.get("reasoning_content") or "").strip() not in text:
@@ -211,10 +183,8 @@ def _mark(number: int) -> str:
     return f"\ue000{number}\ue001"
 
 
-def _find_holes(
-    messages: Messages, text: str, render: Render, *, thoughts_apart: bool = False, calls: bool = False
-) -> dict[int, list[tuple[int, int]]] | None:
-    """turn -> (start, end) of each thing said in it; None: the real text does not lie between the template's pieces."""
+def _find_holes(messages: Messages, text: str, render: Render, *, thoughts_apart: bool = False, calls: bool = False) -> Holes | None:
+    """None: the real text does not lie between the template's pieces."""
     marked, said = _with_marks(messages, thoughts_apart, calls)
     try:
         pieces = MARK.split(render(marked))
@@ -227,7 +197,7 @@ def _find_holes(
             raise BadSample(f"the chat template leaves out what the assistant says in turn {turn}: {words.strip()[:60]!r}")
     if numbers != sorted(present) or not present <= set(range(len(said))) or not text.startswith(pieces[0]):
         return None
-    places: dict[int, list[tuple[int, int]]] = {}
+    places: Holes = {}
     position = len(pieces[0])
     for number, piece in zip(numbers, pieces[2::2], strict=True):
         turn, words, _ = said[number]
@@ -263,7 +233,7 @@ def _with_marks(messages: Messages, thoughts_apart: bool, calls: bool) -> tuple[
             if not part.get("text", "").strip():
                 parts.append(part)
                 continue
-            thought = _thought_of(part["text"]) if thoughts_apart else None
+            thought = thought_of(part["text"]) if thoughts_apart else None
             if thought and thought.words:
                 before = thought.before + mark(number, thought.words, needed=False) + thought.behind
                 parts.append({**part, "text": before + mark(number, thought.rest)})
@@ -287,14 +257,43 @@ def _with_end(text: str, end: int, is_last: bool, habits: Habits, tokens: frozen
     return end if closing is None else end + spaces + len(closing)
 
 
-def _by_prefix(messages: Messages, number: int, text: str, render: Render, habits: Habits) -> Turn:
-    """A turn as what it adds to the conversation before it: with tool calls, or where the template rewrites an answer's words."""
+def _by_prefix(messages: Messages, number: int, text: str, render: Render, habits: Habits) -> Turn | None:
+    """A turn as what it adds to the conversation before it: with tool calls, or where the template rewrites an answer's words. None: the
+    template writes this turn or those before it in another way once others follow."""
     try:
         before = render(messages[:number], add_generation_prompt=True) if number else ""
         after = render(messages[: number + 1]) if number + 1 < len(messages) else text
     except BadSample:
-        before, after = "", "\ue002"
+        return None
     if not (after.startswith(before) and text.startswith(after.rstrip())):
-        raise BadSample(f"the chat template rewrites earlier turns, so turn {number} cannot be located; use single-turn samples")
+        return None
     is_empty_thought = habits.opens_thought and after.startswith(habits.lead, len(before))
     return Turn(number, len(before) + is_empty_thought * len(habits.lead), len(after.rstrip()))
+
+
+def _by_replacing(messages: Messages, number: int, text: str, render: Render, habits: Habits, tokens: frozenset[str]) -> Turn:
+    """A turn as what changes when it says a mark and nothing else: with tool calls, on templates that write earlier turns anew.
+
+    Raises:
+        BadSample: more changes than that.
+    """
+    turn: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": _mark(1)}]}
+    if str(messages[number].get("reasoning_content") or "").strip():
+        turn["reasoning_content"] = _mark(0)
+    answered = [{**one, "content": [{"type": "text", "text": _mark(2)}]} if one["role"] == "tool" else one for one in messages]
+    try:
+        before, *_, behind = MARK.split(render([*messages[:number], turn, *messages[number + 1 :]]))
+        with_answers = render(answered)
+    except (BadSample, ValueError):  # ValueError: no mark, so nothing behind it
+        before, behind, with_answers = "", "\ue002", ""
+    start, end = len(before), len(text) - len(behind)
+    said = text[start:end]
+    is_whole = text.startswith(before) and text.endswith(behind) and start <= end
+    words = [part["text"].strip() for part in messages[number]["content"] if "text" in part]
+    is_all = all(one in said for one in [*words, *_names(messages[number].get("tool_calls"))])
+    if not (is_whole and is_all and said in with_answers):
+        raise BadSample(
+            f"the chat template writes turn {number} in several pieces or in other words, so it cannot be located; "
+            "leave out the words beside its tool calls, or use single-turn samples"
+        )
+    return Turn(number, start, _with_end(text, end, number + 1 == len(messages), habits, tokens))

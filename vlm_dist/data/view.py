@@ -41,11 +41,13 @@ def feature_maps(features: torch.Tensor, encoded: Encoded, processor: Any) -> li
     vision tower is not known.
 
     Args:
-        features: what the vision tower gives: [patches, D], or [pictures or tiles, patches, D], with a class token before them or not.
+        features: what the vision tower gives: [patches, D], or [pictures or tiles, patches, D], with a class token before them or not;
+            or maps [pictures, D, rows, columns].
 
     Returns:
         [rows, columns] of each picture or tile.
     """
+    features = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
     norms = features.float().norm(dim=-1)
     if "image_grid_thw" in encoded.inputs:
         return _maps_of_merged(norms.flatten(), encoded.inputs["image_grid_thw"].tolist(), processor.image_processor.merge_size)

@@ -10,6 +10,7 @@ from vlm_dist.data.shards import find_paths, read_in_order
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import BadSample, DataError
 from vlm_dist.run_dir import RunDir
+from vlm_dist.waiting import waiting
 
 
 def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
@@ -23,7 +24,8 @@ def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
         if config.model.mini_vlm is not None:
             from vlm_dist.models.compose import compose
 
-            parts = compose(config.model.mini_vlm.vision, config.model.mini_vlm.language, temporary, seed=config.seed)
+            with waiting("joining the two models"):
+                parts = compose(config.model.mini_vlm.vision, config.model.mini_vlm.language, temporary, seed=config.seed)
             print(f"mini VLM: {parts}", flush=True)
         elif config.model.scratch is not None:
             from vlm_dist.models.scratch import build_checkpoint

@@ -124,8 +124,12 @@ def open_inputs(config: Config, run: RunDir, ranks: Ranks) -> Inputs:
     if adapter is not None:
         check_files(adapter)
     source = str(base_of(adapter).name) if adapter else model_source(config, run, ranks)
-    hf_config, family = read_model_config(config.model, source)
-    processor = load_processor(config.model, str(adapter) if adapter and has_processor(adapter) else source)
+
+    def read() -> tuple[Any, Family, Any]:
+        processor = load_processor(config.model, str(adapter) if adapter and has_processor(adapter) else source)
+        return *read_model_config(config.model, source), processor
+
+    hf_config, family, processor = ranks.first_on_node(read)
     quarantine = RedactedQuarantine(run.quarantine, config.data.max_bad_fraction)
     return Inputs(config, source, hf_config, family, processor, quarantine, adapter)
 

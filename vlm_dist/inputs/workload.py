@@ -8,7 +8,8 @@ from typing import Any
 
 from vlm_dist.config import Config
 from vlm_dist.data.collate import collate
-from vlm_dist.data.encode import Encoded, Encoder, is_per_token
+from vlm_dist.data.encode import Encoded, Encoder
+from vlm_dist.data.labels import is_per_token
 from vlm_dist.data.lengths import Length, Ruler
 from vlm_dist.data.pictures import Size
 from vlm_dist.data.samples import outline

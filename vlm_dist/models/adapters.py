@@ -9,6 +9,7 @@ from typing import Any
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.config_load import load_config
 from vlm_dist.errors import ModelError
+from vlm_dist.models.experts_lora import prepare_experts, ranks_of_parameters
 from vlm_dist.models.files import REMEDY, opened
 from vlm_dist.models.load import is_stored_in_4bit
 from vlm_dist.models.record import read_record
@@ -25,20 +26,30 @@ def is_adapter(folder: Path) -> bool:
 
 
 def find_adapter(source: str) -> Path | None:
-    """The adapter folder that a name means: itself, or that of a run directory. None: no adapter (a checkpoint, a run that trained every
-    weight).
+    """The adapter folder that a name means: itself, the only one in it (PEFT saves an adapter of another name than "default" as
+    FOLDER/NAME), or that of a run directory. None: no adapter (a checkpoint, a run that trained every weight).
 
     Raises:
-        ModelError: the run is not finished.
+        ModelError: the run is not finished, or several adapters lie in the folder.
     """
     run = RunDir(Path(source))
     if not run.config.exists():
-        return run.path if is_adapter(run.path) else None
+        return run.path if is_adapter(run.path) else _only_inside(run.path)
     if run.model.exists():
         return None
     if not run.adapter.exists():
         raise ModelError(f"{run.path}: has no trained model yet; finish it with `vlm-dist train {run.config}`")
     return run.adapter
+
+
+def _only_inside(folder: Path) -> Path | None:
+    """The adapter that lies in a folder without a model."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    found = sorted(path for path in folder.iterdir() if is_adapter(path))
+    if len(found) > 1:
+        raise ModelError(f"{folder}: holds {len(found)} adapters ({', '.join(path.name for path in found)}); give one, such as {found[0]}")
+    return found[0] if found else None
 
 
 def run_of(folder: Path) -> RunDir | None:
@@ -91,7 +102,7 @@ def base_of(folder: Path, given: str | None = None, **changes: Any) -> ModelConf
         remedy = "give the folder of the base" if given else "say where it is now with --base-model, or in its adapter_config.json"
         raise ModelError(f"{whose} {name} does not exist{where}; {remedy}")
     revision = read_adapter_config(folder).get("revision") or (then.get("revision") if name == then.get("name") else None)
-    settings: dict[str, Any] = {key: then[key] for key in ("load_in_4bit", "dtype") if key in then}
+    settings: dict[str, Any] = {key: then[key] for key in ("load_in_4bit", "dtype", "keep_16bit") if key in then}
     if of_run is not None:
         settings = of_run.model_dump(exclude={"name", "revision", "scratch", "mini_vlm", "freeze"})
     settings |= {"name": name, "revision": None if given else revision, **changes}
@@ -140,7 +151,8 @@ def put_on(model: Any, folder: Path, *, trainable: bool = False, dropout: float 
         config: Any = PeftConfig.from_pretrained(str(folder))
         if dropout is not None:
             config.lora_dropout = dropout
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+        with ranks_of_parameters():
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=prepare_experts(model, config))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]
         raise ModelError(
@@ -158,8 +170,8 @@ def put_on_shapes(model: Any, folder: Path) -> Any:
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    with torch.device("meta"):
-        return PeftModel(model, config)
+    with torch.device("meta"), ranks_of_parameters():
+        return PeftModel(model, prepare_experts(model, config))
 
 
 def check_keys(model: Any, folder: Path) -> None:

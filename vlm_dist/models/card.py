@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_dist.config import Config, LoraConfig
 
-NOT_SCORES = ("exact_match", "samples", "by_kind", "step")
+NOT_SCORES = ("exact_match", "samples", "by_kind", "step", "without_pictures")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vlm_dist.models.record import next_token_logits
 
 Case = tuple[list[dict[str, Any]], list[Any]]
 """(messages that the assistant is to answer, their pictures)"""
-WORSE_BITS, WORSE_SHARE = 0.1, 0.1  # more bits a token than this, and than this share of them, is worse
+WORSE_BITS = 0.1  # more bits a token than this is worse
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,24 @@ class Comparison:
     """Of the same merge in float32, where this one is worse."""
     rounding_bits: dict[str, float] = field(default_factory=dict)
     """How many bits more rounding one part alone of that costs."""
+    left_out: str = ""
+    """Why they were not compared, if they were not."""
+
+    @classmethod
+    def without(cls, onto: Onto, why: str) -> Comparison:
+        """Of models that could not be compared."""
+        return cls(onto, "", 0, None, None, 0.0, 0.0, 0.0, 0, 0, left_out=why)
 
     @property
     def is_worse(self) -> bool:
         """Whether it lost what it should not."""
         if self.bits_trained is None or self.bits_merged is None:
             return self.divergence_bits > WORSE_BITS
-        return not self.bits_merged - self.bits_trained <= max(WORSE_BITS, WORSE_SHARE * self.bits_trained)
+        return not self.bits_merged - self.bits_trained <= WORSE_BITS  # nor where either is no number
 
     def __str__(self) -> str:
+        if self.left_out:
+            return f"merged onto the {self.onto} weights; not compared with the trained model: {self.left_out}"
         words = f"merged onto the {self.onto} weights in {self.dtype}"
         if self.bits_trained is not None and self.bits_merged is not None:
             words += (

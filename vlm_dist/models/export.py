@@ -8,25 +8,32 @@ import tempfile
 import types
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import ModelConfig
+from vlm_dist.environment import available_memory
 from vlm_dist.errors import ModelError
 from vlm_dist.models.comparison import Case, Comparison, blame, compare, observe
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.merge import Onto, merge_16bit
 from vlm_dist.models.record import make_record, probe_inputs, write_record
 from vlm_dist.models.source import fingerprint
+from vlm_dist.waiting import waiting
+
+if TYPE_CHECKING:
+    import torch
 
 REPORT = "merge.json"
+ROOM = 1.2  # of the weights: activations and the KV cache of one short answer
 
 
 def export_merged(
     model: Any, processor: Any, base: ModelConfig, out: Path, *, adapter: Path | None = None, onto: Onto | None = None,
     cases: list[Case] | None = None, answers: list[dict[str, Any]] | None = None, dtype: str = "auto", max_new_tokens: int = 32,
 ) -> Comparison:  # fmt: skip
-    """Merge, load the result with plain transformers, and compare the two models' logits, answers, and what held-out answers cost them.
-    Where they cost more, it is measured which part's rounding does it.
+    """Merge, load the result with plain transformers, and compare the two models' logits, answers, and what held-out answers cost them: on
+    the model's card where there is room for the merged weights beside it, else on the CPU; where it fits neither, the comparison says so.
+    Where the answers cost more, it is measured which part's rounding does it.
 
     Args:
         model: the trained PeftModel.
@@ -47,22 +54,49 @@ def export_merged(
         if adapter is None:
             model.save_pretrained(folder)
             adapter = Path(folder)
-        merge_16bit(base, adapter, processor, out, onto, trained_dtype, dtype)
-        trained = observe(model, processor, cases, answers, max_new_tokens)
-        del model  # where the caller keeps none, only one model is in memory at a time
-        gc.collect()
-        merged = _load_merged(out, device)
-        comparison = compare(
-            onto, str(merged.dtype).removeprefix("torch."), trained, observe(merged, processor, cases, answers, max_new_tokens)
-        )
-        del merged
-        gc.collect()
+        with waiting(f"merging into {out}"):
+            merge_16bit(base, adapter, processor, out, onto, trained_dtype, dtype)
+        place = _place_of(out, device)
+        if isinstance(place, str):
+            comparison = Comparison.without(onto, place)
+        else:
+            with waiting("asking the trained model"):
+                trained = observe(model, processor, cases, answers, max_new_tokens)
+            del model  # where the caller keeps none, only one model is in memory at a time
+            gc.collect()
+            merged = _load_merged(out, place)
+            with waiting("asking the merged model"):
+                again = observe(merged, processor, cases, answers, max_new_tokens)
+            comparison = compare(onto, str(merged.dtype).removeprefix("torch."), trained, again)
+            del merged
+            gc.collect()
         if comparison.is_worse and comparison.dtype != "float32":
             whole = Path(folder) / "float32"
             merge_16bit(base, adapter, processor, whole, onto, trained_dtype, "float32")
-            comparison = blame(comparison, _load_merged(whole, device), answers)
+            place = _place_of(whole, device)
+            if not isinstance(place, str):
+                with waiting("looking for the part whose rounding costs it"):
+                    comparison = blame(comparison, _load_merged(whole, place), answers)
     (out / REPORT).write_text(json.dumps(asdict(comparison), indent=1) + "\n")
     return comparison
+
+
+def _place_of(out: Path, device: torch.device) -> torch.device | str:
+    """Where what was merged can be loaded and run; or why nowhere."""
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    if (place := place_for(size, device)) is not None:
+        return place
+    free = f"the GPU and the host's memory have too little room ({available_memory() / 1e9:.1f} GB are free here)"
+    return f"its weights take {size / 1e9:.1f} GB, {free}"
+
+
+def place_for(size: int, device: torch.device) -> torch.device | None:
+    """Where a model of so many bytes can be loaded and run: on this card beside what it holds, or on the CPU; None: nowhere."""
+    import torch
+
+    if device.type == "cuda" and size * ROOM <= torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu") if size * ROOM <= available_memory() else None
 
 
 def allow_merging(model: Any) -> Any:

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
-def generate(model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: int, **options: Any) -> list[str]:
+def generate(
+    model: Any, processor: Any, batch: dict[str, Any], max_new_tokens: int, stops: Callable[[], bool] | None = None, **options: Any
+) -> list[str]:  # fmt: skip
     """Continue each prompt of a left-padded batch, greedily unless `options` (transformers' generation settings) say otherwise.
+
+    Args:
+        stops: asked after each token; where it says so, the answers end there.
 
     Returns:
         The generated text of each row, special tokens removed.
+
+    Not under `inference_mode`: small weights that ZeRO-3 gathers there stay, and could not be trained with afterwards.
     """
     import torch
+    from transformers import StoppingCriteriaList
 
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    if stops is not None:
+        asks = stops
+
+        def is_over(tokens: Any, *_: Any, **__: Any) -> Any:
+            return torch.full((len(tokens),), asks(), device=tokens.device)
+
+        options["stopping_criteria"] = [*options.get("stopping_criteria", []), is_over]
+    if "stopping_criteria" in options:
+        options["stopping_criteria"] = StoppingCriteriaList(options["stopping_criteria"])
     settings = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **options}
-    with torch.inference_mode(), _ready_to_generate(model), autocast(model):
+    with torch.no_grad(), _ready_to_generate(model), autocast(model):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -35,11 +52,12 @@ def encode_chat(processor: Any, messages: list[dict[str, Any]], pictures: list[A
 
 
 def autocast(model: Any) -> Any:
-    """Compute in the base's number type, where adapters are held in float32 beside a bfloat16 base."""
+    """Compute in the base's number type, where adapters are held in float32 beside a base in 16 bit."""
     import torch
 
-    dtype = getattr(model, "compute_dtype", None) or next((p.dtype for p in model.parameters() if p.dtype == torch.bfloat16), torch.float32)
-    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
+    halves = (torch.bfloat16, torch.float16)
+    dtype = getattr(model, "compute_dtype", None) or next((p.dtype for p in model.parameters() if p.dtype in halves), torch.float32)
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype in halves)
 
 
 @contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import MachineError, ModelError
 from vlm_dist.families import Family
+from vlm_dist.models.experts import NEVER_IN_4BIT, expert_weights, use_our_experts
 from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
 from vlm_dist.models.processor import check_vocabulary, load_processor
@@ -18,11 +23,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from vlm_dist.models.sharded import Sharding
+
+logger = logging.getLogger(__name__)
 STORED_IN_4BIT = "bitsandbytes, 4 bit"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`, `bfloat16` or `float32` -> torch dtype for this device.
+    """`auto`, `bfloat16`, `float16` or `float32` -> torch dtype for this device.
 
     Raises:
         MachineError: bfloat16 was asked of a GPU that has none (before compute capability 8.0).
@@ -31,13 +39,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
-        return torch.bfloat16 if has_bfloat16 else torch.float32
+        return torch.bfloat16 if has_bfloat16 else torch.float16 if device.type == "cuda" else torch.float32
     if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
         raise MachineError(
             f"model.dtype=bfloat16: this GPU ({torch.cuda.get_device_name(device)}) has no bfloat16 "
-            "(it needs compute capability 8.0 or newer); use model.dtype=float32"
+            "(it needs compute capability 8.0 or newer); use model.dtype=float16"
         )
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return getattr(torch, name)
+
+
+def overflow_words(family: Family) -> str:
+    """What a user of float16 is told of an architecture whose numbers are known to grow beyond it."""
+    return (
+        f"model.dtype=float16: '{family.model_type}' is known to compute numbers above 65,504, the largest in float16, which become "
+        "infinite: its loss may be no number. Use model.dtype=float32, or a GPU with bfloat16"
+    )
 
 
 def read_model_config(config: ModelConfig, name: str) -> tuple[Any, Family]:
@@ -113,45 +129,57 @@ def load_model(
 
 
 def load_weights(
-    config: ModelConfig, name: str, family: Family, device: torch.device, *, lora: LoraConfig | None = None
-) -> PreTrainedModel:
+    config: ModelConfig, name: str, family: Family, device: torch.device, *, lora: LoraConfig | None = None,
+    sharding: Sharding | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Load onto `device`: in NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314), or in model.dtype.
 
     Args:
         lora: what will be adapted; modules that it trains whole are not quantised.
+        sharding: keep this rank's share only; every rank must call it.
 
     Raises:
         ModelError: no such checkpoint, or weights that are missing, of other sizes, or in pickle form.
         MachineError: the device lacks the number type.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    from vlm_dist.models.experts_nf4 import experts_in_4bit
+
     dtype = choose_dtype(config.dtype, device)
+    if dtype == torch.float16 and family.overflows_in_float16:
+        logger.warning("%s", overflow_words(family))
+    stored_in_4bit = config.load_in_4bit and is_stored_in_4bit(name, config.revision, config.trust_remote_code)
     options = {}  # a checkpoint that is stored in 4 bit has its own settings
-    if config.load_in_4bit and not is_stored_in_4bit(name, config.revision, config.trust_remote_code):
-        options["quantization_config"] = nf4_config(family, dtype, trained_whole(family, lora) if lora else ())
+    if config.load_in_4bit and not stored_in_4bit:
+        keep = kept_in_16bit(config, family, trained_whole(family, lora) if lora else ())
+        options["quantization_config"] = nf4_config(family, dtype, keep)
+    prepare = partial(compute_in, dtype=dtype) if stored_in_4bit else lambda _: None
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype,
-            attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
-            device_map={"": device} if device.type == "cuda" else None,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name
-            output_loading_info=True,
-            **options,
-        )
+        with experts_in_4bit(), sharding.while_loading(family, prepare) if sharding else nullcontext():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=dtype,
+                attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
+                device_map={"": device} if device.type == "cuda" else None,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
+                output_loading_info=True,
+                **options,
+            )
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise not_loadable(name, error) from None
     model, found = loaded
     _check_complete(model, found, family, name)
+    prepare(model)
+    use_our_experts(model)
+    _check_kept(config, model)
     if config.load_in_4bit:
         keep_nf4_layout(model)
-        if not options:
-            compute_in(model, dtype)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
     return model
 
@@ -167,8 +195,24 @@ def nf4_config(family: Family, dtype: torch.dtype, keep: Iterable[str] = ()) -> 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
-        llm_int8_skip_modules=[family.head, *keep],
+        llm_int8_skip_modules=[family.head, *NEVER_IN_4BIT, *keep],
     )
+
+
+def kept_in_16bit(config: ModelConfig, family: Family, trained: Iterable[str] = ()) -> list[str]:
+    """Patterns of the modules that loading in 4 bit leaves as they are: those that train whole, and model.keep_16bit."""
+    sides = {"vision": (family.vision,), "projector": family.projector}
+    return [*trained, *(path for word in config.keep_16bit for path in sides.get(word, (f".*({word})",)))]
+
+
+def _check_kept(config: ModelConfig, model: torch.nn.Module) -> None:
+    """Raises ModelError where a pattern of model.keep_16bit matches nothing, so that what it means is in 4 bit all the same."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in config.keep_16bit:
+        if pattern not in ("vision", "projector") and not any(re.search(pattern, name) for name in names):
+            raise ModelError(
+                f"model.keep_16bit: no module is called '{pattern}'; give vision, projector, or part of a path, e.g. {names[-1]}"
+            )
 
 
 def _check_complete(model: torch.nn.Module, found: dict[str, Any], family: Family, name: str) -> None:
@@ -188,6 +232,10 @@ def _check_complete(model: torch.nn.Module, found: dict[str, Any], family: Famil
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and tuple(state.shape) != (expected := (module.out_features, module.in_features)):
             sizes.append((f"{path}.weight", tuple(state.shape), expected))
+    for path, weight in expert_weights(model).items():
+        state = getattr(weight, "quant_state", None)
+        if state is not None and state.shape != weight.expected:
+            sizes.append((path, tuple(state.shape), tuple(weight.expected)))
     if sizes:
         key, stored, expected = sizes[0]
         raise ModelError(

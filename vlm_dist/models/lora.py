@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import LoraConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
+from vlm_dist.models.experts_lora import (
+    as_target_parameters,
+    expert_ranks,
+    expert_targets,
+    prepare_experts,
+    ranks_of_parameters,
+    router_endings,
+    taken_for_experts,
+)
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # a module's name up to the number of its layer
 
@@ -26,10 +35,11 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
         ModelError: no linear layer matches the choice.
     """
     import peft
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # where only whole modules train
 
-    modules = find_targets(model, family, config)
-    whole = trained_whole(family, config)
-    if not modules and not whole:
+    modules, experts = find_targets(model, family, config), find_expert_targets(model, family, config)
+    whole = trained_whole(family, config) + (router_endings(model) if config.router == "full" else [])
+    if not modules and not whole and not experts:
         raise ModelError(
             f"lora: no linear layer of '{family.model_type}' matches vision={config.vision}, language={config.language}, "
             f"attention={config.attention}, mlp={config.mlp}, modules={config.modules or 'all'}, layers={config.layers or 'all'}"
@@ -39,19 +49,22 @@ def add_lora(model: PreTrainedModel, family: Family, config: LoraConfig) -> Peft
     names = [name for name, _ in model.named_modules()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    ranks, alphas = expert_ranks(experts, config)
     peft_config = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=as_pattern(modules, names) if modules else [],
-        rank_pattern=_by_side(config, "r", family, modules, names),
-        alpha_pattern=_by_side(config, "alpha", family, modules, names),
+        target_modules=_as_target_modules(modules, names, model) if modules else [] if experts else DUMMY_TARGET_MODULES,
+        target_parameters=as_target_parameters(experts, model),
+        rank_pattern=_by_side(config, "r", family, modules, names) | ranks,
+        alpha_pattern=_by_side(config, "alpha", family, modules, names) | alphas,
         modules_to_save=[part for name in whole for part in _trainable_whole(name, model, names)] or None,
         bias=config.bias,
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
-    return peft.get_peft_model(model, peft_config)  # pyright: ignore[reportReturnType]
+    with ranks_of_parameters():
+        return peft.get_peft_model(model, prepare_experts(model, peft_config))  # pyright: ignore[reportReturnType]
 
 
 def trained_whole(family: Family, config: LoraConfig) -> list[str]:
@@ -75,15 +88,31 @@ def find_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> 
     leaves = {name.rpartition(".")[2] for name in linear}
     if unknown := sorted(set(config.modules) - leaves):
         raise ModelError(f"lora.modules: no linear layer is called '{unknown[0]}'; there are: {', '.join(sorted(leaves))}")
+    taken = taken_for_experts(model)
     return [
         name
         for name in linear
         if family.side_of(name) in sides
+        and name.rpartition(".")[2] not in taken
         and (family.side_of(name) == "projector" or not set(parents).isdisjoint(name.split(".")))
         and (not config.modules or name.rpartition(".")[2] in config.modules)
         and _in_chosen_layer(name, family, config, linear)
         and not _is_idle(name, model, family)
     ]
+
+
+def _as_target_modules(modules: list[str], names: list[str], model: torch.nn.Module) -> str | list[str]:
+    """One pattern; of an architecture whose patterns PEFT takes apart into names, the whole paths."""
+    return modules if taken_for_experts(model) else as_pattern(modules, names)
+
+
+def find_expert_targets(model: torch.nn.Module, family: Family, config: LoraConfig) -> list[str]:
+    """Paths of the experts' weights that the configuration adapts.
+
+    Raises:
+        ModelError: it asks for adapters on experts, and the model has none.
+    """
+    return expert_targets(model, family, config, lambda name, names: _in_chosen_layer(name, family, config, names))
 
 
 def _in_chosen_layer(name: str, family: Family, config: LoraConfig, linear: list[str]) -> bool:
@@ -163,8 +192,12 @@ def freeze_sides(model: torch.nn.Module, family: Family, sides: Iterable[str]) -
     """Train every weight except those of the given sides, and those that the model never uses."""
     frozen = set(sides)
     for name, parameter in model.named_parameters():
-        unused = any(name.startswith(path + ".") for path in family.unused)
-        parameter.requires_grad_(family.side_of(name) not in frozen and not unused)
+        parameter.requires_grad_(trains_fully(name, family, frozen))
+
+
+def trains_fully(name: str, family: Family, frozen: Collection[str]) -> bool:
+    """Whether a weight trains where every weight does but those of these sides."""
+    return family.side_of(name) not in frozen and not any(name.startswith(path + ".") for path in family.unused)
 
 
 def count_trainable(model: torch.nn.Module, family: Family) -> Counter[str]:

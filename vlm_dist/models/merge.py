@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,10 @@ from vlm_dist.config import ModelConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
 from vlm_dist.models.adapters import WEIGHTS, put_on_shapes
-from vlm_dist.models.load import nf4_config, read_model_config
+from vlm_dist.models.experts import expert_weights
+from vlm_dist.models.load import kept_in_16bit, read_model_config
+from vlm_dist.models.merge_experts import ExpertParts, add_delta
+from vlm_dist.models.rounding import dequantise, quantised, round_to_nf4
 from vlm_dist.models.save import fresh_folder, put_in_place
 from vlm_dist.models.source import weight_files
 
@@ -50,7 +53,7 @@ def merge_16bit(
     if stored_as_nf4 and onto == "original":
         raise ModelError(f"export: '{base.name}' itself is stored in 4 bit, so the original weights are not there; use --onto dequantised")
     files = weight_files(base.name, base.revision)
-    layers = Layers(hf_config, family, adapter, base.trust_remote_code, onto, trained_dtype, files)
+    layers = Layers(hf_config, family, adapter, base, onto, trained_dtype, files)
     written = _sixteen_bit(hf_config) if dtype == "auto" else getattr(torch, dtype)
     temporary = fresh_folder(out)
     index: dict[str, str] = {}
@@ -81,16 +84,15 @@ class Layers:
     """The adapted model without its base weights; each layer gets them for the moment of its merging."""
 
     def __init__(
-        self, hf_config: Any, family: Family, adapter: Path, trust_remote_code: bool, onto: Onto, trained_dtype: torch.dtype,
-        files: list[Path],
-    ):  # fmt: skip
+        self, hf_config: Any, family: Family, adapter: Path, base: ModelConfig, onto: Onto, trained_dtype: torch.dtype, files: list[Path]
+    ):
         import torch
         from transformers import AutoModelForImageTextToText
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         def empty() -> Any:
             with torch.device("meta"):
-                return AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=trust_remote_code)
+                return AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=base.trust_remote_code)
 
         model = empty()
         model.tie_weights()
@@ -106,13 +108,18 @@ class Layers:
         self.model = _with_adapter(model, adapter, self.device)
         whole = self.model.peft_config["default"].modules_to_save or ()
         stored_as_nf4 = getattr(hf_config, "quantization_config", None) is not None  # then what is to be rounded has been
-        self.rounded = _quantised_modules(empty(), family, whole) if onto == "dequantised" and not stored_as_nf4 else set()
+        self.rounded = (
+            quantised(empty(), family, kept_in_16bit(base, family, whole)) if onto == "dequantised" and not stored_as_nf4 else set()
+        )
         self.unused = {name for name, parameter in self.model.named_parameters() if not parameter.is_meta}
         self.replaced = _base_weights(adapter, self.names)
         self.untied = tied and any(self._is_changed(name) for name in (self.head, self.embedding))
         """Head and embeddings share their weights in the base, and no more after training: PEFT changes the one that it adapts, so the
         merged checkpoint holds both."""
-        self.lacks_head = not any(self._model_name(key)[0] == self.head for file in files for key in _keys(file))
+        places = {key: (file, self._model_name(key)[0]) for file in files for key in _keys(file)}
+        self.lacks_head = not any(name == self.head for _, name in places.values())
+        shapes = {name: weight.shape for name, weight in expert_weights(empty()).items()}
+        self.experts = ExpertParts(shapes, places, [rule for rule in self.conversions if hasattr(rule, "operations")])
 
     def merged(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of one file of the base, adapter added, by the file's own keys."""
@@ -126,7 +133,7 @@ class Layers:
                 tensor = stored.get_tensor(key)
                 if key + ".quant_map" in keys:
                     statistics = {other: stored.get_tensor(other) for other in keys if other.startswith(key + ".")}
-                    yield key, self._merge(key, _dequantise(tensor, statistics, key, self.trained_dtype), exact=True)
+                    yield key, self._merge(key, dequantise(tensor, statistics, key, self.trained_dtype), exact=True)
                 else:
                     yield key, self._merge(key, tensor)
                 if self.untied and self.lacks_head and self._model_name(key)[0] == self.embedding:
@@ -148,6 +155,8 @@ class Layers:
         name, converted = self._model_name(key)
         path, _, leaf = name.rpartition(".")
         module, whole = self._find(path)
+        if name in self.experts.shapes:
+            return self.experts.part(key, name, lambda weight: self._merge_experts(name, module, weight))
         if isinstance(whole, ModulesToSaveWrapper):
             return self._trained(module, leaf, key, converted)
         tensor = self.replaced.get(name, tensor)
@@ -157,7 +166,7 @@ class Layers:
         if leaf in own and not own[leaf].is_meta:
             return self._trained(parameters, leaf, key, converted)  # a bias that was trained
         if path in self.rounded and leaf == "weight" and not exact:
-            tensor = _round_to_nf4(tensor, self.trained_dtype, self.device)
+            tensor = round_to_nf4(tensor, self.trained_dtype, self.device)
         if not adapted or leaf != "weight":
             return tensor
         if converted:
@@ -173,6 +182,16 @@ class Layers:
         if bias is not None:
             parameters.bias = bias
         return merged
+
+    def _merge_experts(self, name: str, module: Any, weight: torch.Tensor) -> torch.Tensor:
+        from vlm_dist.upstream.peft import ParamWrapper
+
+        if name in self.rounded:
+            weight = round_to_nf4(weight, self.trained_dtype, self.device).float()
+        if not isinstance(module, ParamWrapper):
+            return weight
+        self._use(module)
+        return add_delta(weight, module, name, self.device)
 
     def _is_changed(self, weight: str) -> bool:
         from peft.tuners.lora import LoraLayer
@@ -253,34 +272,6 @@ def _keys(file: Path) -> list[str]:
 
     with safe_open(file, "pt") as stored:
         return list(stored.keys())
-
-
-def _quantised_modules(model: Any, family: Family, whole: Iterable[str]) -> set[str]:
-    """Paths of the modules that loading in NF4 quantises, by the loader's own rules; changes the model (of meta tensors) on the way."""
-    import torch
-    from bitsandbytes.nn.modules import Linear4bit
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quantizer: Any = AutoHfQuantizer.from_config(nf4_config(family, torch.float32, whole), pre_quantized=False)
-    quantizer.preprocess_model(model, device_map=None)
-    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-
-
-def _round_to_nf4(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """NF4 and back, as loading for training does it."""
-    from bitsandbytes import functional
-
-    codes, state = functional.quantize_4bit(weight.to(device, dtype).contiguous(), compress_statistics=True, quant_type="nf4")
-    return functional.dequantize_4bit(codes, state).cpu()
-
-
-def _dequantise(codes: torch.Tensor, statistics: dict[str, torch.Tensor], key: str, dtype: torch.dtype) -> torch.Tensor:
-    """A weight that is stored in 4 bit, as the training met it."""
-    from bitsandbytes import functional
-
-    state = functional.QuantState.from_dict({name.removeprefix(key + "."): value for name, value in statistics.items()}, codes.device)
-    state.dtype = dtype
-    return functional.dequantize_4bit(codes, state)
 
 
 def _sixteen_bit(hf_config: Any) -> torch.dtype:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.buffers import frozen_parts, moving_buffers
 from vlm_dist.families import Family
 from vlm_dist.upstream.transformers import still_when_recomputed
 
@@ -38,45 +39,11 @@ def hold_frozen(model: Any) -> Any:
 
 def _train(model: Any, mode: bool = True) -> Any:
     type(model).train(model, mode)
-    for part in _frozen_parts(model) if mode else ():
+    for part in frozen_parts(model) if mode else ():
         part.train(False)
         for layer in part.modules():
             still_when_recomputed(layer)
     return model
-
-
-def _frozen_parts(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The largest parts that have weights, none of which trains. A module without weights (dropout) does as its parent does."""
-    for child in module.children():
-        if next(child.parameters(), None) is None:
-            continue
-        if _is_frozen(child):
-            yield child
-        else:
-            yield from _frozen_parts(child)
-
-
-def _is_frozen(module: torch.nn.Module) -> bool:
-    """Whether it has weights, and none of them trains."""
-    weights = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(weights) and not any(weights)
-
-
-def _is_moving(module: torch.nn.Module, leaf: str) -> bool:
-    """Whether a buffer of this module is stored with it and may change in training: layers that hold others have constants only."""
-    return not any(True for _ in module.children()) and leaf in module.state_dict(keep_vars=True)
-
-
-def moving_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The stored buffers of the layers that train, by the names of `state_dict`: part of a training's state. Empty for most models."""
-    frozen = {id(module) for part in _frozen_parts(model) for module in part.modules()}
-    return {
-        f"{name}.{leaf}": buffer
-        for name, module in model.named_modules()
-        if id(module) not in frozen
-        for leaf, buffer in module.named_buffers(recurse=False)
-        if _is_moving(module, leaf)
-    }
 
 
 def batch_norms(model: torch.nn.Module, family: Family) -> Counter[str]:

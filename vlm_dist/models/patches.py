@@ -18,10 +18,15 @@ class Patches:
     """Kernel -> why some module of the model keeps its own code."""
     _replaced: list[tuple[Any, str]] = field(default_factory=list)
 
-    def put(self, kernel: str, target: Any, name: str, value: Any) -> None:
-        """Set an attribute of one object."""
-        setattr(target, name, value)
-        self._replaced.append((target, name))
+    def put(self, kernel: str, target: Any, name: str, value: Any, *, reads: Callable[[], list] | None = None) -> None:
+        """Set an attribute of one object.
+
+        Args:
+            reads: gives the parameters of other modules that it reads without calling them; ZeRO-3 is told (training/engine.py).
+        """
+        for attribute, content in ((name, value), *((("reads_weights", reads),) if reads else ())):
+            setattr(target, attribute, content)
+            self._replaced.append((target, attribute))
         self.counts[kernel] += 1
 
     def restore(self) -> None:

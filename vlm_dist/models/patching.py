@@ -10,6 +10,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,8 @@ from vlm_dist.config import Kernel
 from vlm_dist.errors import ConfigError
 from vlm_dist.models.patches import Patches, bind
 from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
-from vlm_dist.models.patching_vision import patch_vision_windows
+from vlm_dist.models.patching_vision import patch_patch_embedding, patch_vision_windows
+from vlm_dist.upstream.deepspeed import gathered
 from vlm_kernels import reference
 
 ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
@@ -85,7 +87,8 @@ def _rms_form(module: Any) -> dict[str, Any] | None:
     ]
     if eps is None or len(needed) != 1:
         return None
-    twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.bfloat16)  # to_empty: it may have no numbers yet
+    with gathered(module.parameters()):
+        twin = copy.deepcopy(module).to_empty(device="cpu").to(torch.bfloat16)  # to_empty: it may have no numbers yet
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
         twin.weight.copy_(torch.randn(twin.weight.shape, generator=generator))
@@ -203,7 +206,12 @@ def _nf4_lora_linear(model: Any, patches: Patches) -> None:
             if module.lora_variant or any(module.lora_bias.values()):
                 patches.kept["nf4_lora_linear"] = "DoRA and biases in the adapter keep PEFT's own code"
                 continue
-            patches.put("nf4_lora_linear", module, "forward", bind(module, _nf4_forward))
+            patches.put("nf4_lora_linear", module, "forward", bind(module, _nf4_forward), reads=partial(_nf4_reads, module))
+
+
+def _nf4_reads(module: Any) -> list[torch.nn.Parameter]:
+    layers = [module.base_layer, *module.lora_A.values(), *module.lora_B.values()]
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
 
 
 def _nf4_forward(module: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -235,4 +243,5 @@ PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {
     "linear_cross_entropy": patch_linear_cross_entropy,
     "supervised_rows": patch_supervised_rows,
     "vision_windows": patch_vision_windows,
+    "patch_embedding": patch_patch_embedding,
 }

@@ -103,7 +103,7 @@ class _Rows:
         """`forward` on the chosen rows of x [B, T, ...]; zero elsewhere."""
         if self.chosen is None or x.ndim != 3 or x.shape[0] * x.shape[1] != self.total or len(self.chosen) == 0:
             return forward(x)
-        y = forward(x.flatten(0, 1)[self.chosen])
+        y = forward(x.flatten(0, 1)[self.chosen].unsqueeze(0)).squeeze(0)  # as one row of tokens: experts want three dimensions
         full = y.new_zeros((self.total, y.shape[-1]))
         return full.index_copy(0, self.chosen, y).view(*x.shape[:2], -1)
 

@@ -1,4 +1,5 @@
-"""Windows of a vision tower's attention (Qwen2-VL and its descendants), all of one length at a time.
+"""Vision towers: their patch embedding as one product, and windows of their attention (Qwen2-VL and its descendants), all of one length
+at a time.
 
 transformers hands whole sequences to flash-attention, and to every other implementation one window after another, in a loop in Python: of
 a picture of 4,096 patches 64 calls a layer. Windows of equal length are one batch.
@@ -7,12 +8,14 @@ a picture of 4,096 patches 64 calls a layer. Windows of equal length are one bat
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from vlm_dist.models.patches import Patches
+from vlm_dist.models.patches import Patches, bind
+from vlm_dist.upstream.deepspeed import gathered
 from vlm_dist.upstream.transformers import attention_of
 
 NEEDED = ("is_flash_attention_requested", "ALL_ATTENTION_FUNCTIONS", "get_max_seqlen")
@@ -66,6 +69,39 @@ def _attend(states: list[torch.Tensor], length: int, scaling: float, dropout: fl
     query, key, value = (tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in states)
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     return attended.transpose(1, 2).flatten(0, 1)
+
+
+def patch_patch_embedding(model: Any, patches: Patches) -> None:
+    """A convolution whose kernel covers its whole input is a product of two matrices: so it is of every patch of Qwen's vision towers.
+    cuDNN takes 10 to 20 times as long for it as a convolution in three dimensions (pytorch#174051, transformers#45750)."""
+    for module in model.modules():
+        if type(module) is not torch.nn.Conv3d:
+            continue
+        if module.stride != module.kernel_size or module.groups != 1 or any(module.padding) or set(module.dilation) != {1}:
+            patches.kept["patch_embedding"] = "a convolution whose patches overlap"
+        elif not _is_product(module):
+            patches.kept["patch_embedding"] = "a convolution that gives other numbers than the product"
+        else:
+            patches.put("patch_embedding", module, "forward", bind(module, _patches_forward, original=module.forward))
+
+
+def _patches_forward(module: Any, input: torch.Tensor, *, original: Callable) -> torch.Tensor:
+    """[N, C, T, H, W], where the kernel is [T, H, W], -> [N, D, 1, 1, 1]; any other input goes through the convolution."""
+    if input.ndim != 5 or input.shape[2:] != module.kernel_size:
+        return original(input)
+    return torch.nn.functional.linear(input.flatten(1), module.weight.flatten(1), module.bias)[:, :, None, None, None]
+
+
+def _is_product(module: Any) -> bool:
+    with gathered(module.parameters()):
+        if module.weight.is_meta:
+            return True  # no numbers to compare
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn((3, module.in_channels, *module.kernel_size), generator=generator, device="cpu").to(module.weight)
+        with torch.no_grad():
+            expected = module(x).float()
+            difference = _patches_forward(module, x, original=module.forward).float() - expected
+    return bool(difference.norm() <= 1e-2 * expected.norm())
 
 
 REPLACED: dict[str, Any] = {

@@ -35,7 +35,10 @@ def make_record(
     """
     return {
         "version": 1,
-        "base": {**base.model_dump(mode="json", include={"name", "revision", "load_in_4bit", "dtype"}), "fingerprint": fingerprint_of_base},
+        "base": {
+            **base.model_dump(mode="json", include={"name", "revision", "load_in_4bit", "dtype", "keep_16bit"}),
+            "fingerprint": fingerprint_of_base,
+        },
         "preprocessing": describe_processor(processor),
         "probe": probe(model, processor),
         "buffers": _digests_of_buffers(model),
@@ -200,7 +203,7 @@ def next_token_logits(model: Any, cases: list[tuple[list[dict[str, Any]], list[A
     try:
         for messages, pictures in cases:
             inputs = {name: value.to(model.device) for name, value in encode_chat(processor, messages, pictures).items()}
-            with torch.inference_mode(), autocast(model):
+            with torch.no_grad(), autocast(model):
                 found.append(model(**inputs, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu())
     finally:
         model.train(was_training)

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.models.modes import moving_buffers
+from vlm_dist.buffers import moving_buffers
+from vlm_dist.disk import readable_as_others
 from vlm_dist.models.record import write_record
 
 
@@ -41,7 +42,7 @@ def save_model(model: Any, weights: dict[str, Any], processor: Any, out: Path, s
     """A transformers checkpoint folder with the processor in it; whole or not there.
 
     Args:
-        weights: the trainable parameters by name, complete, on the CPU; frozen ones are taken from the model.
+        weights: the trainable parameters by name, complete, on the CPU, and frozen ones that are sharded; others are taken from the model.
         system_prompt: what every sample of the training began with, if all had the same.
     """
     import torch
@@ -71,5 +72,6 @@ def fresh_folder(out: Path) -> Path:
 
 def put_in_place(temporary: Path, out: Path) -> None:
     """`out` becomes what `temporary` is."""
+    readable_as_others(temporary)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)

@@ -13,7 +13,9 @@ from vlm_dist.models.files import RECORD, check_files
 from vlm_dist.models.load import is_stored_in_4bit, load_model
 from vlm_dist.models.processor import load_processor
 from vlm_dist.models.record import check_base, check_probe, check_processor, read_record, read_system_prompt
+from vlm_dist.models.source import is_there
 from vlm_dist.run_dir import RunDir
+from vlm_dist.waiting import waiting
 
 
 def load_trained(source: str, device: Any, *, base: bool = False, base_model: str | None = None) -> tuple[Any, Any]:
@@ -29,6 +31,11 @@ def load_trained(source: str, device: Any, *, base: bool = False, base_model: st
     Raises:
         ModelError: the run is not finished, there is no such checkpoint, or the adapter does not fit what it is put on.
     """
+    with waiting(f"loading {source}"):
+        return _load(source, device, base, base_model)
+
+
+def _load(source: str, device: Any, base: bool, base_model: str | None) -> tuple[Any, Any]:
     adapter = find_adapter(source)
     if adapter is not None:
         return load_adapter(adapter, base_of(adapter, base_model), device, base=base)
@@ -41,6 +48,16 @@ def load_trained(source: str, device: Any, *, base: bool = False, base_model: st
     dtype = load_config(run.config).model.dtype if run.config.exists() else "auto"
     model, processor, _ = load_model(ModelConfig(name=name, load_in_4bit=is_stored_in_4bit(name), dtype=dtype), name, device)
     return model, processor
+
+
+def start_of(source: str) -> str | None:
+    """What a run that trained every weight began with, if it is still there; None for anything else."""
+    run = RunDir(Path(source))
+    if not run.config.exists() or not run.model.exists():
+        return None
+    named = load_config(run.config).model.name
+    start = named or str(run.initial_model)
+    return start if is_there(start) else None
 
 
 def system_prompt_of(source: str) -> str | None:

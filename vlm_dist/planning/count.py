@@ -14,7 +14,9 @@ from vlm_dist.config import Config
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
 from vlm_dist.models.loss import summed_loss
-from vlm_dist.planning.shapes import Count, Shapes, counting
+from vlm_dist.planning.counts import Count, Operation
+from vlm_dist.planning.parts import Parts
+from vlm_dist.planning.shapes import Shapes, counting
 from vlm_dist.planning.twin import autocast, build_twin
 
 LAUNCH = 5e-6
@@ -30,6 +32,8 @@ class Counted:
     """Bytes of "4-bit", "statistics" (of 4 bit), "16-bit" (all else that is frozen) and "trainable" weights."""
     largest_layer: int = 0
     """Bytes of the weights of the largest module that is used as one."""
+    largest_loaded: int = 0
+    """Most bytes of one weight while it is loaded: as it is stored, in 16 bit, beside what it becomes."""
     trainable: list[int] = field(default_factory=list)
     """Elements of each trainable tensor."""
     saved: int = 0
@@ -43,8 +47,14 @@ class Counted:
     """Of the forward pass, the vision tower's."""
     backward_flops: int = 0
     """Products that are made again for a checkpoint are among them."""
-    work: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(FLOPs, bytes moved) of each operation -> how often."""
+    work: Counter[Operation] = field(default_factory=Counter)
+    """How often each operation was launched."""
+    waits: Counter[str] = field(default_factory=Counter)
+    """How often the host waits for the device."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """Of `saved`, what each part of the model made; see `count_micro_batch`."""
+    blocks: Counter[str] = field(default_factory=Counter)
+    """Attention blocks of "vision" and "language"."""
 
     @property
     def flops(self) -> int:
@@ -58,12 +68,17 @@ class Counted:
     def seconds(self, flops: float, bandwidth: float) -> float:
         """Each operation as fast as products or memory allow, whichever takes longer (roofline; Williams et al. 2009), and no faster than
         one can be launched."""
-        return sum(number * max(one / flops, moved / bandwidth, LAUNCH) for (one, moved), number in self.work.items())
+        return sum(number * seconds_of(one, flops, bandwidth) for one, number in self.work.items())
+
+
+def seconds_of(operation: Operation, flops: float, bandwidth: float) -> float:
+    """One launch of it."""
+    return max(operation.flops / flops, operation.moved / bandwidth, LAUNCH)
 
 
 def count_micro_batch(
     config: Config, hf_config: Any, family: Family, dtype: torch.dtype, batch: dict[str, Any], *, on_gpu: bool = True,
-    accumulates: bool = False,
+    accumulates: bool = False, by_part: bool = False,
 ) -> Counted:  # fmt: skip
     """Run a micro-batch on shapes.
 
@@ -71,12 +86,13 @@ def count_micro_batch(
         batch: as the stream gives it.
         on_gpu: with the kernels and the number types of a GPU; else as this CPU does.
         accumulates: gradients of earlier micro-batches are there.
+        by_part: note which part of the model runs what (slower).
 
     Raises:
         ModelError: the model asks for numbers that are not there.
     """
-    counted = Counted()
-    with counting(on_gpu=on_gpu) as shapes:
+    counted, parts = Counted(), Parts(family)
+    with counting(on_gpu=on_gpu, part=parts.now) as shapes:
         model = build_twin(config, hf_config, family, dtype, shapes)
         _weigh(model, counted)
         inputs = {name: _fake(tensor, shapes) for name, tensor in batch.items()}
@@ -87,18 +103,19 @@ def count_micro_batch(
             shapes.hold(tensor)
         count = shapes.count
         count.mark()
-        before = count.live
+        before, held = count.live, shapes.held
         try:
-            with autocast(dtype), _watching_vision(model, family, count, counted):
-                loss = summed_loss(model, inputs)
-            counted.saved, counted.forward_flops = count.live - before, count.flops
-            torch.autograd.backward(loss)  # not loss.backward(), inside of which modes on functions are off
+            with parts.watching(model if by_part else None) as counted.blocks:
+                with autocast(dtype), _watching_vision(model, family, count, counted):
+                    loss = summed_loss(model, inputs)
+                counted.saved, counted.forward_flops, counted.kept = count.live - before, count.flops, shapes.held - held
+                torch.autograd.backward(loss)  # not loss.backward(), inside of which modes on functions are off
         except Exception as error:  # a model's code raises whatever it likes where numbers are missing
             what = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ModelError(f"plan: '{family.model_type}' cannot be run without its numbers ({what}); train without a plan") from error
         counted.backward_flops = count.flops - counted.forward_flops
         counted.peak = count.peak - before + (counted.gradients if accumulates else 0)
-        counted.work = count.work
+        counted.work, counted.waits = count.work, count.waits
     return counted
 
 
@@ -110,6 +127,8 @@ def _weigh(model: Any, counted: Counted) -> None:
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             size, state = tensor.numel() * tensor.element_size(), getattr(tensor, "quant_state", None)
             here += size
+            becomes = size if tensor.requires_grad or state is not None else 0
+            counted.largest_loaded = max(counted.largest_loaded, becomes + 2 * (tensor.numel() if state is None else state.shape.numel()))
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))

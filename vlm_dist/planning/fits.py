@@ -34,8 +34,9 @@ def check_fits(inputs: Inputs, ranks: Ranks, gpu: Gpu | None = None) -> None:
         except UserError as error:
             logger.warning("%s", error)  # what cannot be counted may train all the same; what is wrong is told where it is used
         else:
-            if own["total"] > card.memory:
-                problem = _too_large(own, card), own["total"] > (1 + UNSURE) * card.memory
+            most = max(own["total"], own["loading"])
+            if most > card.memory:
+                problem = _too_large(own, card), most > (1 + UNSURE) * card.memory
     problem = ranks.gather(problem)[0]
     if problem is None:
         return
@@ -49,7 +50,6 @@ def check_fits(inputs: Inputs, ranks: Ranks, gpu: Gpu | None = None) -> None:
 def _too_large(own: dict[str, Any], card: Gpu) -> str:
     largest = sorted(own["memory"].items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
-    return (
-        f"training.micro_batch={own['micro_batch']}: a step needs about {own['total'] / 1e9:.1f} GB, {card.name} has "
-        f"{card.memory / 1e9:.1f} ({parts}); `vlm-dist plan CONFIG --auto` finds settings that fit"
-    )
+    needed = f"loading needs {own['loading'] / 1e9:.1f} GB, a step about {own['total'] / 1e9:.1f} GB"
+    has = f"{card.name} has {card.memory / 1e9:.1f} ({parts})"
+    return f"training.micro_batch={own['micro_batch']}: {needed}, {has}; `vlm-dist plan CONFIG --auto` finds settings that fit"

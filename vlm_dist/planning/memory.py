@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from vlm_dist.config import Config
+from vlm_dist.deepspeed_config import loads_sharded
 from vlm_dist.planning.count import Counted
 from vlm_dist.planning.gpus import Gpu
 
@@ -26,6 +28,8 @@ class Memory:
     parts: dict[str, int]
     host: int
     """Bytes that are offloaded to the host's memory, or its disk."""
+    loading: int = 0
+    """Bytes of the card at the fullest moment before training, while the weights are loaded."""
 
     @property
     def total(self) -> int:
@@ -72,7 +76,19 @@ def memory_of(counted: Counted, config: Config, stage: int, world_size: int, *, 
     if on_gpu:
         parts["fragmentation"] = math.ceil(FRAGMENTED * (counted.saved + working + gradients))
         parts["CUDA itself"] = CONTEXT
-    return Memory({name: size for name, size in parts.items() if size}, host)
+    loading = loading_of(counted, config, world_size) + (CONTEXT if on_gpu else 0)
+    return Memory({name: size for name, size in parts.items() if size}, host, loading)
+
+
+def loading_of(counted: Counted, config: Config, world_size: int) -> int:
+    """Bytes of weights on the card while they are loaded: the rank's share of each that has been, and one whole; at a stage or in a form
+    that is not loaded in shares, all of them."""
+    weights = Counter(counted.weights)
+    if loads_sharded(config, world_size):
+        kept = weights.pop("statistics", 0)
+        shares = 0 if config.engine.offload == "all" else math.ceil(sum(weights.values()) / world_size)
+        return kept + shares + counted.largest_loaded
+    return sum(weights.values()) + counted.largest_loaded
 
 
 def optimizer_bytes(trainable: list[int], optimizer: str) -> int:

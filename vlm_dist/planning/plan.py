@@ -15,6 +15,8 @@ from vlm_dist.inputs.opened import Inputs, inputs_apart
 from vlm_dist.inputs.workload import Workload, assumed, micro_batch
 
 if TYPE_CHECKING:
+    import torch
+
     from vlm_dist.planning.count import Counted
     from vlm_dist.planning.gpus import Gpu
 
@@ -45,15 +47,14 @@ class Planner:
         return self._counted[key]
 
     def _count(self, config: Config, rows: int, tokens: int | None) -> Counted:
-        import torch
-
         from vlm_dist.planning.count import count_micro_batch
 
         name = _mode_of(config)
         self.note(f"counting {rows} x {tokens or self.workload.tokens} tokens, gradient checkpointing: {name}")
-        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
         batch = micro_batch(self.inputs.encoder, self.workload, rows, tokens)
-        return count_micro_batch(config, self.inputs.hf_config, self.inputs.family, dtype, batch, accumulates=self.rounds(rows) > 1)
+        return count_micro_batch(
+            config, self.inputs.hf_config, self.inputs.family, torch_dtype(config), batch, accumulates=self.rounds(rows) > 1
+        )
 
     def rounds(self, rows: int) -> int:
         return max(1, self.config.training.global_batch // (rows * self.gpus))
@@ -79,7 +80,8 @@ class Planner:
             "memory": memory.parts,
             "total": memory.total,
             "host": memory.host,
-            "fits": memory.total <= self.gpu.memory,
+            "loading": memory.loading,
+            "fits": max(memory.total, memory.loading) <= self.gpu.memory,
             "flops": {"forward": counted.forward_flops, "vision": counted.vision_flops, "backward": counted.backward_flops},
             "step_s": {"limit": time.limit, "fast": time.fast, "slow": time.slow},
             "tokens_per_s": {"limit": tokens / time.limit, "fast": tokens / time.fast, "slow": tokens / time.slow},
@@ -151,11 +153,26 @@ def make_plan(planner: Planner, *, others: bool = True) -> dict[str, Any]:
         "gpus": planner.gpus,
         "row": {"tokens": planner.workload.tokens, "pictures": list(planner.workload.pictures), "why": planner.workload.why},
         "own": own,
+        "weights": weights_in_16bit(planner),
     }
     if others:
         plan["choices"] = list(planner.choices())
         plan["longest_row"] = planner.longest_row(config)
     return plan
+
+
+def weights_in_16bit(planner: Planner) -> list[str]:
+    """What stays in 16 bit beside 4-bit weights, and what has no adapter, in words."""
+    from vlm_dist.planning.twin import weights_of_twin
+
+    return weights_of_twin(planner.config, planner.inputs.hf_config, planner.inputs.family, torch_dtype(planner.config))
+
+
+def torch_dtype(config: Config) -> torch.dtype:
+    """What a plan computes in; auto: what a new GPU does."""
+    import torch
+
+    return torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
 
 
 def best_of(plan: dict[str, Any]) -> dict[str, Any]:

@@ -10,23 +10,27 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
-from vlm_dist.models.patching_loss import as_on_gpu, workspace_bytes
+from vlm_dist.models.patching_loss import as_on_gpu
+from vlm_dist.planning.costs import RULES
+from vlm_dist.planning.counts import Count, Operation, nbytes_of
 from vlm_dist.upstream.torch import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
     cpu_attention,
     cpu_attention_backward,
+    local_scalar,
     storage_key,
     tree_leaves,
+    unique,
     unsafe_index,
+    unsafe_view,
 )
 
 aten = torch.ops.aten
@@ -35,47 +39,48 @@ INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, u
 COMPARED = {aten.eq: False, aten.ne: True, aten.isnan: False, aten.isinf: False, aten.isfinite: True}
 IN_FLOAT32 = (torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.nn.functional.log_softmax, torch.softmax)
 """What autocast computes in float32 on a GPU and not on a CPU."""
-FREE = (aten.detach.default, aten.lift_fresh.default)
-
-
-@dataclass
-class Count:
-    """What ran."""
-
-    live: int = 0
-    """Bytes held now."""
-    peak: int = 0
-    """Most bytes held at once since the last `mark`."""
-    work: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(FLOPs of products, bytes read and written) of each operation -> how often."""
-
-    @property
-    def flops(self) -> int:
-        return sum(flops * number for (flops, _), number in self.work.items())
-
-    @property
-    def moved(self) -> int:
-        return sum(moved * number for (_, moved), number in self.work.items())
-
-    def mark(self) -> None:
-        """Begin anew: what is held stays held."""
-        self.peak, self.work = self.live, Counter()
+FREE = {
+    aten.detach, aten.lift_fresh, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
+    unsafe_view.overloadpacket, torch.ops.prim.device,
+}  # fmt: skip
+"""What launches nothing: questions to a tensor, other views of it, memory that is not yet written."""
+READS = {
+    aten.nonzero,
+    aten.unique_consecutive,
+    aten.masked_select,
+    aten.repeat_interleave,
+    local_scalar.overloadpacket,
+    unique.overloadpacket,
+}
+"""Whose result's size or value the host waits for."""
 
 
 class Tally(TorchDispatchMode):
     """Counts what runs inside, on tensors with data."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: Callable[[], str] = str) -> None:
         super().__init__()
         self.count = Count()
-        self._held: dict[int, int] = {}
+        self.part = part
+        self._held: dict[int, tuple[int, str]] = {}
+        self._kept = 0
+
+    @property
+    def held(self) -> Counter[str]:
+        """Bytes held now, by the part of the model that made them."""
+        found: Counter[str] = Counter()
+        for nbytes, part in self._held.values():
+            found[part] += nbytes
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = self.perform(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if not func.is_view and func not in FREE:
+        if waits(func, args, kwargs):
+            self.count.waits[f"{self.part()} {func.overloadpacket.__name__}".strip()] += 1
+        if not func.is_view and func.overloadpacket not in FREE:
             self._add_work(func, args, kwargs, result, [*given, *made])
         for tensor in made:
             self.hold(tensor)
@@ -89,7 +94,7 @@ class Tally(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         if key not in self._held:
-            self._held[key] = storage.nbytes()
+            self._held[key] = storage.nbytes(), self.part()
             self.use(storage.nbytes())
             weakref.finalize(storage, self._let_go, key)
 
@@ -99,22 +104,31 @@ class Tally(TorchDispatchMode):
         count.peak = max(count.peak, count.live + nbytes)
         count.live += 0 if briefly else nbytes
 
+    def keep(self, nbytes: int) -> None:
+        """A buffer that all share, as large as the largest that was asked for."""
+        self.use(max(0, nbytes - self._kept))
+        self._kept = max(self._kept, nbytes)
+
     def _let_go(self, key: int) -> None:
-        self.count.live -= self._held.pop(key)
+        self.count.live -= self._held.pop(key)[0]
 
     def _add_work(self, func: Any, args: tuple, kwargs: dict, result: Any, tensors: list[torch.Tensor]) -> None:
         flops = flop_registry.get(func.overloadpacket)
         number = flops(*args, **kwargs, out_val=result) if flops else ATTENTION.get(func, _none)(args)
-        moved = sum(_nbytes(tensor) for tensor in tensors)
+        moved = sum(nbytes_of(tensor) for tensor in tensors)
         if moved:
-            self.count.work[int(number), moved] += 1
+            self.launch(func, int(number), moved)
+
+    def launch(self, func: Any, flops: int, moved: int) -> None:
+        """Count one operation."""
+        self.count.work[Operation(self.part(), func.overloadpacket.__name__, flops, moved)] += 1
 
 
 class Shapes(Tally):
     """The same on tensors without data. Use it through `counting`."""
 
-    def __init__(self, on_gpu: bool):
-        super().__init__()
+    def __init__(self, on_gpu: bool, part: Callable[[], str] = str):
+        super().__init__(part)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.on_gpu = on_gpu
 
@@ -127,20 +141,20 @@ class Shapes(Tally):
         if name in COMPARED:
             return torch.full(torch.broadcast_shapes(*(tensor.shape for tensor in given)), COMPARED[name])
         rule = RULES.get(name)
-        return rule(self, func, args, kwargs) if rule else self._run(func, _with_places(func, args), kwargs)
+        return rule(self, func, args, kwargs) if rule else self.run(func, _with_places(func, args), kwargs)
 
     def made(self, make: Callable[[], Any]) -> Any:
         """Fake tensors that `make` constructs."""
         with self.fake:
             return make()
 
-    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """An operation on shapes. The mode is called, not entered: entering looks for CUDA's libraries each time."""
         return self.fake.__torch_dispatch__(func, (), args, kwargs)
 
     def _construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Numbers without data; integers and masks as they are."""
-        fake = self._run(func, args, kwargs)
+        fake = self.run(func, args, kwargs)
         if not isinstance(fake, torch.Tensor) or fake.is_floating_point():
             return fake
         return func(*args, **{**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
@@ -149,12 +163,14 @@ class Shapes(Tally):
 class _AsOnGpu(TorchFunctionMode):
     """What a GPU does otherwise than a CPU: attention without a matrix of scores, and some functions in float32 under autocast."""
 
-    def __init__(self, on_gpu: bool):
+    def __init__(self, on_gpu: bool, shapes: Shapes):
         super().__init__()
-        self.on_gpu = on_gpu
+        self.on_gpu, self.shapes = on_gpu, shapes
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.tolist:  # of tensors on the CPU no dispatcher hears
+            self.shapes.count.waits[f"{self.shapes.part()} tolist".strip()] += 1
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         if self.on_gpu and func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
@@ -180,12 +196,16 @@ def _attend(
 
 
 @contextmanager
-def counting(*, on_gpu: bool) -> Iterator[Shapes]:
-    """Count what runs inside, as a GPU would hold and compute it, or as this CPU does."""
+def counting(*, on_gpu: bool, part: Callable[[], str] = str) -> Iterator[Shapes]:
+    """Count what runs inside, as a GPU would hold and compute it, or as this CPU does.
+
+    Args:
+        part: says which part of the model runs now.
+    """
     with ExitStack() as stack:
-        shapes = Shapes(on_gpu)
+        shapes = Shapes(on_gpu, part)
         stack.enter_context(shapes)
-        stack.enter_context(_AsOnGpu(on_gpu))
+        stack.enter_context(_AsOnGpu(on_gpu, shapes))
         if on_gpu:
             stack.enter_context(as_on_gpu())
         yield shapes
@@ -202,8 +222,11 @@ def _with_places(func: Any, args: tuple) -> tuple:
     return (args[0], places, *args[2:])
 
 
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def waits(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether the host must wait for the device: it asks for a number, or for how many there are."""
+    if func in INDEXED:
+        return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1])
+    return func.overloadpacket in READS and kwargs.get("output_size") is None
 
 
 def _none(args: tuple) -> int:
@@ -220,44 +243,3 @@ ATTENTION: dict[Any, Callable[[tuple], int]] = {
     cpu_attention.default: lambda args: _attention_flops(*args[:2], products=2),
     cpu_attention_backward.default: lambda args: _attention_flops(*args[1:3], products=5),
 }
-
-
-def _head_and_loss(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
-    """vlm_kernels.linear_cross_entropy: how many rows are supervised is read off the labels; a chunk of logits exists for a moment."""
-    hidden, weight, bias, labels, *_, with_grad, with_dw = args
-    rows = int((labels >= 0).sum())
-    products = 1 + with_grad + with_dw
-    shapes.count.work[2 * rows * weight.numel() * products, _nbytes(weight) * products + 2 * rows * hidden.shape[1]] += 1
-    shapes.use(workspace_bytes(rows, weight, "cuda" if shapes.on_gpu else "cpu"), briefly=True)
-    return shapes.made(
-        lambda: (
-            torch.empty(()),
-            torch.empty(rows, dtype=torch.int64),
-            hidden.new_empty((rows if with_grad else 0, hidden.shape[1])),
-            weight.new_empty(weight.shape if with_dw else (0,)),
-            weight.new_empty(len(weight) if with_dw and bias is not None else 0),
-        )
-    )
-
-
-def _four_bit_product(shapes: Shapes, func: Any, args: tuple, kwargs: dict) -> Any:
-    """bitsandbytes' product with 4-bit weights: they are put into 16 bit for the moment."""
-    x, shape = args[0], args[2]
-    size = shape[0] * shape[1]
-    shapes.count.work[2 * (x.numel() // x.shape[-1]) * size, 3 * size * x.element_size()] += 1
-    shapes.use(size * x.element_size(), briefly=True)
-    return shapes.made(lambda: x.new_empty((*x.shape[:-1], shape[0])))
-
-
-RULES: dict[Any, Callable[..., Any]] = {}
-
-
-def _add_rules() -> None:
-    """Operations whose cost does not show in their arguments; both libraries register them when they are imported."""
-    import bitsandbytes  # noqa: F401
-
-    RULES[torch.ops.vlm_kernels.linear_cross_entropy] = _head_and_loss
-    RULES[torch.ops.bitsandbytes.gemm_4bit] = _four_bit_product
-
-
-_add_rules()

@@ -12,7 +12,10 @@ from vlm_dist.config import Config
 from vlm_dist.families import Family
 from vlm_dist.models.adapters import find_adapter, put_on_shapes
 from vlm_dist.models.checkpointing import checkpoint_gradients
-from vlm_dist.models.load import nf4_config
+from vlm_dist.models.experts import expert_weights, use_our_experts
+from vlm_dist.models.experts_nf4 import is_quantised
+from vlm_dist.models.held import weights_in_words
+from vlm_dist.models.load import kept_in_16bit, nf4_config
 from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
 from vlm_dist.models.modes import hold_frozen
 from vlm_dist.models.patching import patch_model
@@ -35,10 +38,17 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
     return hold_frozen(model).train()
 
 
+def weights_of_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtype) -> list[str]:
+    """What training will say of weights that stay in 16 bit or have no adapter."""
+    with torch.device("meta"):
+        model = skeleton(config, hf_config, family, dtype)
+    return weights_in_words(model, str(dtype).removeprefix("torch."))
+
+
 @contextmanager
 def autocast(dtype: torch.dtype) -> Iterator[None]:
-    """As DeepSpeed's torch_autocast, which training uses with bfloat16."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    """As DeepSpeed's torch_autocast, which training uses in 16 bit."""
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         yield
 
 
@@ -54,9 +64,15 @@ def skeleton(config: Config, hf_config: Any, family: Family, dtype: torch.dtype)
             hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.trust_remote_code
         )
     model.tie_weights()
+    use_our_experts(model)
     if config.model.load_in_4bit:
-        settings = nf4_config(family, dtype, trained_whole(family, config.lora) if config.lora else ())
+        settings = nf4_config(family, dtype, kept_in_16bit(config.model, family, trained_whole(family, config.lora) if config.lora else ()))
         replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings)
+        packed = {
+            name: weight for name, weight in expert_weights(model).items() if is_quantised(model, name, settings.llm_int8_skip_modules)
+        }
+        for weight in packed.values():
+            weight.packs = True
         model.is_loaded_in_4bit = True
     adapter = find_adapter(config.model.name) if config.model.name is not None else None
     if adapter is not None:
@@ -79,7 +95,9 @@ def _give_shapes(model: Any, dtype: torch.dtype) -> None:
             if id(parameter) not in made:
                 trains = parameter.requires_grad
                 if isinstance(module, Linear4bit) and name == "weight":
-                    made[id(parameter)] = _packed(module, dtype)
+                    made[id(parameter)] = _packed(torch.Size((module.out_features, module.in_features)), dtype)
+                elif getattr(parameter, "packs", False):
+                    made[id(parameter)] = _packed(parameter.shape, dtype)
                 else:
                     number = torch.empty(parameter.shape, dtype=torch.float32 if trains else parameter.dtype)
                     made[id(parameter)] = torch.nn.Parameter(number, requires_grad=trains)
@@ -90,18 +108,18 @@ def _give_shapes(model: Any, dtype: torch.dtype) -> None:
     keep_nf4_layout(model)
 
 
-def _packed(module: Any, dtype: torch.dtype) -> torch.nn.Parameter:
+def _packed(shape: torch.Size, dtype: torch.dtype) -> torch.nn.Parameter:
     """Two weights a byte, a byte for the scale of 64, a float32 for the scale of 256 such, in the storage type `dtype`."""
     from bitsandbytes.functional import QuantState
 
-    number = module.in_features * module.out_features
+    number = shape.numel()
     blocks = -(-number // BLOCK)
     storage = torch.empty((-(-number // 2)) // dtype.itemsize, 1, dtype=dtype)
     weight: Any = torch.nn.Parameter(storage, requires_grad=False)
     scales = torch.empty(-(-blocks // OUTER_BLOCK))
     outer = QuantState(absmax=scales, code=torch.empty(OUTER_CODES), blocksize=OUTER_BLOCK, dtype=torch.float32)
     weight.quant_state = QuantState(
-        absmax=torch.empty(blocks).to(torch.uint8), shape=torch.Size((module.out_features, module.in_features)), code=torch.empty(CODES),
+        absmax=torch.empty(blocks).to(torch.uint8), shape=shape, code=torch.empty(CODES),
         blocksize=BLOCK, quant_type="nf4", dtype=dtype, offset=torch.empty(()), state2=outer,
     )  # fmt: skip
     weight.compress_statistics, weight.quant_type = True, "nf4"

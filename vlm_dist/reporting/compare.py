@@ -10,8 +10,8 @@ from vlm_dist.config import Config
 from vlm_dist.config_load import differing, load_config
 from vlm_dist.errors import ConfigError
 from vlm_dist.reporting.plots import CURVES, curves_plot
-from vlm_dist.reporting.report import facts_of, read_rows, scores_of
-from vlm_dist.run_dir import RunDir, write_text
+from vlm_dist.reporting.report import facts_of, metrics_of, read_rows, scores_of
+from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 NOT_COMPARED = ("name", "output_dir")
 CURVE_OF: tuple[tuple[str, str, str, bool], ...] = (
@@ -41,11 +41,25 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
         names=names,
         facts=_as_table([facts_of(run, steps) for run, (_, steps) in zip(runs, rows, strict=True)]),
         scores=_last_scores(scores),
+        apart=_asked_otherwise(runs),
         plots=[*_plots([steps for _, steps in rows]), *_score_plots(scores)],
         differences=differing([load_config(run.config) for run in runs], [key for key in Config.model_fields if key not in NOT_COMPARED]),
     )
     write_text(out, page)
     return out
+
+
+def _asked_otherwise(runs: Sequence[RunDir]) -> str:
+    """Whether the scores are of different held-out questions, in words; empty where they are not, or no run has answers."""
+    asked = []
+    for run in runs:
+        rows = read_jsonl(run.samples / "after.jsonl") or read_jsonl(run.samples / "before.jsonl")
+        asked.append({(row["key"], row["prompt"], row["truth"]) for row in rows})
+    known = [each for each in asked if each]
+    if not known or all(each == known[0] for each in known):
+        return ""
+    common = len(set.intersection(*known))
+    return f"{', '.join(f'{len(each):,}' for each in known)} questions, of which {common:,} are the same"
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
@@ -72,7 +86,13 @@ def _score_plots(scores: list[list[dict[str, Any]]]) -> list[tuple[str, str]]:
     if not all(scores):
         return []
     curves = [([score["step"] for score in run], [100 * score["exact_match"] for score in run]) for run in scores]
-    return [("Held-out exact match", curves_plot(curves, "%", marks=True))]
+    plots = [("Held-out exact match", curves_plot(curves, "%", marks=True))]
+    for name in metrics_of([score for run in scores for score in run]):
+        known = [[score for score in run if name in score] for run in scores]
+        plots.append(
+            (f"Held-out {name}", curves_plot([([one["step"] for one in run], [one[name] for one in run]) for run in known], "", marks=True))
+        )
+    return plots
 
 
 def _last_scores(scores: list[list[dict[str, Any]]]) -> list[tuple[str, list[str]]]:
@@ -82,7 +102,10 @@ def _last_scores(scores: list[list[dict[str, Any]]]) -> list[tuple[str, list[str
         return []
     shares: Callable[[float | None], str] = lambda value: "" if value is None else f"{100 * value:.1f} %"  # noqa: E731
     table = [("at step", [str(one.get("step", "")) for one in last]), ("exact match", [shares(one.get("exact_match")) for one in last])]
-    others = dict.fromkeys(name for one in last for name in one if name not in ("phase", "step", "exact_match", "samples", "by_kind"))
-    table += [(name, ["" if name not in one else f"{one[name]:.3f}" for one in last]) for name in others]
+    table += [(name, ["" if name not in one else f"{one[name]:.3f}" for one in last]) for name in metrics_of(last)]
+    blind = [one.get("without_pictures") or {} for one in last]
+    if any(blind):
+        table.append(("exact match, pictures greyed out", [shares(one.get("exact_match")) for one in blind]))
+        table.append(("right with the picture alone", [shares(one.get("needs_eyes")) for one in blind]))
     kinds = dict.fromkeys(kind for one in last for kind in one.get("by_kind", {}))
     return table + [(f"{kind}, exact", [shares(one.get("by_kind", {}).get(kind)) for one in last]) for kind in kinds]

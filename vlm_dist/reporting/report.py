@@ -13,7 +13,7 @@ from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 MOST_PICTURES = 48
 MOST_EVENTS = 100
-OF_EVERY_SCORE = ("phase", "step", "exact_match", "samples", "by_kind")
+OF_EVERY_SCORE = ("phase", "step", "exact_match", "samples", "by_kind", "without_pictures")
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -46,9 +46,11 @@ def render_report(run_dir: Path, refresh: int | None = None) -> str:
         name=run_dir.resolve().name,
         facts=facts_of(run, steps),
         scores=scores_of(rows),
-        metrics=list(dict.fromkeys(name for score in scores_of(rows) for name in score if name not in OF_EVERY_SCORE)),
+        metrics=metrics_of(scores_of(rows)),
+        lead=_lead(run, scores_of(rows)),
         plots=_plots(steps, rows),
         answers=(answers := _answers(run)),
+        answered=max(len(read_jsonl(run.samples / f"{phase}.jsonl")) for phase in ("before", "after")),
         kinds=sorted({answer["kind"] for answer in answers if answer.get("kind")}),
         events=_events(run),
         quarantined=read_jsonl(run.quarantine)[:100],
@@ -97,6 +99,48 @@ def scores_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"phase": row["phase"], "step": row["step"], **row["eval"]} for row in rows if "eval" in row]
 
 
+def metrics_of(scores: list[dict[str, Any]]) -> list[str]:
+    """The metrics besides exact match, in the order in which they came."""
+    return list(dict.fromkeys(name for score in scores for name in score if name not in OF_EVERY_SCORE))
+
+
+def shown(name: str, value: float) -> str:
+    """A score in words: exact match in per cent."""
+    return f"{100 * value:.1f} %" if name == "exact_match" else f"{value:.3f}"
+
+
+def _lead(run: RunDir, scores: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The headline: the score that the run goes by, before and after training, and what is right without the pictures too."""
+    first, last = (next((score for score in scores if score["phase"] == phase), None) for phase in ("before", "after"))
+    if first is None or last is None:
+        return None
+    name = _best_metric(run)
+    name = name if name in first and name in last else "exact_match"
+    others = [f"exact match {shown('exact_match', first['exact_match'])} before, {shown('exact_match', last['exact_match'])} after"]
+    blind = last.get("without_pictures")
+    return {
+        "what": "answers exactly right" if name == "exact_match" else name,
+        "before": shown(name, first[name]),
+        "after": shown(name, last[name]),
+        "samples": last["samples"],
+        "more": others if name != "exact_match" else [],
+        "blind": blind and {
+            "share": shown(name, blind.get(name, blind["exact_match"])), "seen": shown(name, blind["with_pictures"].get(name, 0.0)),
+            "needs_eyes": shown("exact_match", blind["needs_eyes"]), "samples": blind["samples"],
+        },
+    }  # fmt: skip
+
+
+def _best_metric(run: RunDir) -> str:
+    """checkpoint.best_metric, of a configuration of any version."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        return (YAML(typ="safe", pure=True).load(run.config.read_text(encoding="utf-8")).get("checkpoint") or {})["best_metric"]
+    except (YAMLError, KeyError, AttributeError):
+        return "exact_match"
+
+
 def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     at = [row["step"] for row in steps]
     whole = [row for row in steps if row["loss"] is not None and row["grad_norm"] is not None]  # not those that were left out
@@ -112,6 +156,9 @@ def _plots(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[tupl
     if scores:
         shares = [100 * score["exact_match"] for score in scores]
         plots.append(("Held-out exact match", line_plot([score["step"] for score in scores], shares, "%", marks=True)))
+    for name in metrics_of(scores):
+        known = [score for score in scores if name in score]
+        plots.append((f"Held-out {name}", line_plot([one["step"] for one in known], [one[name] for one in known], "", marks=True)))
     return plots
 
 

@@ -13,7 +13,7 @@ from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.layout_values import texts_of
 from vlm_dist.data.placing import objects_answered
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.turns import has_reasoning, without_reasoning
+from vlm_dist.data.thoughts import has_reasoning, without_reasoning
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import BadSample, ConfigError
 from vlm_dist.models.generate import generate
@@ -41,6 +41,8 @@ class Evaluation:
     """(shard, key, reason) of samples whose question cannot be put; they have no row."""
     numbers: list[int] = field(default_factory=list)
     """Of each row: the place of its sample in the list that was given."""
+    blind: Evaluation | None = None
+    """The same of the samples with pictures, these greyed out."""
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -54,6 +56,21 @@ class Evaluation:
             **{name: self._score(name) for name in self.metrics},
             "samples": len(self.rows),
             "by_kind": {kind: _share(hits) for kind, hits in sorted(by_kind.items())},
+            **({} if self.blind is None else {"without_pictures": self._beside(self.blind)}),
+        }
+
+    def _beside(self, blind: Evaluation) -> dict[str, Any]:
+        """The scores without pictures, those of the same questions with them, and the share that is right with them alone."""
+        places = set(blind.numbers)
+        seen = Evaluation([row for row, number in zip(self.rows, self.numbers, strict=True) if number in places], self.metrics)
+        scores, with_them = blind.scores, seen.scores
+        needed = [row["exact"] and not other["exact"] for row, other in zip(seen.rows, blind.rows, strict=True)]
+        names = ("exact_match", *self.metrics)
+        return {
+            "samples": scores["samples"],
+            **{name: scores[name] for name in names},
+            "with_pictures": {name: with_them[name] for name in names},
+            "needs_eyes": _share(needed),
         }
 
     def _score(self, name: str) -> float:
@@ -65,32 +82,47 @@ class Evaluation:
         return round(sum(values) / len(values), 6) if values else 0.0
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while answers are made."""
+
+    tells: Callable[[int, int], object] = lambda done, total: None
+    """Takes the samples that are answered and all of them, before each batch."""
+    stops: Callable[[], bool] = lambda: False
+    """Asked before each batch and at the end, on every rank as often; says the same on all."""
+    cut: Callable[[], bool] | None = None
+    """Asked after each token, on this rank: whether to leave it at that, because `stops` will say so too."""
+
+
+ALONE = Watch()
+
+
 class EvaluationStopped(Exception):
     """It was asked to stop between two batches."""
 
 
 def evaluate(
     model: Any, encoder: Encoder, samples: list[Sample], config: EvaluationConfig, ranks: Ranks,
-    beat: Callable[[], object] = lambda: None, stops: Callable[[], bool] = lambda: False,
+    watch: Watch = ALONE,
 ) -> Evaluation:  # fmt: skip
-    """Answer the last turn of each sample, greedily. Every rank answers its share, and calls `beat` before each batch; every rank gets
-    the whole result.
+    """Answer the last turn of each sample, greedily. Every rank answers its share; every rank gets the whole result.
 
     Args:
-        stops: asked before each batch, on every rank as often; must say the same on all.
+        watch: what is told and asked on the way.
 
     Raises:
         ConfigError: a metric is about objects, and no sample has any.
-        EvaluationStopped: `stops` said so.
+        EvaluationStopped: `watch.stops` said so.
     """
     mine = list(enumerate(samples))[ranks.rank :: ranks.world_size]
     metrics = {name: metric for name in config.metrics if (metric := find_metric(name)) is not None}
     _check_objects(metrics, samples)
     rows: list[tuple[int, dict[str, Any]]] = []
     refused: list[tuple[int, str]] = []
-    for start in range(0, -(-len(samples) // ranks.world_size), config.batch_size):  # as often on every rank
-        beat()
-        if stops():
+    share = -(-len(samples) // ranks.world_size)
+    for start in range(0, share, config.batch_size):  # as often on every rank
+        watch.tells(min(start * ranks.world_size, len(samples)), len(samples))
+        if watch.stops():
             raise EvaluationStopped
         asked = []
         for number, sample in mine[start : start + config.batch_size]:
@@ -105,9 +137,11 @@ def evaluate(
         if prompts:
             inputs = collate(prompts, encoder.processor.tokenizer.pad_token_id, side="left")
             options = {"synced_gpus": True} if together else {}
-            answers = generate(model, encoder.processor, inputs, config.max_new_tokens, **options)
+            answers = generate(model, encoder.processor, inputs, config.max_new_tokens, watch.cut, **options)
             said = zip(asked, answers[: len(asked)], strict=True)
             rows += [(number, _row(encoder, sample, answer, metrics)) for (number, sample, _), answer in said]
+    if watch.stops():  # the last answers may be cut short
+        raise EvaluationStopped
     parts = ranks.gather((rows, refused))
     ordered = sorted((one for part, _ in parts for one in part), key=lambda one: one[0])
     problems = sorted(one for _, part in parts for one in part)
@@ -203,6 +237,7 @@ def _row(encoder: Encoder, given: Sample, answer: str, metrics: dict[str, Metric
         "task": sample.meta.get("task", ""),
         "kind": sample.meta.get("kind", "") or sample.meta.get("task", ""),
         "prompt": _text(question[-1]) if question else "",
+        **({"earlier": [{"role": turn["role"], "text": _text(turn)} for turn in question[:-1]]} if question[1:] else {}),
         "answer": answer,
         "truth": without_reasoning(_text(sample.messages[len(question)])),
         "truths": truths,

@@ -17,11 +17,17 @@ from vlm_dist.models.adapters import is_adapter, run_of
 from vlm_dist.models.source import looks_like_path
 from vlm_dist.models.trained import load_trained
 from vlm_dist.run_dir import RunDir
-from vlm_dist.scoring.evaluate import evaluate
+from vlm_dist.scoring.without_pictures import evaluate_whole
 
 
 def score_run(
-    source: str, *, data: list[str] | None = None, samples: int | None = None, base: bool = False, base_model: str | None = None
+    source: str,
+    *,
+    data: list[str] | None = None,
+    samples: int | None = None,
+    base: bool = False,
+    base_model: str | None = None,
+    without_pictures: bool | None = None,
 ) -> dict[str, Any]:
     """Generate answers and compare them with the truth, as training does.
 
@@ -31,6 +37,7 @@ def score_run(
         samples: how many, spread evenly; None: all.
         base: leave the adapter off.
         base_model: where the adapter's base is now, if not where its files say.
+        without_pictures: ask with greyed pictures too; None: as the run's settings say.
 
     Raises:
         ConfigError: no run, and no shards to score on.
@@ -41,6 +48,8 @@ def score_run(
     if not run.config.exists():
         run = run_of(Path(source)) or run
     settings, evaluation = _settings(run, source, data)
+    if without_pictures is not None:
+        evaluation = evaluation.model_copy(update={"without_pictures": without_pictures})
     ranks = distributed.start()
     with tempfile.TemporaryDirectory() as folder:  # unusable samples are named in the run's own list, if there is a run
         listed = run.quarantine if run.config.exists() else Path(folder) / run.quarantine.name
@@ -49,7 +58,7 @@ def score_run(
         if not heldout:
             raise DataError("no held-out sample to score; name shards with --data")
         model, processor = load_trained(source, ranks.device, base=base, base_model=base_model)
-        found = evaluate(model, Encoder.of(processor, settings), heldout, evaluation, ranks)
+        found = evaluate_whole(model, Encoder.of(processor, settings), heldout, evaluation, ranks)
         for shard, key, reason in found.refused:
             quarantine.note({"__url__": shard, "__key__": key}, reason)
     if not found.rows:

@@ -1,57 +1,113 @@
-"""One question about some pictures, answered by a trained model."""
+"""Questions about pictures, answered by a trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vlm_dist.data.pictures import decode_picture
-from vlm_dist.errors import BadSample, DataError
+from vlm_dist.data.fetch import Fetcher
+from vlm_dist.data.pictures import decode_picture, is_picture
+from vlm_dist.errors import BadSample, ConfigError, DataError
 from vlm_dist.models.generate import generate
-from vlm_dist.serving.trained import open_trained
+from vlm_dist.serving.trained import Trained, open_trained
+from vlm_dist.waiting import waiting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 64_000_000
+WEB = ("http://", "https://")
 
 
-def answer(
-    source: str, images: Sequence[Path], prompt: str, *, max_new_tokens: int = 128, base: bool = False, base_model: str | None = None,
-    system: str | None = None, reasoning: bool = False,
-) -> str:  # fmt: skip
-    """The model's answer, greedily.
+def answers(
+    source: str, asked: Sequence[Sequence[str | Path]], prompt: str, *, max_new_tokens: int = 128, base: bool = False,
+    base_model: str | None = None, system: str | None = None, reasoning: bool = False, sampling: dict[str, Any] | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """The model's answer about each group of pictures, as it comes.
 
     Args:
         source: a run directory, an adapter folder, a checkpoint folder or a hub id.
+        asked: files or http(s) addresses.
         base: leave the adapter off.
         base_model: where the adapter's base is now, if not where its files say.
         system: the system prompt; None: that of the training, where all samples had the same; "": none.
         reasoning: let the model think first, where its chat template begins a thought.
+        sampling: transformers' generation settings; None: greedily.
 
     Raises:
         DataError: a picture cannot be read.
         ModelError: there is no such model, or its chat template takes no system prompt.
     """
+    first = [open_picture(path) for path in asked[0]] if asked else []  # what cannot be read is told before the model is loaded
+    trained = open_trained(source, base=base, base_model=base_model, system=system, reasoning=reasoning)
+    for number, images in enumerate(asked):
+        pictures = first if number == 0 else [open_picture(path) for path in images]
+        with waiting("answering"):
+            yield _answer(trained, pictures, prompt, max_new_tokens, sampling or {})
+
+
+def answer(source: str, images: Sequence[str | Path], prompt: str, **options: Any) -> str:
+    """One answer about some pictures; see `answers`."""
+    return next(answers(source, [images], prompt, **options))
+
+
+def _answer(trained: Trained, pictures: list[Image], prompt: str, max_new_tokens: int, sampling: dict[str, Any]) -> str:
     import torch
 
-    pictures = [open_picture(path) for path in images]
-    trained = open_trained(source, base=base, base_model=base_model, system=system, reasoning=reasoning)
     content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
     encoded = trained.encode([{"role": "user", "content": content}], pictures)
     inputs = {**encoded.inputs, "attention_mask": torch.ones_like(encoded.inputs["input_ids"])}
-    return generate(trained.model, trained.processor, inputs, max_new_tokens)[0]
+    settings = {key: value for key, value in sampling.items() if key != "seed"}
+    torch.manual_seed(sampling.get("seed", 0))
+    return generate(trained.model, trained.processor, inputs, max_new_tokens, **settings)[0]
 
 
-def open_picture(path: Path) -> Image:
-    """A picture file that somebody named.
+def sampling(temperature: float | None, top_p: float | None, seed: int = 0) -> dict[str, Any] | None:
+    """Settings for `answers`; None: the likeliest word always.
+
+    Raises:
+        ConfigError: a temperature that is not above 0, or a probability that is not between 0 and 1.
+    """
+    if temperature is not None and not 0 < temperature <= 100:
+        raise ConfigError(f"--temperature: found {temperature:g}; expected a number above 0 (leave it away for the likeliest words)")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p: found {top_p:g}; expected a number above 0, at most 1")
+    if temperature is None and top_p is None:
+        return None
+    return {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "seed": seed}
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name; what they are tells their content.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_file() and is_picture(_head(path)))
+    except OSError as error:
+        raise DataError(f"--folder: '{folder}' cannot be read: {error.strerror}; give a folder of pictures") from None
+    if not found:
+        raise DataError(f"--folder: '{folder}' holds no picture; give a folder of JPEG, PNG or WebP files")
+    return found
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def open_picture(path: str | Path) -> Image:
+    """A picture file that somebody named, or what lies at an http(s) address: fetched bounded in size and time, not from inside a network.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        return decode_picture(path.read_bytes(), str(path), MAX_PIXELS)
+        is_address = str(path).startswith(WEB)
+        data = Fetcher().read(str(path)) if is_address else Path(path).read_bytes()
+        return decode_picture(data, str(path), MAX_PIXELS)
     except OSError as error:
         raise DataError(f"--image: '{path}' cannot be read: {error.strerror}; give a JPEG, PNG or WebP file") from None
     except BadSample as problem:

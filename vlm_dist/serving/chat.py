@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.models.generate import generate
+from vlm_dist.models.trained import start_of
 from vlm_dist.serving.answer import open_picture
-from vlm_dist.serving.trained import open_trained
+from vlm_dist.serving.trained import Trained, open_trained
 
 
 class Chat:
@@ -34,6 +35,8 @@ class Chat:
     ):  # fmt: skip
         self.trained = open_trained(source, base_model=base_model, system=system, reasoning=reasoning)
         self.model, self.processor = self.trained.model, self.trained.processor
+        self._start = None if self.has_adapter else start_of(source)
+        self._base: list[Trained] = []  # shared by all conversations, opened when it is first asked
         self.max_new_tokens, self.options = max_new_tokens, options
         self.forget()
 
@@ -48,8 +51,21 @@ class Chat:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether there is a base to compare with."""
+        """Whether the base is the model without its adapter."""
         return hasattr(self.model, "disable_adapter")
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a base to compare with: that of the adapter, or what a run that trained every weight began with."""
+        return self.has_adapter or self._start is not None
+
+    def _base_model(self) -> Any:
+        """What answers for the base; loaded beside the trained model where it is another one."""
+        if self.has_adapter or self._start is None:
+            return self.model
+        if not self._base:
+            self._base.append(open_trained(self._start, system=""))
+        return self._base[0].model
 
     def another(self) -> Chat:
         """A conversation of its own with the same model."""
@@ -89,7 +105,7 @@ class Chat:
         self.pictures, self._coming = pictures, []
 
     def of_base(self) -> Iterator[str]:
-        """What the model without its adapter would have said to the last question; not part of the conversation."""
+        """What the base would have said to the last question; not part of the conversation."""
         return self._answer(self.messages[:-1], self.pictures, base=True)
 
     def _answer(self, messages: list[dict[str, Any]], pictures: list[Any], base: bool = False) -> Iterator[str]:
@@ -107,9 +123,10 @@ class Chat:
 
         def work() -> None:
             try:
-                with self.model.disable_adapter() if base else nullcontext():
+                model = self._base_model() if base else self.model
+                with self.model.disable_adapter() if base and self.has_adapter else nullcontext():
                     options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([is_abandoned]), **self.options}
-                    generate(self.model, self.processor, inputs, self.max_new_tokens, **options)
+                    generate(model, self.processor, inputs, self.max_new_tokens, **options)
             except BaseException as error:
                 problems.append(error)
                 streamer.end()

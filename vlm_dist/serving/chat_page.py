@@ -16,7 +16,7 @@ PICTURES = [".jpg", ".jpeg", ".png", ".webp"]
 LARGEST_UPLOAD = "20mb"
 MOST_WAITING = 16
 LONGEST_ANSWER = 2048  # tokens that the slider goes up to
-CSS = """.gradio-container {max-width: 1100px !important; margin: 0 auto}
+CSS = """.gradio-container {max-width: min(1500px, 100%) !important; width: 100%; margin: 0 auto}
 button[title="Share"], button[aria-label="Share"] {display: none !important}"""  # it would send the picture to a public site
 
 
@@ -36,14 +36,15 @@ def build_page(chat: Chat, name: str) -> Any:
     with gradio.Blocks(title=f"{name} - vlm_dist", analytics_enabled=False) as page:
         gradio.Markdown(f"## {name}")
         with gradio.Row():
-            trained = gradio.Chatbot(label="trained" if chat.has_adapter else "answers", height=460, elem_id="trained", buttons=["copy"])
-            base = gradio.Chatbot(label="base, without the adapter", height=460, visible=False, elem_id="base", buttons=["copy"])
+            look = {"height": 460, "buttons": ["copy"], "scale": 1, "min_width": 300}
+            trained = gradio.Chatbot(label="trained" if chat.has_base else "answers", elem_id="trained", **look)
+            base = gradio.Chatbot(label="base", visible=False, elem_id="base", **look)
         question = gradio.MultimodalTextbox(
             file_types=PICTURES, file_count="multiple", sources=["upload"], show_label=False, elem_id="question",
             placeholder="A question; add pictures with the button on the left", stop_btn=True,
         )  # fmt: skip
         with gradio.Row():
-            compare = gradio.Checkbox(label="beside the base", value=False, visible=chat.has_adapter, elem_id="compare")
+            compare = gradio.Checkbox(label="beside the base", value=False, visible=chat.has_base, elem_id="compare")
             forget = gradio.Button("New conversation", size="sm", elem_id="forget")
         with gradio.Accordion("Settings", open=False):
             temperature = gradio.Slider(0, 2, value=drawn, step=0.05, label="temperature", info="0: the likeliest word each time")

@@ -19,7 +19,7 @@ from vlm_dist.data.heldout import read_heldout
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.samples import Sample
 from vlm_dist.errors import BadSample, ConfigError, DataError, ModelError
-from vlm_dist.models.adapters import base_of, find_adapter, has_processor, is_adapter, run_of
+from vlm_dist.models.adapters import base_of, find_adapter, has_processor, run_of
 from vlm_dist.models.card import Example, adapter_card, model_card
 from vlm_dist.models.comparison import Comparison
 from vlm_dist.models.export import export_merged
@@ -112,13 +112,14 @@ class _Made:
 def _find(source: Path) -> _Made:
     run = RunDir(source)
     if not run.config.exists():
-        if not is_adapter(source):
+        adapter = find_adapter(str(source))
+        if adapter is None:
             raise ConfigError(
                 f"{source}: no run directory (no config.yaml in it) and no adapter (no adapter_config.json); "
                 "give one such as runs/quickstart or runs/quickstart/adapter"
             )
-        of_run = run_of(source)
-        return _Made(source, of_run, load_config(of_run.config) if of_run else None)
+        of_run = run_of(adapter)
+        return _Made(adapter, of_run, load_config(of_run.config) if of_run else None)
     config = load_config(run.config)
     if config.lora is None:
         raise ConfigError(f"{source}: trained every weight, so there is nothing to merge; its model is {run.model}")

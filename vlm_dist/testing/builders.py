@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vlm_dist.testing.parts import CLIP, small_text, small_tokenizer, template
-from vlm_dist.testing.qwen import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from vlm_dist.testing.qwen import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe
+from vlm_dist.testing.sparse import glm4v_moe, qwen3_5_moe
 
 
 def _clip_images() -> Any:
@@ -119,7 +120,7 @@ def gemma3() -> tuple[Any, Any]:
     return processor, hf.Gemma3ForConditionalGeneration(config)
 
 
-def gemma4() -> tuple[Any, Any]:
+def gemma4(**changes: Any) -> tuple[Any, Any]:
     """Pictures of up to 70 tokens, sliding-window and full attention, per-layer inputs off; no audio."""
     import transformers as hf
 
@@ -142,13 +143,18 @@ def gemma4() -> tuple[Any, Any]:
     }  # fmt: skip
     text = hf.Gemma4TextConfig(
         **small_text(len(ids)), head_dim=16, sliding_window=64, layer_types=["sliding_attention", "full_attention"],
-        vocab_size_per_layer_input=len(ids), hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=len(ids), hidden_size_per_layer_input=0, **changes,
     )  # fmt: skip
     config = hf.Gemma4Config(
         text_config=text, vision_config=vision, boi_token_id=ids["<|image>"], eoi_token_id=ids["<image|>"],
         image_token_id=ids["<|image|>"], video_token_id=ids["<|video|>"], audio_token_id=ids["<|audio|>"],
     )  # fmt: skip
     return processor, hf.Gemma4ForConditionalGeneration(config)
+
+
+def gemma4_moe() -> tuple[Any, Any]:
+    """The same with four experts beside each MLP, as Gemma 4 26B-A4B: model_type gemma4."""
+    return gemma4(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64)
 
 
 def mllama() -> tuple[Any, Any]:
@@ -234,7 +240,7 @@ def mini_vlm() -> tuple[Any, Any]:
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     builder.__name__: builder
     for builder in (
-        gemma3, gemma4, idefics3, internvl, llava, llava_next, llava_onevision, mini_vlm, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl,
-        qwen3_5, qwen3_vl, smolvlm,
+        gemma3, gemma4, gemma4_moe, glm4v_moe, idefics3, internvl, llava, llava_next, llava_onevision, mini_vlm, mistral3, mllama, pixtral,
+        qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe, smolvlm,
     )
 }  # fmt: skip

@@ -34,6 +34,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2.5-vl-7b": _qwen2_5(3584, 18_944, 28, 28, 4, 3420),
     "qwen2.5-vl-32b": _qwen2_5(5120, 27_648, 64, 40, 8, 3456),
     "qwen2.5-vl-72b": _qwen2_5(8192, 29_568, 80, 64, 8, 3456),
+    "qwen3-vl-30b-a3b": {
+        "family": "qwen3_vl_moe",
+        "text": {
+            "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+            "vocab_size": 151_936,
+        },
+        "vision": {
+            "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 2048,
+            "deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304,
+        },
+        "rope": {"mrope_section": [24, 20, 20]},
+        "images": {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}},
+    },
     "llava-1.5-7b": {
         "family": "llava",
         "text": {
@@ -64,7 +78,7 @@ def full_size_config(name: str, path: str | Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         tiny = tiny_checkpoint(size["family"], folder)
         config, processor = AutoConfig.from_pretrained(tiny), AutoProcessor.from_pretrained(tiny)
-    _change(config.text_config, size["text"] | {"head_dim": size["text"]["hidden_size"] // size["text"]["num_attention_heads"]})
+    _change(config.text_config, {"head_dim": size["text"]["hidden_size"] // size["text"]["num_attention_heads"]} | size["text"])
     _change(config.vision_config, size["vision"])
     config.text_config.rope_parameters |= size.get("rope", {})
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = size.get("tied", False)

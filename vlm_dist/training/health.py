@@ -11,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config, HealthConfig
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError, UserError
 from vlm_dist.training.log import Log
+from vlm_dist.training.loss_scale import Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +38,23 @@ class DivergedError(UserError):
 
 class StopRequest:
     """Within this context SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (the terminal was closed) ask for a stop after the current step; a
-    second SIGINT ends at once. Under nohup SIGHUP stays without effect."""
+    second SIGINT ends at once. Under nohup SIGHUP stays without effect.
 
-    def __init__(self) -> None:
+    Args:
+        elsewhere: another way to be asked, looked at each time: the number of a signal, or None.
+    """
+
+    def __init__(self, elsewhere: Callable[[], int | None] | None = None) -> None:
         self.signal: int | None = None
+        self._elsewhere = elsewhere
         self._asked = 0.0
         self._terminals: list[int] = []
         self._before: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
+        if self.signal is None and self._elsewhere is not None and (number := self._elsewhere()) is not None:
+            self._note(number)
         return self.signal is not None
 
     @property
@@ -72,6 +80,9 @@ class StopRequest:
             self._leave_terminal()
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._note(number)
+
+    def _note(self, number: int) -> None:
         self.signal, self._asked = number, time.monotonic() if self.signal is None else self._asked
 
     def _leave_terminal(self) -> None:
@@ -137,8 +148,8 @@ class Health:
         self._named: dict[int, int] = {}
 
     def judge(
-        self, step: int, loss: float, grad_norm: float, keys: list[list[str]], losses: list[torch.Tensor]
-    ) -> Literal["good", "skipped", "spike"]:
+        self, step: int, loss: float, grad_norm: float, keys: list[list[str]], losses: list[torch.Tensor], *, scaled: bool = False
+    ) -> Verdict:
         """What to make of a step.
 
         Args:
@@ -146,10 +157,14 @@ class Health:
             grad_norm: not finite: the update was not made.
             keys: the samples of each of this rank's micro-batches.
             losses: the summed loss of each.
+            scaled: the loss was multiplied for float16, by a factor that can still fall: then a gradient that is not finite is no fault.
 
         Raises:
             DivergedError: too many steps in a row had to be left out.
         """
+        if scaled and math.isfinite(loss) and not math.isfinite(grad_norm):
+            self.log.event("overflow", step, "a gradient is too large for float16; no update, and the loss scale is halved")
+            return "overflow"
         if not math.isfinite(grad_norm) or not math.isfinite(loss):
             self._skip(step, loss, keys, losses)
             return "skipped"

@@ -16,12 +16,14 @@ from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.redaction import RedactRecords, redacted
 from vlm_dist.run_dir import RunDir, append_row, read_jsonl, write_text
-from vlm_dist.training.tracking import Tracker
+from vlm_dist.scoring.without_pictures import without_pictures_in_words
+from vlm_dist.training.tracking import Trackers
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+OF_EVERY_SCORE = ("exact_match", "samples", "by_kind", "without_pictures")
 
 
 class Log:
@@ -29,8 +31,9 @@ class Log:
 
     def __init__(self, run: RunDir, config: Config, ranks: Ranks, steps: int):
         self.run, self.config, self.ranks, self.steps = run, config, ranks, steps
-        self._tracker: Tracker | None = None
+        self._trackers: Trackers | None = None
         self._bar = self._task = None
+        self._lasting = ("", 0.0, 0.0)
         self._file = logging.FileHandler(_made(run.log(ranks.rank)), encoding="utf-8")
         self._folder = _identity(run.path)
         self._screen = logging.StreamHandler(sys.stdout)
@@ -47,14 +50,14 @@ class Log:
                 self._start_bar()
             else:
                 ours.addHandler(self._screen)
-            self._tracker = Tracker(self.config, self.run.path)
+            self._trackers = Trackers(self.config, self.run)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._tracker is not None:
-            self._tracker.finish()
+        if self._trackers is not None:
+            self._trackers.close()
         for handler in (self._file, self._screen):
             logging.getLogger("vlm_dist").removeHandler(handler)
 
@@ -106,15 +109,34 @@ class Log:
             left = _clock((self.steps - metrics["step"]) * metrics["step_s"])
             logger.info("step %d/%d  %s  %s left", metrics["step"], self.steps, line, left)
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far something is that takes long: a line every ten seconds, the first after two; on a terminal beside the bar."""
+        now = time.monotonic()
+        if what != self._lasting[0] or done == 0:
+            self._lasting = (what, now, now + 2)
+        _, began, due = self._lasting
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, numbers=f"{what}: {done} of {total} samples")
+        elif self.ranks.is_first and done and now >= due:
+            self._lasting = (what, began, now + 10)
+            logger.info("%s: %d of %d samples  %s left", what, done, total, _clock((now - began) / done * (total - done)))
+
     def evaluation(self, step: int, phase: str, scores: dict[str, Any]) -> None:
         """Scores on held-out samples; phase is before, during or after."""
         if not self.ranks.is_first:
             return
         self._write({"step": step, "phase": phase, "eval": scores})
-        more = "".join(f"{name} {score:.3f}  " for name, score in scores.items() if name not in ("exact_match", "samples", "by_kind"))
+        more = "".join(f"{name} {score:.3f}  " for name, score in scores.items() if name not in OF_EVERY_SCORE)
         kinds = "  ".join(f"{kind} {share:.0%}" for kind, share in scores["by_kind"].items())
         when = f"{phase} training (step {step})"
         self.say(f"held-out exact match {when}: {scores['exact_match']:.1%} of {scores['samples']} samples  {more}{kinds}")
+        if (blind := scores.get("without_pictures")) is not None:
+            self.say(without_pictures_in_words(blind))
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """summary.json, for the trackers."""
+        if self._trackers is not None:
+            self._trackers.finish(summary)
 
     def evaluations(self) -> dict[str, Any]:
         """The scores so far, also those of earlier starts of this run: {"before", "during": [...], "after"}."""
@@ -131,8 +153,8 @@ class Log:
     def _write(self, row: dict[str, Any]) -> None:
         self._see_folder()
         append_row(self.run.metrics, row)
-        if self._tracker is not None:
-            self._tracker.log(row)
+        if self._trackers is not None:
+            self._trackers.log(row)
 
     def _see_folder(self) -> None:
         """What is written into a folder that took the place of the run's (deleted, unmounted) would be lost, or fill another disk."""
@@ -141,10 +163,12 @@ class Log:
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.table import Column
 
+        numbers = TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=False, ratio=1))  # a narrow window breaks the line
         self._bar = Progress(
-            TextColumn(self.config.name), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn(self.config.name), BarColumn(bar_width=20), MofNCompleteColumn(), numbers, TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), expand=True,
         )  # fmt: skip
         self._task = self._bar.add_task("train", total=self.steps, numbers="")
         self._bar.start()

@@ -33,6 +33,7 @@ class RankLost(UserError):
     """Another rank is gone. The lowest of those that are left tells it; on the others `told` is set."""
 
     exit_code = EXIT_CODE
+    of_one = True
 
 
 def beat_of(rank: int, started: float, step: int, doing: str, beats: int, *, ended: bool = False) -> dict[str, Any]:

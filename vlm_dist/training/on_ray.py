@@ -6,35 +6,40 @@ So the run directory must lie where every node sees it.
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
+import signal
 import sys
-import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.config import Config, RayConfig
-from vlm_dist.deepspeed_config import check_batches
-from vlm_dist.errors import ConfigError, MachineError, UserError
+from vlm_dist.config import Config
+from vlm_dist.errors import MachineError, UserError
+from vlm_dist.quiet import quiet_libraries
 from vlm_dist.redaction import redacted
 from vlm_dist.run_dir import RunDir
+from vlm_dist.training.health import StopRequest
+from vlm_dist.training.ray_cluster import TELL_S, Workers, connect, refuse_sent_copy, tell, wait_for_room, workers_of
+from vlm_dist.training.ray_stop import Asked, leave_drained_node, signals_held
+from vlm_dist.upstream.ray import trainer_class
 
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")  # no secrets: Ray shows them
-
-
+SILENT_S = 30  # a worker starts in less
 MISTAKE_TIMEOUT_S = 15  # until every rank has met a mistake that all will meet
 
 
 class _Outcome:
-    """An actor that remembers how the run ended: what workers return, Ray does not hand on."""
+    """An actor between driver and workers: what workers return, Ray does not hand on, and signals do not reach them."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config  # kept here, since Ray shows a job's settings
         self.summary: dict[str, Any] | None = None
         self.mistake: tuple[str, int] | None = None
         self.told = 0
+        self.stop_signal: int | None = None
+        self.begun = False
+        self.heard = time.monotonic()
 
     def what(self) -> dict[str, Any]:
         return self.config
@@ -49,12 +54,33 @@ class _Outcome:
     def ranks_that_told(self) -> int:
         return self.told
 
+    def stop(self, number: int) -> bool:
+        """Ask the workers to save and end; returns whether there is anything to save."""
+        self.stop_signal = number
+        return self.begun
+
+    def begin(self) -> None:
+        self.begun = True
+
+    def asked(self) -> int | None:
+        """Asked by the first rank all the time."""
+        self.heard = time.monotonic()
+        return self.stop_signal
+
+    def silent_s(self) -> float:
+        return time.monotonic() - self.heard
+
     def get(self) -> tuple[dict[str, Any] | None, tuple[str, int] | None]:
         return self.summary, self.mistake
 
 
-def train_on_ray(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
+def train_on_ray(
+    config: Config, *, resume_anyway: bool = False, instead: Callable[[Config], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Train on a Ray cluster; a new one on this machine where none is running.
+
+    Args:
+        instead: what the workers do, if not train; it returns what this function returns.
 
     Returns:
         The content of summary.json.
@@ -63,114 +89,97 @@ def train_on_ray(config: Config, *, resume_anyway: bool = False) -> dict[str, An
         UserError: as `train` raises on a worker (which is then not started again), or workers were lost more often than allowed.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    _connect(config.ray)
     try:
-        workers, use_gpu = _workers(config)
-        reserved = {"CPU": config.ray.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a node that may be lost
-        outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote(config.model_dump(mode="json"))
-        run = RunDir(Path(config.output_dir) / config.name)
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"cwd": os.getcwd(), "again": resume_anyway, "outcome": outcome},
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=reserved),
-            run_config=RunConfig(
-                name=config.name, storage_path=str((run.path / "ray").resolve()), failure_config=FailureConfig(config.ray.max_failures)
-            ),
-        )
-        return _fit(trainer, outcome)
+        with signals_held():
+            can_grow = connect(config.ray)
+            stop = StopRequest().__enter__()  # Ray has set handlers of its own
+        with stop:
+            refuse_sent_copy(config)
+            workers = workers_of(config)
+            wait_for_room(workers, config.ray, can_grow=can_grow, stopped=lambda: stop.requested)
+            return _interrupted(stop) if stop.requested else _fit(config, workers, stop, {"again": resume_anyway, "instead": instead})
     finally:
         ray.shutdown()
 
 
-def _fit(trainer: Any, outcome: Any) -> dict[str, Any]:
+def _fit(config: Config, workers: Workers, stop: StopRequest, settings: dict[str, Any]) -> dict[str, Any]:
     import ray
     from ray.train import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    problem = None
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        problem = str(error).strip().splitlines()[-1][:300]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a node that may be lost
+    outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote(config.model_dump(mode="json"))
+    trainer = _trainer(config, workers, settings | {"cwd": os.getcwd(), "outcome": outcome})
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)  # this one keeps its ears open
+    thread.start()
+    if not _wait(thread, outcome, stop, workers):
+        return _interrupted(stop)
+    if failed and not isinstance(failed[0], TrainingFailedError):
+        raise failed[0]
     summary, mistake = ray.get(outcome.get.remote())
     if mistake is not None:
         error = UserError(mistake[0])
         error.exit_code = mistake[1]
         raise error
+    if summary is None and stop.requested:
+        return _interrupted(stop)
     if summary is None:
+        problem = str(failed[0]).strip().splitlines()[-1][:300] if failed else None
         raise MachineError(
             f"ray: the workers failed ({problem}); their words are in the run's logs/ and in Ray's dashboard. Run again to continue"
         )
     return summary
 
 
-def _connect(config: RayConfig) -> None:
-    """Join a running cluster, or start one (docs/security.md says where it listens)."""
+def _trainer(config: Config, workers: Workers, settings: dict[str, Any]) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    run = RunDir(Path(config.output_dir) / config.name)
+    return trainer_class(workers.allowed)(
+        _work,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers.number, use_gpu=workers.use_gpu, resources_per_worker=workers.needs),
+        run_config=RunConfig(
+            name=config.name, storage_path=str((run.path / "ray").resolve()), failure_config=FailureConfig(config.ray.max_failures)
+        ),
+    )
+
+
+def _wait(thread: threading.Thread, outcome: Any, stop: StopRequest, workers: Workers) -> bool:
+    """Until Ray Train has ended. Hands on what this process is asked; False: it was asked before there was anything to save."""
     import ray
 
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    environment = {name: redacted(value) for name, value in environment.items()}
-    environment["PYTHONPATH"] = os.pathsep.join(_python_path())
-    address = config.address or os.environ.get("RAY_ADDRESS") or _cluster_here()
-    try:
-        ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=True, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        why = str(error).splitlines()[0][:200]
-        raise MachineError(
-            f"ray.address: no cluster answers at '{address}' ({why}); is it running, and does it ask for a token (RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
-        ) from None
+    asked, looked = False, time.monotonic()
+    while thread.is_alive():
+        thread.join(0.2)
+        if stop.requested and not asked:
+            asked = True
+            if not ray.get(outcome.stop.remote(stop.signal)):
+                return False
+            tell(f"{signal.Signals(stop.signal or 0).name}: the workers finish their step, save and end")
+        if time.monotonic() - looked > TELL_S and thread.is_alive():
+            looked = time.monotonic()
+            if (silent := ray.get(outcome.silent_s.remote())) > SILENT_S:
+                tell(f"ray: the first worker was not heard of for {silent:.0f} s: {workers.waiting_in_words()}")
+    return True
 
 
-def _cluster_here() -> str:
-    """The cluster that `ray start` noted on this machine, if it still answers (Ray itself would wait minutes for a dead one), else a new
-    one."""
-    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-    if not note.exists():
-        return "local"
-    host, _, port = note.read_text().strip().rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError):
-        return "local"
-    return "auto"
-
-
-def _python_path() -> list[str]:
-    """Where workers find vlm_dist and vlm_kernels if they are not installed there: beside this file."""
-    root = Path(__file__).resolve().parents[2]
-    return [str(root), str(root / "kernels")]
-
-
-def _workers(config: Config) -> tuple[int | tuple[int, int], bool]:
-    """The number of workers, or its bounds, and whether each has a GPU.
-
-    Raises:
-        ConfigError: the batch cannot be cut for some allowed number of workers.
-        MachineError: the cluster has fewer CPUs or GPUs than the workers reserve.
-    """
-    import ray
-
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    most = config.ray.workers or max(1, gpus)
-    least = config.ray.min_workers or most
-    if least > most:
-        raise ConfigError(f"ray.min_workers={least} is more than ray.workers={most}")
-    for number in range(least, most + 1):
-        check_batches(config, number)
-    have = gpus if gpus else int(resources.get("CPU", 0) // config.ray.cpus_per_worker)
-    if have < least:
-        raise MachineError(
-            f"ray.workers: {least} workers are asked for, the cluster has room for {have} ({gpus} GPUs, {resources.get('CPU', 0):g} CPUs); "
-            "ask for fewer, or lower ray.cpus_per_worker"
-        )
-    return (least, most) if least < most else most, gpus > 0
+def _interrupted(stop: StopRequest) -> dict[str, Any]:
+    """Before there was anything to save."""
+    name = signal.Signals(stop.signal or signal.SIGTERM).name
+    tell(f"interrupted by {name} before training began; nothing is lost")
+    return {"ended": "interrupted", "signal": name}
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -178,15 +187,19 @@ def _work(settings: dict[str, Any]) -> None:
     import ray
     from ray.train import get_context
 
+    quiet_libraries()
     from vlm_dist.training.lost import RankLost
     from vlm_dist.training.train import train
 
     outcome, context = settings["outcome"], get_context()
+    asked = Asked(outcome, context.get_world_rank())
     if ray.get(outcome.get.remote())[1] is not None:  # a rank met it alone, and Ray started the group again
         return
     os.chdir(settings["cwd"])
     try:
-        summary = train(Config(**ray.get(outcome.what.remote())), resume_anyway=settings["again"])
+        config = Config(**ray.get(outcome.what.remote()))
+        instead = settings["instead"]
+        summary = instead(config) if instead else train(config, resume_anyway=settings["again"], asked=asked)
     except RankLost:  # no mistake: Ray starts the others again
         raise
     except UserError as error:
@@ -198,6 +211,9 @@ def _work(settings: dict[str, Any]) -> None:
         error.args = (redacted(str(error)),)  # Ray prints it
         raise  # the others wait for this rank: Ray must end them
     finally:
+        asked.close()
         sys.stdout.flush()
+    if summary["ended"] == "interrupted" and ray.get(outcome.asked.remote()) is None:
+        leave_drained_node()
     if context.get_world_rank() == 0:
         ray.get(outcome.finish.remote(summary))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.config import OptimConfig
 from vlm_dist.errors import MachineError
 from vlm_dist.families import Family
+from vlm_dist.models.experts import of_experts
+from vlm_dist.upstream.deepspeed import shape_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,9 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family,
     members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates[family.side_of(name.removeprefix("base_model.model."))] or config.lr
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            plain = name.removeprefix("base_model.model.")
+            rate = (config.lr_experts if of_experts(plain) else None) or rates[family.side_of(plain)] or config.lr
+            decay = config.weight_decay if len(shape_of(parameter)) > 1 else 0.0
             members.setdefault((rate / config.lr, decay), []).append(parameter)
     groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in members.items()]
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}

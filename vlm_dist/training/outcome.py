@@ -35,6 +35,7 @@ def config_hash(config: Config) -> str:
 
 def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps: int, done: int, log: Log) -> None:
     """What is about to be trained, line by line."""
+    from vlm_dist.models.held import weights_in_words
     from vlm_dist.models.lora import count_trainable
     from vlm_dist.models.modes import WITH_BATCH_NORM, batch_norms, batch_norms_in_words
 
@@ -43,7 +44,8 @@ def announce(config: Config, run: RunDir, loaded: Loaded, stream: Stream, steps:
     sides = ", ".join(f"{side} {number:,}" for side, number in sorted(counts.items()))
     form = "NF4" if config.model.load_in_4bit else str(loaded.dtype).removeprefix("torch.")
     log.say(f"run {run.path}: {loaded.family.model_type}, {total:,} parameters in {form}, {sum(counts.values()):,} trainable ({sides})")
-    log.say(f"kernels: {loaded.kernels}")
+    for line in [*loaded.choices, *weights_in_words(loaded.model, str(loaded.dtype).removeprefix("torch.")), f"kernels: {loaded.kernels}"]:
+        log.say(line)
     if moving := batch_norms_in_words(batch_norms(loaded.model, loaded.family), config.training.micro_batch):
         log.say(f"{moving}: {WITH_BATCH_NORM}")
     if loaded.rehearsal:
@@ -170,7 +172,7 @@ def export(config: Config, run: RunDir, engine: Any, loaded: Loaded, ranks: Rank
     from vlm_dist.models.record import make_record
     from vlm_dist.models.source import brings_code
 
-    weights = gather_weights(engine, keep=ranks.is_first)
+    weights = gather_weights(engine, keep=ranks.is_first, frozen=config.lora is None)
     base = loaded.model.get_base_model().loaded_as if config.lora is not None else None
     system = only_one(loaded.prompts.over_ranks(ranks))
     record = make_record(engine.module, loaded.processor, base, loaded.fingerprint, system) if base is not None else None

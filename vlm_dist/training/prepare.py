@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.data.stream import Stream
+from vlm_dist.deepspeed_config import deepspeed_config, loads_sharded
 from vlm_dist.distributed import Ranks
 from vlm_dist.families import Family
 from vlm_dist.inputs.opened import Inputs
 from vlm_dist.inputs.prompts import SystemPrompts
+from vlm_dist.upstream.deepspeed import gathered, gathered_in_use
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,8 @@ class Loaded:
     """What was put into the model, in words."""
     prompts: SystemPrompts
     """The system prompts of the samples, as they are trained on."""
+    choices: tuple[str, ...] = ()
+    """What was chosen where the configuration leaves it open, in words."""
     described: dict[str, Any] = field(default_factory=dict)
     """What a run that goes on must find again besides the base; see unchanged.py."""
     rehearsal: str = ""
@@ -47,18 +51,24 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     import torch
 
     from vlm_dist.models.checkpointing import checkpoint_gradients
+    from vlm_dist.models.experts_lora import experts_in_words
     from vlm_dist.models.files import check_files
     from vlm_dist.models.load import choose_dtype, load_weights
     from vlm_dist.models.lora import add_lora, freeze_sides
     from vlm_dist.models.modes import hold_frozen
     from vlm_dist.models.patching import patch_model
     from vlm_dist.models.processor import check_vocabulary
-    from vlm_dist.models.source import fingerprint
+    from vlm_dist.models.sharded import Sharding
+    from vlm_dist.models.source import fingerprint, weight_files
 
     config, family = inputs.config, inputs.family
+    ranks.first_on_node(lambda: weight_files(inputs.source, config.model.revision))
     check_files(Path(inputs.source))  # of a run's model; a checkpoint of others has no record
     torch.manual_seed(config.seed)
-    model: Any = load_weights(config.model, inputs.source, family, ranks.device, lora=config.lora)
+    dtype = choose_dtype(config.model.dtype, ranks.device)
+    zero = deepspeed_config(config, ranks.world_size, dtype, on_gpu=ranks.device.type == "cuda")
+    sharding = Sharding.of(config, zero) if loads_sharded(config, ranks.world_size) else None
+    model: Any = load_weights(config.model, inputs.source, family, ranks.device, lora=config.lora, sharding=sharding)
     check_vocabulary(inputs.processor, model, inputs.source)
     torch.manual_seed(config.seed)  # adapters start alike whatever loading drew
     if inputs.adapter is not None:
@@ -69,10 +79,11 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
         freeze_sides(model, family, config.model.freeze)
     checkpoint_gradients(model, family, config.model.gradient_checkpointing)
     hold_frozen(model)
-    dtype = choose_dtype(config.model.dtype, ranks.device)
-    patches = patch_model(model, config.kernels)
+    with gathered_in_use(model):
+        patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)
-    return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts)
+    choices = (chosen,) if config.lora is not None and (chosen := experts_in_words(model, config.lora)) else ()
+    return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts, choices)
 
 
 def _go_on(model: Any, inputs: Inputs) -> Any:
@@ -89,9 +100,12 @@ def _go_on(model: Any, inputs: Inputs) -> Any:
         if not config.processor:
             check_processor(record, inputs.processor)
     assert inputs.config.lora is not None
-    model = put_on(model, folder, trainable=True, dropout=inputs.config.lora.dropout)
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    with gathered(parameter for end in ends for parameter in end.parameters()):  # an adapter may bring its own
+        model = put_on(model, folder, trainable=True, dropout=inputs.config.lora.dropout)
     if record is not None and in_the_form_of(record, config) and not config.processor:
-        check_probe(record, model, inputs.processor)
+        with gathered_in_use(model):
+            check_probe(record, model, inputs.processor)
     elif record is not None and record["base"]["load_in_4bit"] != config.load_in_4bit:
         logger.warning(
             "model.load_in_4bit=%s: not so when '%s' was trained; it begins elsewhere than it ended", config.load_in_4bit, folder

@@ -21,12 +21,15 @@ from vlm_dist.data.tally import in_words, summed
 from vlm_dist.distributed import Ranks
 from vlm_dist.models.modes import Statistics
 from vlm_dist.run_dir import RunDir, write_json
-from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, evaluate
+from vlm_dist.scoring.evaluate import EvaluationStopped, Patience, Watch, evaluate
 from vlm_dist.scoring.metrics import LOWER_IS_BETTER
+from vlm_dist.scoring.without_pictures import evaluate_whole
 from vlm_dist.training import outcome
 from vlm_dist.training.engine import start_engine
+from vlm_dist.training.experts import ExpertWatch
 from vlm_dist.training.health import Health, StopRequest
 from vlm_dist.training.log import Log
+from vlm_dist.training.loss_scale import LossScale
 from vlm_dist.training.prepare import Loaded
 from vlm_dist.training.progress import Progress, count_steps, interrupted_in_words, is_due
 from vlm_dist.training.unchanged import compare_inputs
@@ -48,8 +51,10 @@ class Session:
         self.stop = stop
         self.config, self.run, self.loaded, self.stream, self.heldout, self.ranks = config, run, loaded, stream, heldout, ranks
         self.steps = count_steps(config, stream, ranks)
+        self.experts = ExpertWatch(loaded.model, config)
         self.engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
         self.statistics = Statistics(self.engine.module, ranks)
+        self.scale = LossScale(self.engine, loaded.dtype)
         self.log = Log(run, config, ranks, self.steps)
         self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
         self.health = Health(config.health, self.log, ranks, lambda: kept_in_words(run.checkpoints))
@@ -100,6 +105,7 @@ class Session:
         self._owes_evaluation = state.get("owes") == "evaluation"
         self.stream.restore(state["data"])
         self.health.restore(state["health"])
+        self.scale.restore(state.get("loss_scale"))
         self.loaded.prompts.restore(state.get("prompts", []))
         self.patience.restore(state["patience"])
         self._end_early(state["step"])
@@ -153,6 +159,7 @@ class Session:
             "progress": vars(progress),
             "data": merge_states(self.ranks.gather(self.stream.state())),
             "health": self.health.state(),
+            "loss_scale": self.scale.state(),
             "prompts": self.loaded.prompts.over_ranks(self.ranks),
             "patience": self.patience.state(),
             "scores": scores,
@@ -170,10 +177,10 @@ class Session:
         """Score the held-out samples, and keep the answers of before and after. False: the run is to stop, and nothing was kept."""
         if not self.heldout:
             return True
-        beat, encoder = partial(self.watchdog.beat, "evaluating"), self.stream.encoder
+        watch = Watch(partial(self._tell_evaluation, phase), lambda: self.is_to_stop, lambda: self.stop.requested)
         try:
-            evaluation = evaluate(
-                self.engine.module, encoder, self.heldout, self.config.evaluation, self.ranks, beat, lambda: self.is_to_stop
+            evaluation = (evaluate_whole if phase == "after" else evaluate)(
+                self.engine.module, self.stream.encoder, self.heldout, self.config.evaluation, self.ranks, watch
             )
         except EvaluationStopped:
             return False
@@ -186,6 +193,10 @@ class Session:
         if phase == "during":
             self._know(step, evaluation.scores)
         return True
+
+    def _tell_evaluation(self, phase: str, done: int, total: int) -> None:
+        self.watchdog.beat("evaluating")
+        self.log.progress(f"evaluating {phase} training", done, total)
 
     def _know(self, step: int, scores: dict[str, Any]) -> None:
         """The scores of an evaluation during training; a checkpoint of this step that was taken before gets them."""
@@ -227,6 +238,7 @@ class Session:
             summary["notes"] = notes
         if self.ranks.is_first:
             write_json(run.summary, summary)
+            log.summary(summary)
             for line in in_words(notes):
                 log.say(f"data: {line}")
             if summary["quarantined"]:
@@ -242,6 +254,7 @@ class Session:
         summary = self._summary("interrupted", progress) | {"signal": name}
         if self.ranks.is_first:
             write_json(self.run.summary, summary)
+            self.log.summary(summary)
             self.log.say(f"interrupted by {name} {interrupted_in_words(progress.step, self.stop.seconds, self.config.checkpoint.grace_s)}")
         self.ranks.barrier()  # srun ends all ranks when one leaves with a code that is not 0: not before everything is written
         return summary

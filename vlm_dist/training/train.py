@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vlm_dist import distributed
@@ -30,10 +33,14 @@ from vlm_dist.training.session import Session
 from vlm_dist.training.start import Start, begin
 from vlm_dist.training.unchanged import describe_inputs
 from vlm_dist.training.watchdog import beat_interval, first_beat, note_earlier_start
+from vlm_dist.waiting import waiting
 
 
-def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
+def train(config: Config, *, resume_anyway: bool = False, asked: Callable[[], int | None] | None = None) -> dict[str, Any]:
     """Train as the configuration says, or continue where the same run stopped; the same function under every launcher.
+
+    Args:
+        asked: where signals do not reach this process: called between steps, tells the number of one that asks to stop, or None.
 
     Returns:
         The content of summary.json.
@@ -42,7 +49,8 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         UserError: configuration, data, model, checkpoint or machine is not fit for it; says what to do.
     """
     quiet_libraries()
-    ranks = distributed.start()
+    run = os.path.abspath(Path(config.output_dir) / config.name)
+    ranks = distributed.start(run, config.distributed.join_timeout_s, config.engine.device)
     config = settle(config)
     check_batches(config, ranks.world_size)
     check_metrics(config)
@@ -51,10 +59,10 @@ def train(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
         finished = start.run.read_summary()
         if finished and finished["ended"] == "finished" and not resume_anyway and outcome.has_result(config, start.run, ranks):
             return {**finished, "already_finished": True}
-        return _train(start, started)
+        return _train(start, started, asked)
 
 
-def _train(start: Start, started: float) -> dict[str, Any]:
+def _train(start: Start, started: float, asked: Callable[[], int | None] | None) -> dict[str, Any]:
     import torch
 
     config, run, ranks = start.config, start.run, start.ranks
@@ -67,12 +75,13 @@ def _train(start: Start, started: float) -> dict[str, Any]:
         inputs = open_inputs(config, run, ranks)
         inputs.check_first_samples()
         check_fits(inputs, ranks)
-        loaded = load_trainable(inputs, ranks)
+        with waiting(f"loading {inputs.source}"):
+            loaded = load_trainable(inputs, ranks)
         loaded.rehearsal = rehearse(inputs, loaded, ranks)
         loaded.described = describe_inputs(inputs, ranks)
         stream = open_training_stream(inputs, loaded.model, ranks)
         heldout = read_heldout(config.data, config.evaluation.samples, inputs.quarantine)
-        with StopRequest() as stop, Session(config, run, loaded, stream, heldout, ranks, started, stop) as session:
+        with StopRequest(asked) as stop, Session(config, run, loaded, stream, heldout, ranks, started, stop) as session:
             return _run_loop(start, session)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, error, kept_in_words(run.checkpoints)) from None
@@ -89,8 +98,8 @@ def _train(start: Start, started: float) -> dict[str, Any]:
 def _run_loop(start: Start, session: Session) -> dict[str, Any]:
     import torch
 
-    config, engine, stream, ranks, log, watchdog, health = (
-        start.config, session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health
+    config, engine, stream, ranks, log, watchdog, health, scale = (
+        start.config, session.engine, session.stream, session.ranks, session.log, session.watchdog, session.health, session.scale
     )  # fmt: skip
     progress = session.restore(insist=start.resume_anyway)
     start.claim()
@@ -110,21 +119,23 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         losses, grad_norm = [], 0.0
         for batch in step.micro_batches:
             watchdog.beat("computing")
-            with timer.forward():
+            with timer.forward(), session.experts.forward():
                 loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
-            part = poisoned_unless_finite(loss.sum()) * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
-            engine.backward(part, scale_wrt_gas=False)
-            grad_norm = take_step(engine, config.optim.grad_clip)  # updates on the last micro-batch only
+            part = poisoned_unless_finite(loss.sum() + session.experts.balance(batch))
+            part = part * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
+            engine.backward(scale.apply(part), scale_wrt_gas=False)
+            grad_norm = take_step(engine, config.optim.grad_clip, scale.value)  # updates on the last micro-batch only
             losses.append(loss.detach())
         watchdog.beat("adding up")
         loss_sums, (busy_s,) = ranks.sum_and_gather(torch.stack(losses).sum(0).reshape(-1).tolist(), timer.busy_s)
         mean_loss, step_s = sum(loss_sums) / num_labels, timer.seconds
-        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses])
+        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses], scaled=scale.can_fall)
         session.statistics.settle()
         health.watch_speed(progress.step + 1, busy_s)
-        progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
+        progress = progress.after(counts, session.wall_s, step_s, skipped=verdict in ("skipped", "overflow"))
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
-        log.step(metrics | shares.metrics(stream.names, loss_sums))
+        log.step(metrics | shares.metrics(stream.names, loss_sums) | scale.metrics() | session.experts.metrics(ranks, num_labels))
+        scale.after(progress.step, verdict)
         audit.tell(progress.step, counts, log)
         outcome.refuse_useless(progress, config, stream, session.steps)
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,24 @@ from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import canonical, layout_of
 from vlm_dist.data.messages import check_messages, read_messages
 from vlm_dist.data.picture_sources import name_of, read_source
-from vlm_dist.data.pictures import PICTURE_FORMATS, as_rgb, decode_picture, picture_extension, readable_formats
-from vlm_dist.data.samples import Sample
+from vlm_dist.data.pictures import (
+    ORIENTATION,
+    PICTURE_FORMATS,
+    as_rgb,
+    decode_picture,
+    picture_extension,
+    picture_orientation,
+    readable_formats,
+)  # fmt: skip
+from vlm_dist.data.placing import asked_for
+from vlm_dist.data.samples import Sample, notes_of, objects_of
+from vlm_dist.data.tally import Note, by_kind, in_words
 from vlm_dist.errors import BadSample, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = DataConfig.model_fields["max_image_pixels"].default
 CAPTION_PROMPT = DataConfig.model_fields["caption_prompt"].default
@@ -48,6 +61,7 @@ class VisionDataCollator:
         if on_too_long not in ("refuse", "truncate"):
             raise DataError(f"on_too_long={on_too_long!r}: expected 'refuse' or 'truncate'")
         longest = max_seq_length or processor.tokenizer.model_max_length
+        self._told: set[Note] = set()
         self.encoder = Encoder(processor, longest, on_too_long)  # pyright: ignore[reportArgumentType]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -66,7 +80,14 @@ class VisionDataCollator:
                 encoded.append(self.encoder.encode(as_sample(row)))
             except BadSample as reason:
                 raise DataError(f"row {number} of the batch: {reason}") from None
+            self._tell(encoded[-1].notes)
         return collate(encoded, self.encoder.processor.tokenizer.pad_token_id)
+
+    def _tell(self, notes: set[Note]) -> None:
+        """What nothing reads, is changed or left out: each once."""
+        for line in in_words(by_kind(dict.fromkeys(notes - self._told, 1))):
+            logger.warning("row of a batch: %s; told once", line.replace(" (1 sample)", ""))
+        self._told |= notes
 
 
 def as_sample(row: dict[str, Any]) -> Sample:
@@ -79,6 +100,8 @@ def as_sample(row: dict[str, Any]) -> Sample:
     sources = made.pop("images")
     turns = made.pop("messages", None)
     if turns is None:
+        turns = asked_for(made, "", None) if not made.get("captions") else None
+    if turns is None:
         if len(sources) != 1 or not made.get("captions"):
             raise BadSample(f"no 'messages' in it; its columns are {', '.join(map(str, row))}")
         asked = [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}]
@@ -87,7 +110,10 @@ def as_sample(row: dict[str, Any]) -> Sample:
     messages = read_messages(turns)
     check_messages(messages, len(sources))
     tools = made.pop("tools", None)
-    return Sample("", "", messages, [_open(source) for source in sources], made, tools)
+    images = [_open(source) for source in sources]
+    objects = objects_of(made, messages, [image.size for image in images], lambda image: _orientation(sources[image]))
+    notes = notes_of({}, {**made, "messages": turns})
+    return Sample("", "", messages, images, made, tools, notes, objects)
 
 
 def _canonical(row: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +128,12 @@ def _canonical(row: dict[str, Any]) -> dict[str, Any]:
         if layout_of(row) is not None:
             raise
         raise BadSample(f"no 'messages' in it; its columns are {', '.join(map(str, row))}; {reason}") from None
+
+
+def _orientation(source: Any) -> int:
+    """EXIF's, of a picture that `_open` has turned."""
+    found = read_source(source, fetcher=Fetcher(allow_private=True))
+    return picture_orientation(found) if isinstance(found, bytes) else int(found.getexif().get(ORIENTATION, 1))
 
 
 def _open(source: Any) -> Image:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import ModelError
+from vlm_dist.quiet import quiet_libraries
 
 
 class FastVisionModel:
@@ -33,7 +34,8 @@ class FastVisionModel:
 
         Args:
             max_seq_length: longest sample in tokens; kept as `processor.tokenizer.model_max_length`.
-            dtype: None (bfloat16 where the GPU has it, else float32), torch.bfloat16 or torch.float32.
+            dtype: None (bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU), torch.bfloat16, torch.float16 (train
+                with SFTConfig(fp16=True), which scales the loss) or torch.float32.
             use_gradient_checkpointing: True or "unsloth" recompute activations in the backward pass.
             base_model: where an adapter's base is now, if not where its files say.
 
@@ -51,9 +53,10 @@ class FastVisionModel:
         from vlm_dist.models.load import load_model
         from vlm_dist.models.trained import load_adapter
 
-        names = {None: "auto", torch.bfloat16: "bfloat16", torch.float32: "float32", "bfloat16": "bfloat16", "float32": "float32"}
+        quiet_libraries()
+        names = {None: "auto"} | {key: name for name in ("bfloat16", "float16", "float32") for key in (name, getattr(torch, name))}
         if dtype not in names:
-            raise ModelError(f"dtype={dtype} is not supported; use None, torch.bfloat16 or torch.float32")
+            raise ModelError(f"dtype={dtype} is not supported; use None, torch.bfloat16, torch.float16 or torch.float32")
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         settings: dict[str, Any] = {
             "load_in_4bit": load_in_4bit,

@@ -5,6 +5,7 @@ TRL comes with the extra `vlm_dist[trl]`; nothing else in the project imports it
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -61,6 +62,10 @@ def _without_half_precision(settings: dict[str, Any]) -> dict[str, Any]:
     asked = [name for name in ("fp16", "bf16") if settings.get(name)]
     if torch.cuda.is_available():
         return settings
-    if asked:
-        warnings.warn(f"{asked[0]}=True needs a GPU; training in float32", stacklevel=3)
+    words = f"{asked[0]}=True needs a GPU" if asked else "there is no GPU"
+    cores = len(os.sched_getaffinity(0))
+    warnings.warn(
+        f"{words}; training in float32 on {cores} CPU cores: for trials with tiny models; billions of parameters take minutes a step",
+        stacklevel=3,
+    )
     return {**settings, "fp16": False, "bf16": False}

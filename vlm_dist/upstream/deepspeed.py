@@ -1,14 +1,24 @@
-"""DeepSpeed: two things that it does too early or too late."""
+"""DeepSpeed: what it does too early or too late, and weights that ZeRO-3 has sharded, outside of its engine."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SEEN = "0.19.8"
 NAMES = (
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3",
     "deepspeed.ops",
+    "deepspeed.zero.Init",
+    "deepspeed.zero.GatheredParameters",
+    "deepspeed.zero.register_external_parameter",
+    "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
 )
 
 
@@ -35,3 +45,97 @@ def create_moments(engine: Any) -> None:
         }
     if engine.zero_optimization_stage() < 3:
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether this rank holds a share of it, as ZeRO-3 does."""
+    return hasattr(parameter, "ds_id")
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The shape of the whole weight."""
+    return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
+
+
+def sharder(zero: dict[str, Any]) -> Callable[[torch.nn.Parameter], None]:
+    """A function that gives each rank its share of a weight and frees the rest; every rank must call it in the same order.
+
+    Args:
+        zero: the DeepSpeed JSON that the engine will be started with.
+    """
+    import torch
+
+    first: list[Any] = []
+
+    def shard(parameter: torch.nn.Parameter) -> None:
+        import deepspeed
+
+        if is_sharded(parameter):
+            return
+        if parameter.device.type == "cpu":  # it may be a view of a file, which would stay in memory for the sake of the share
+            parameter.data = parameter.data.clone()
+        if first:
+            first[0].convert_to_zero_parameters([parameter])
+        else:
+            skip_shared_memory_op()
+            deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=zero)
+            first.append(parameter)
+
+    return shard
+
+
+def widen(parameter: Any) -> None:
+    """The weight becomes float32, sharded or not."""
+    parameter.data = parameter.data.float()
+    if is_sharded(parameter):
+        parameter.ds_tensor.data = parameter.ds_tensor.data.float()
+
+
+def gathered(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Inside, those of the weights that are sharded are whole. Every rank must come here."""
+    wanted = [one for one in parameters if is_sharded(one) and one.ds_status.name == "NOT_AVAILABLE"]
+    if not wanted:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(wanted)
+
+
+@contextmanager
+def gathered_in_use(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a sharded model computes before an engine has it: each module's weights are whole while it runs, and those of other modules
+    that it reads (`reads_weights`). Every rank must run the same."""
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        yield
+        return
+    opened: list[AbstractContextManager[Any]] = []
+
+    def before(module: Any, _: Any) -> None:
+        opened.append(gathered([*module.parameters(recurse=False), *getattr(module, "reads_weights", list)()]))
+        opened[-1].__enter__()
+
+    def after(module: Any, _: Any, result: Any) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    hooks = [hook for module in model.modules() for hook in (
+        module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)
+    )]  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def scale_by_ourselves(engine: Any) -> None:
+    """With torch_autocast in float16 DeepSpeed puts torch's GradScaler beside every optimizer: it clips gradients before they are unscaled
+    at stages 1 to 3 (0.19), is in no checkpoint of ours, and each stage asks it at another moment."""
+    engine.torch_autocast_z0_gradscaler = None
+    if engine.zero_optimization_stage():
+        engine.optimizer.torch_autocast_gradscaler = None
+
+
+def tell_scale(engine: Any, scale: float) -> None:
+    """What ZeRO multiplies a loss by, and divides the gradients by before it clips them and updates. At stage 0 the caller does both."""
+    if engine.zero_optimization_stage():
+        engine.optimizer.loss_scaler.cur_scale = scale

@@ -19,6 +19,9 @@ NAMES = (
     "torch.utils._pytree.tree_leaves",
     "torch.UntypedStorage._cdata",
     "torch.ops.aten._unsafe_index.Tensor",
+    "torch.ops.aten._unsafe_view.default",
+    "torch.ops.aten._unique2.default",
+    "torch.ops.aten._local_scalar_dense.default",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
     "torch._ops.OpOverload.overloadpacket",
@@ -26,6 +29,9 @@ NAMES = (
 )
 aten = torch.ops.aten
 unsafe_index = aten._unsafe_index.Tensor
+unsafe_view = aten._unsafe_view.default
+unique = aten._unique2.default
+local_scalar = aten._local_scalar_dense.default
 cpu_attention = aten._scaled_dot_product_flash_attention_for_cpu
 cpu_attention_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
 disable_modes = _disable_current_modes

@@ -1,13 +1,18 @@
-"""transformers: a processor's count of picture tokens, its tables of architectures, the attention that a model has chosen."""
+"""transformers: counts of picture tokens, options of processors, tables of architectures, a model's attention and experts, loading weight
+by weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 SEEN = "5.23.0"
 NAMES = (
     "transformers.ProcessorMixin",
+    "transformers.ProcessorMixin._merge_kwargs",
     "transformers.LlavaProcessor._get_num_multimodal_tokens",
     "transformers.Qwen2_5_VLProcessor._get_num_multimodal_tokens",
     "transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES",
@@ -15,6 +20,11 @@ NAMES = (
     "transformers.AutoModelForCausalLM._model_mapping",
     "transformers.PretrainedConfig._attn_implementation",
     "transformers.modeling_layers.GradientCheckpointingLayer",
+    "transformers.core_model_loading.set_param_for_module",
+    "transformers.modeling_utils.caching_allocator_warmup",
+    "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts._apply_gate",
+    "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING",
 )
 
 
@@ -80,3 +90,86 @@ def still_when_recomputed(layer: Any) -> None:
 def attention_of(hf_config: Any) -> str:
     """The attention implementation that a model was loaded with; empty where none was chosen."""
     return hf_config._attn_implementation or ""
+
+
+@contextmanager
+def weight_by_weight(placed: Callable[[Any, str], None]) -> Iterator[None]:
+    """Inside, `from_pretrained` reads one weight after another, in the same order everywhere, and calls `placed` with the model and the
+    weight's name as soon as it is in its module. By itself it takes room for the whole model on the card first, and reads ahead in
+    threads."""
+    from transformers import core_model_loading, modeling_utils
+
+    put, warm_up = core_model_loading.set_param_for_module, modeling_utils.caching_allocator_warmup
+    in_threads = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+
+    def put_and_tell(model: Any, name: str, *rest: Any, **options: Any) -> None:
+        put(model, name, *rest, **options)
+        placed(model, name)
+
+    core_model_loading.set_param_for_module = put_and_tell
+    modeling_utils.caching_allocator_warmup = lambda *_: None
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        core_model_loading.set_param_for_module, modeling_utils.caching_allocator_warmup = put, warm_up
+        del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        if in_threads is not None:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = in_threads
+
+
+def merge_options_once(processor: Any) -> None:
+    """Let a processor sort its options by what they are for (text, pictures) once for each set of them, not for every sample, which takes
+    as long as tokenising. Its attributes must not change afterwards."""
+    processor._merge_kwargs = partial(_merged, processor._merge_kwargs, {})
+
+
+def _merged(merge: Callable[..., dict[str, Any]], known: dict[Any, dict[str, Any]], *kinds: Any, **options: Any) -> dict[str, Any]:
+    """What `merge` gives, as dicts that may be changed."""
+    given = {name: value for name, value in options.items() if name != "tokenizer_init_kwargs"}  # those of one tokenizer
+    key = (kinds, tuple(sorted(given.items())))
+    if not all(isinstance(value, str | bool | int | None) for value in given.values()):
+        return merge(*kinds, **options)
+    if key not in known:
+        known[key] = merge(*kinds, **options)
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in known[key].items()}
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module holds the experts of a layer and computes by name of an implementation (`use_experts_implementation`)."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate")
+
+
+def register_experts(name: str, function: Callable) -> None:
+    """Add an implementation of experts to transformers' table."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def apply_gate(module: Any, gate_and_up: Any) -> Any:
+    """What experts compute between their two products, from both halves of the first."""
+    return module._apply_gate(gate_and_up)
+
+
+@contextmanager
+def nf4_quantiser(kind: type) -> Iterator[None]:
+    """While models are loaded in 4 bit, `kind` (a Bnb4BitHfQuantizer) puts them there."""
+    from transformers.quantizers import auto
+
+    of_library = auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = kind
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = of_library
+
+
+def routers_with_logits(model: Any) -> list[tuple[Any, int]]:
+    """The modules that choose among experts and give out their logits, and where among their outputs these are."""
+    recorders = {}
+    for module in model.modules():
+        found = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        if found is not None and hasattr(found, "target_class"):
+            recorders[found.target_class] = found.index
+    return [(module, recorders[type(module)]) for module in model.modules() if type(module) in recorders]

@@ -1,0 +1,150 @@
+"""How ranks find one another, without a launcher: what its variables say, who is missing, and who has come to the wrong place."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.conftest import OF_A_RANK, run_command, write_config
+from vlm_dist import joining, mistakes
+from vlm_dist.checking import doctor
+from vlm_dist.distributed import free_port
+from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.launched import PORTS, Place, announced, port_of
+
+SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "123456"}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in (*OF_A_RANK, *SLURM, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "CROSS_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(joining, "_connected", [])
+
+
+def say(monkeypatch, **variables: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK='one' is set, expected a whole number"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK='' is set, expected a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' is set, expected a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2: ranks are counted from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "ranks are counted from 0"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set, but RANK is not"),
+        ({"RANK": "1"}, "RANK=1 is set, but WORLD_SIZE is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "x"}, "MASTER_PORT='x' is set, expected a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "but MASTER_ADDR is not set"),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "2"}, "srun on several nodes: MASTER_ADDR is not set"),
+    ],
+)
+def test_variables_that_do_not_agree(monkeypatch, variables, told):
+    """One line that names the variable; also a finding of doctor."""
+    say(monkeypatch, **variables)
+    with pytest.raises(MachineError) as error:
+        announced()
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_places(monkeypatch):
+    assert announced() == Place(0, 0, 1, "127.0.0.1", 0, "")
+    say(monkeypatch, RANK="0")
+    assert announced().world_size == 1
+    monkeypatch.delenv("RANK")
+    say(monkeypatch, **SLURM)
+    place = announced()
+    assert (place.rank, place.world_size, place.port) == (1, 2, 23456) and place.said_by == "SLURM_PROCID=1 and SLURM_STEP_NUM_TASKS=2"
+    (finding,) = [check for check in doctor._variables() if check.name == "launcher"]
+    assert finding.state == "bad" and "waits for 1 other ranks at 127.0.0.1:23456" in finding.found and "-u SLURM_PROCID" in finding.fix
+    say(monkeypatch, RANK="1", LOCAL_RANK="1", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="5")
+    assert announced() == Place(1, 1, 4, "a", 5, "RANK=1 and WORLD_SIZE=4")
+
+
+def test_ports_are_below_those_of_outgoing_connections():
+    first, count = PORTS
+    assert all(first <= port_of(text) < first + count <= 32_768 for text in ("0", "39999", "1" * 30, "/runs/a", "/runs/b"))
+    assert port_of("/runs/ab") != port_of("/runs/ba")
+
+
+def test_who_is_missing_is_told_and_waited_for_until_the_timeout(monkeypatch, capfd):
+    """A shell in which RANK and WORLD_SIZE are left over: not a byte of output before."""
+    monkeypatch.setattr(joining, "TELL_S", 0.2)
+    for rank, missing in ((0, "ranks 1, 2 of 3"), (1, "rank 0 of 3")):
+        monkeypatch.setattr(joining, "_connected", [])
+        place = Place(rank, 0, 3, "127.0.0.1", free_port(), f"RANK={rank} and WORLD_SIZE=3")
+        with pytest.raises(MachineError) as error:
+            joining.join(place, "/runs/a", 1.0)
+        assert f"{missing} did not come to {place.where} in 1 s (distributed.join_timeout_s)" in str(error.value)
+        assert "env -u RANK -u WORLD_SIZE COMMAND" in str(error.value)
+        told = capfd.readouterr().err
+        assert missing.removesuffix(" of 3") in told and f"RANK={rank} and WORLD_SIZE=3 say so" in told and "frame #" not in told
+
+
+def test_a_command_with_leftovers(settings, tmp_path):
+    left = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run_command("train", str(write_config(settings, tmp_path)), "distributed.join_timeout_s=0.5", **left)
+    assert done.returncode == 6 and done.stderr.count("\n") == 1 and "rank 0 of 2 did not come" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def together(*joiners) -> list[object]:
+    """Each in a thread of its own: what it returned or raised, in order."""
+    found: list[object] = [None] * len(joiners)
+
+    def one(number: int) -> None:
+        try:
+            found[number] = joiners[number]()
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(joiners))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+class NotKept(list):
+    """As if every rank were a process of its own."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def test_another_runs_rank_leaves_and_harms_nobody(monkeypatch):
+    """Two starts on one port, as deepspeed's 29500: the loser's ranks each end with a line, the winner's find one another."""
+    monkeypatch.setattr(joining, "_connected", NotKept())
+    port = free_port()
+    first, second = [Place(rank, 0, 2, "127.0.0.1", port, "") for rank in (0, 1)]
+
+    def later(place: Place, run: str):
+        joining._await_first(place, 20)
+        return joining.join(place, run, 20)
+
+    found = together(
+        lambda: joining.join(first, "/runs/a", 20),
+        lambda: later(second, "/runs/b"),
+        lambda: later(first, "/runs/b"),
+        lambda: later(second, "/runs/a"),
+    )
+    assert not isinstance(found[0], Exception) and not isinstance(found[3], Exception), found
+    assert "where the run /runs/a meets; it leaves without harm" in str(found[1])
+    assert f"port {port} (MASTER_PORT) of this machine is in use" in str(found[2])
+    with pytest.raises(MachineError, match="rank 1 of 2 is there twice"):
+        joining.join(second, "/runs/a", 5)
+
+
+def test_a_mistake_of_all_ranks_is_told_by_one(monkeypatch):
+    monkeypatch.setattr(joining, "_connected", NotKept())
+    say(monkeypatch, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=(port := str(free_port())))
+    places = iter([Place(rank, 0, 2, "127.0.0.1", int(port), "") for rank in (0, 1)])
+    monkeypatch.setattr(mistakes, "announced", lambda: next(places))
+    told: list[str] = []
+    together(*[lambda: mistakes.told_once(ConfigError("optim.lrr: no such key"), lambda error: told.append(str(error)))] * 2)
+    assert told == ["optim.lrr: no such key"]

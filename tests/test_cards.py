@@ -1,0 +1,93 @@
+"""Which card a rank gets, and what is said where CUDA does not start: the driver's files are real files, of another folder."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.conftest import run_command, write_config
+from tests.warm import warm_ranks
+from vlm_dist import cards
+from vlm_dist.errors import MachineError
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA starts here")
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A driver and a card that CUDA cannot start on, which is so where no such card is."""
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\n")
+    (tmp_path / "nvidia0").write_text("")
+    monkeypatch.setattr(cards, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(cards, "DEVICES", tmp_path)
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@no_gpu
+def test_a_card_that_cuda_does_not_start_on(driver, monkeypatch, settings, tmp_path):
+    from vlm_dist import load_config, train
+
+    with pytest.raises(
+        MachineError, match=r"NVIDIA driver 470.57.02 is here, but (CUDA .* does not start|torch .* for the CPU alone).*device=cpu"
+    ):
+        train(load_config(write_config(settings, tmp_path)))
+    assert not (tmp_path / "runs").exists()
+    assert cards.choose_device(0, "cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cards.choose_device(0).type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (driver / "nvidia0").unlink()  # a container without a card
+    assert cards.choose_device(0).type == "cpu"
+
+
+@no_gpu
+def test_the_doctor_says_the_same(driver):
+    from vlm_dist.checking.doctor import _gpus
+
+    (check,) = _gpus()
+    assert check.state == "bad" and "470.57.02" in check.found
+
+
+def test_each_rank_has_a_card_of_its_own():
+    assert [cards.card_of(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert cards.card_of(3, 1) == 0  # srun --gpus-per-task=1
+    with pytest.raises(MachineError, match="rank 2 of this node sees 2 cards"):
+        cards.card_of(2, 2)
+    cards.check_cards([("a", ""), ("a", "")])
+    cards.check_cards([("a", "x"), ("a", "y"), ("b", "x")])
+    with pytest.raises(MachineError, match=r"ranks 0 and 2 share one GPU of a \(x\)"):
+        cards.check_cards([("a", "x"), ("b", "x"), ("a", "x")])
+    with pytest.raises(MachineError, match="rank 1 on b has no GPU"):
+        cards.check_cards([("a", "x"), ("b", "")])
+
+
+def test_blocks_of_the_allocator_grow_unless_the_user_said_otherwise(monkeypatch):
+    for name in cards.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    cards.choose_device(0, "cpu")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    cards.choose_device(0, "cpu")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_one_rank_of_a_node_fetches_before_the_others(tmp_path):
+    """The other finds what it fetched; and where it fails, the other is not left waiting."""
+    from tests.conftest import child_environment
+
+    ranks = warm_ranks(2, "tests/launch/fetching.py", str(tmp_path), environment=child_environment())
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=120)
+        assert rank.returncode == 0, output
+    assert (tmp_path / "found").read_text() == "fetched" and (tmp_path / "failed-1").exists()
+
+
+@no_gpu
+def test_one_line_at_the_command(settings, tmp_path):
+    result = run_command("train", str(write_config(settings, tmp_path)), "engine.device=gpu")
+    assert result.returncode == 2 and "engine.device" in result.stderr

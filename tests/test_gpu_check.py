@@ -1,0 +1,46 @@
+"""scripts/gpu_check.sh goes through all its parts without a GPU, so that it runs where there is one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, child_environment
+
+PARTS = ("machine", "tested", "tiny", "profiled", "memory", "speed", "pieces", "several")
+
+
+def check(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    environment = child_environment(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    command = [str(ROOT / "scripts" / "gpu_check.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_dry_run(tmp_path):
+    result = check("--dry-run", "--out", str(tmp_path), timeout=900)
+    parts = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in PARTS}
+    wrong = [(part, one) for part, content in parts.items() for one in content["checks"] if one["verdict"] == "wrong"]
+    assert not wrong and result.returncode == 0, (wrong, result.stderr[-2000:])
+    assert all(content["dry_run"] and content["machine"]["versions"]["torch"] and content["command"] for content in parts.values())
+    assert parts["tiny"]["results"]["losses"] and parts["several"]["checks"][1]["verdict"] == "right"
+    again = check("--dry-run", "--out", str(tmp_path))
+    assert again.returncode == 0 and again.stdout.count("done before") == len(PARTS)  # resumed: nothing is run twice
+
+
+def test_a_part_that_died_is_told_and_run_again(tmp_path):
+    (tmp_path / "several.json").write_text("{")  # cut off while it was written
+    first = check("--dry-run", "--out", str(tmp_path), "--parts", "nothing")
+    assert first.returncode == 2 and "invalid choice: 'nothing'" in first.stderr
+    (tmp_path / "machine.json").write_text(json.dumps({"part": "machine", "failed": True, "seconds": 1, "checks": []}))
+    result = check("--dry-run", "--out", str(tmp_path), "--parts", "machine")
+    assert "done before" not in result.stdout and "failed" not in json.loads((tmp_path / "machine.json").read_text())
+
+
+def test_without_a_gpu_it_says_so():
+    result = check()
+    assert result.returncode == 2 and "nvidia-smi names no GPU here; --dry-run" in result.stderr

@@ -1,0 +1,119 @@
+"""The experts of a model in training: how its tokens are shared among them, and the loss that evens this out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vlm_dist.config import Config
+from vlm_dist.distributed import Ranks
+from vlm_dist.errors import ModelError
+from vlm_dist.models.experts import expert_modules
+from vlm_dist.models.loss import IGNORED
+from vlm_dist.upstream.transformers import routers_with_logits
+
+if TYPE_CHECKING:
+    import torch
+
+COEFFICIENT = "router_aux_loss_coef"  # as transformers' configurations call it
+
+
+class ExpertWatch:
+    """Counts of the tokens that each expert gets, and the logits of the routers, during forward passes; does nothing in a dense model."""
+
+    def __init__(self, model: Any, config: Config):
+        """
+        Raises:
+            ModelError: training.router_aux_loss is set, and the model has no router that gives its logits.
+        """
+        self.modules = list(expert_modules(model).values())
+        self.weight = balance_weight(model, config)
+        self._logits: list[torch.Tensor] = []
+        self._watching = False
+        self._aux = 0.0
+        if not self.weight:
+            return
+        found = routers_with_logits(model)
+        if not found:
+            raise ModelError("training.router_aux_loss: this model has no router whose logits are given out; set it to 0")
+        text = model.config.get_text_config()
+        self.top_k = int(getattr(text, "num_experts_per_tok", None) or text.top_k_experts)
+        for module, index in found:
+            module.register_forward_hook(lambda _, __, output, index=index: self._heard(output[index]))
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward pass; what is computed again in the backward pass lies outside."""
+        for module in self.modules:
+            module.watched = True
+        self._logits, self._watching = [], True
+        try:
+            yield
+        finally:
+            self._watching = False
+            for module in self.modules:
+                module.watched = False
+
+    def balance(self, batch: dict[str, torch.Tensor]) -> Any:
+        """The load-balancing loss of the last forward pass (Fedus et al. 2021, arXiv:2101.03961, as transformers computes it), times its
+        weight and the micro-batch's supervised tokens: so that it is divided by those of all ranks and micro-batches, as the loss is."""
+        if not self.weight:
+            return 0.0
+        aux = balance_loss(self._logits, self.top_k, batch.get("attention_mask"))
+        self._logits = []
+        labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+        self._aux += float(aux.detach()) * labels
+        return self.weight * aux * labels
+
+    def metrics(self, ranks: Ranks, num_labels: float) -> dict[str, Any]:
+        """Of a step, over all ranks: the share of the busiest expert (mean of the layers), experts without a token, the balance loss."""
+        import torch
+
+        counts = [module.load for module in self.modules if getattr(module, "load", None) is not None]
+        if not counts:
+            return {}
+        flat = torch.stack(counts).double().flatten().tolist()
+        *summed, aux = ranks.sum_and_gather([*flat, self._aux])[0]
+        for module in self.modules:
+            module.load = None
+        self._aux = 0.0
+        load = torch.tensor(summed).view(len(counts), -1)
+        busiest = (load.max(1).values / load.sum(1).clamp_min(1)).mean()
+        row = {"busiest": round(float(busiest), 4), "dead": int((load == 0).sum()), "of": load.numel()}
+        return {"experts": row | ({"aux_loss": round(aux / num_labels, 5)} if self.weight else {})}
+
+    def _heard(self, logits: torch.Tensor) -> None:
+        if self._watching:
+            self._logits.append(logits)
+
+
+def balance_weight(model: Any, config: Config) -> float:
+    """training.router_aux_loss, or what the model's own configuration says where its routers train."""
+    if config.training.router_aux_loss is not None:
+        return config.training.router_aux_loss
+    trains = config.lora is None or config.lora.router == "full"
+    return float(getattr(model.config.get_text_config(), COEFFICIENT, None) or 0.0) if trains and expert_modules(model) else 0.0
+
+
+def balance_loss(logits: list[torch.Tensor], top_k: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """E times the sum over experts of the share of tokens that chose it and its mean probability; 1 x top_k where all are even.
+
+    Args:
+        logits: of each layer [N, E]; a layer that computed supervised rows alone has fewer.
+        mask: [B, T], 0 at padding.
+    """
+    import torch
+
+    chosen: Any = 0.0
+    probability: Any = 0.0
+    rows: Any = 0.0
+    for layer in logits:
+        weights_NE = torch.softmax(layer.flatten(0, -2).float(), -1)
+        keep_N1 = weights_NE.new_ones((len(weights_NE), 1))
+        if mask is not None and mask.ndim == 2 and mask.numel() == len(weights_NE):
+            keep_N1 = (mask.reshape(-1, 1) != 0).to(weights_NE)
+        picked_NE = torch.zeros_like(weights_NE).scatter(1, weights_NE.topk(top_k, -1).indices, 1.0)
+        chosen, probability = chosen + (picked_NE * keep_N1).sum(0), probability + (weights_NE * keep_N1).sum(0)
+        rows = rows + keep_N1.sum()
+    return len(chosen) * (chosen / rows * probability / rows).sum()
