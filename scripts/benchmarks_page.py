@@ -143,7 +143,8 @@ READERS: dict[str, Callable[[Any], str]] = {
     "cuda_branches": cuda_branches,
     "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
     "quickstart": quickstart,
-    "real_pictures": real_pictures, "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
+    "real_pictures": real_pictures,
+    "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
 
