@@ -90,6 +90,11 @@ def quickstart(raw: Any) -> str:
     return f"held-out questions exactly right: {before:.1%} before QLoRA, {after:.1%} after; {raw['script_wall_s']} s in all"
 
 
+def real_pictures(raw: Any) -> str:
+    seen, grey = f"{raw['held_out']:.1%} of {raw['samples']} held-out questions right", f"{raw['no_picture']:.1%} with grey pictures"
+    return f"{seen}, {grey}, chance {raw['chance']:.0%}: {raw['standard_errors_above_chance']} standard errors"
+
+
 def saved_activations(raw: Any) -> str:
     ratios = [row["ratio"] for row in raw["results"]]
     return f"the kernels keep {min(ratios):.2f} to {max(ratios):.2f} of the bytes for the backward pass"
@@ -138,6 +143,7 @@ READERS: dict[str, Callable[[Any], str]] = {
     "cuda_branches": cuda_branches,
     "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
     "quickstart": quickstart,
+    "real_pictures": real_pictures,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
