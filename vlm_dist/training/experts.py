@@ -43,6 +43,12 @@ class ExpertWatch:
         for module, index in found:
             module.register_forward_hook(lambda _, __, output, index=index: self._heard(output[index]))
 
+    def begin(self) -> None:
+        """A step begins, or begins again."""
+        self._aux = 0.0
+        for module in self.modules:
+            module.load = None
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around a forward pass; what is computed again in the backward pass lies outside."""
