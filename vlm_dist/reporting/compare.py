@@ -9,8 +9,9 @@ from typing import Any
 from vlm_dist.config import Config
 from vlm_dist.config_load import differing, load_config
 from vlm_dist.errors import ConfigError
+from vlm_dist.reporting.curves import left_out_of
 from vlm_dist.reporting.plots import CURVES, curves_plot
-from vlm_dist.reporting.report import facts_of, left_out_of, metrics_of, read_metrics, scores_of
+from vlm_dist.reporting.report import facts_of, metrics_of, read_metrics, scores_of
 from vlm_dist.run_dir import RunDir, read_jsonl, write_text
 
 NOT_COMPARED = ("name", "output_dir")
