@@ -90,6 +90,11 @@ def quickstart(raw: Any) -> str:
     return f"held-out questions exactly right: {before:.1%} before QLoRA, {after:.1%} after; {raw['script_wall_s']} s in all"
 
 
+def real_pictures(raw: Any) -> str:
+    seen, grey = f"{raw['held_out']:.1%} of {raw['samples']} held-out questions right", f"{raw['no_picture']:.1%} with grey pictures"
+    return f"{seen}, {grey}, chance {raw['chance']:.0%}: {raw['standard_errors_above_chance']} standard errors"
+
+
 def saved_activations(raw: Any) -> str:
     ratios = [row["ratio"] for row in raw["results"]]
     return f"the kernels keep {min(ratios):.2f} to {max(ratios):.2f} of the bytes for the backward pass"
@@ -118,6 +123,13 @@ def tests(raw: Any) -> str:
     return f"{ran}: {raw['wall_s'] / 60:.1f} minutes on {raw['cores']} cores" if raw["wall_s"] else ran
 
 
+def loading(raw: Any) -> str:
+    shares = next(row["of_whole_copies"] for row in raw["rows"] if row["form"] == "in shares")
+    return (
+        f"{raw['ranks']} ranks that load {raw['checkpoint_bytes'] / 1e6:.0f} MB at ZeRO 3 hold {shares:.2f} of {raw['ranks']} whole copies"
+    )
+
+
 def vision_windows(raw: Any) -> str:
     shares = [share for row in raw["rows"] for share in row["share_of_time"].values()]
     return f"attention in windows takes {min(shares):.2f} to {max(shares):.2f} of the loop's time on a CPU"
@@ -136,8 +148,10 @@ def cuda_branches(raw: Any) -> str:
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches,
-    "decode": decode, "families": families, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
+    "decode": decode, "families": families, "loading": loading, "loop_overhead": loop_overhead, "memory_table": memory_table,
+    "mutation": mutation,
     "quickstart": quickstart,
+    "real_pictures": real_pictures,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip

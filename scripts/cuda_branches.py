@@ -68,7 +68,7 @@ def places_of(path: Path) -> list[Place]:
 
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and names_gpu(node.test):
-            away = isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not)
+            away = isinstance(node.test, ast.UnaryOp) or any(isinstance(part, ast.NotEq) for part in ast.walk(node.test))
             add(node, node.test, [node.lineno] if away else [node.body[0].lineno])
         elif isinstance(node, (ast.IfExp, ast.BoolOp)) and names_gpu(node.test if isinstance(node, ast.IfExp) else node):
             add(node, node, list(range(node.lineno, (node.end_lineno or node.lineno) + 1)))

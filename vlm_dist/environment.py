@@ -22,7 +22,7 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
 
     return {
         "command": redacted_words(sys.argv),
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
         "ranks": ranks.world_size,

@@ -67,7 +67,7 @@ def main() -> None:
         expected = losses_of(folder / "runs" / "one")
         for stage in (3,) if part.dry else (0, 1, 2, 3):
             name = f"stage-{stage}"
-            result = run(*torchrun(ranks, "--config", str(write(folder, name, stage))), timeout=120)
+            result = run(*torchrun(ranks, "--config", str(write(folder, name, stage))), timeout=400 if part.dry else 120)
             losses = losses_of(folder / "runs" / name) if result.returncode == 0 else []
             apart = max((abs(a / b - 1) for a, b in zip(losses, expected, strict=False)), default=1.0)
             part.judge(bool(losses) and apart < WITHIN, f"{ranks} cards, ZeRO {stage}",

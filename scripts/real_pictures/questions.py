@@ -6,7 +6,7 @@ reads FOLDER/packages/emoji (npm emoji-datasource-twitter) and writes FOLDER/pic
 
 Every question names four options and is put to four pictures, in the same words, and each option is right of one of them. Whoever sees no
 picture, or a grey one, can so be right once in four, whatever they know of names. No held-out picture, nor one that looks nearly like it
-(see `distance`), is trained on. grey.jsonl is heldout.jsonl with a grey picture in every place.
+(see `distance`), nor the same for another sex, is trained on. grey.jsonl is heldout.jsonl with a grey picture in every place.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ KINDS = {
 }
 HUES = ((0.04, "red"), (0.105, "orange"), (0.19, "yellow"), (0.45, "green"), (0.7, "blue"), (0.85, "purple"), (0.95, "pink"))
 """Where each colour ends on the circle of hues, 0 to 1."""
-NEAR = 8.0  # of 255: pictures less apart than that count as the same
+NEAR = 14.0  # of 255: pictures less apart than that count as the same
+SEXES = {"2640", "2642", "1F468", "1F469", "1F9D1"}  # code points: female, male, man, woman, adult
 GREY = "grey.png"
 
 
@@ -52,6 +53,8 @@ class Emoji:
     """Of at least half of what is drawn; empty where no colour is."""
     small: np.ndarray
     """[16, 16, 3], 0 to 255, on white."""
+    family: str
+    """The same for man, woman and person of one occupation or doing."""
 
 
 def read_emoji(package: Path, pictures: Path) -> list[Emoji]:
@@ -66,8 +69,9 @@ def read_emoji(package: Path, pictures: Path) -> list[Emoji]:
         white.alpha_composite(drawn)
         shown = white.convert("RGB")
         shown.save(pictures / entry["image"])
+        family = " ".join(code for code in entry["unified"].split("-") if code not in SEXES | {"200D", "FE0F"}) or entry["unified"]
         small = np.asarray(shown.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-        found.append(Emoji(entry["image"], spoken(entry["name"]), GROUPS[entry["category"]], colour_of(drawn), small))
+        found.append(Emoji(entry["image"], spoken(entry["name"]), GROUPS[entry["category"]], colour_of(drawn), small, family))
     Image.new("RGB", (64, 64), (128, 128, 128)).save(pictures / GREY)
     return found
 
@@ -108,11 +112,12 @@ def distance(one: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def split(emoji: list[Emoji], heldout: int, rng: random.Random) -> tuple[list[Emoji], list[Emoji], int]:
-    """(train, held-out, left out): so many held out at random, and what looks nearly like one of these left out of the training."""
+    """(train, held-out, number left out): so many held out at random; what looks like one of these, or is of its family, is left out."""
     chosen = set(rng.sample(range(len(emoji)), heldout))
     kept, rest = [emoji[i] for i in sorted(chosen)], [one for i, one in enumerate(emoji) if i not in chosen]
     seen = np.stack([one.small for one in kept])
-    train = [one for one in rest if distance(one.small, seen).min() >= NEAR]
+    families = {one.family for one in kept}
+    train = [one for one in rest if one.family not in families and distance(one.small, seen).min() >= NEAR]
     return train, kept, len(rest) - len(train)
 
 
@@ -181,7 +186,8 @@ def main() -> None:
     sets = {"train": rng.sample(trained, len(trained)), "heldout": asked, "grey": [record | {"image": GREY} for record in asked]}
     for name, made in sets.items():
         (arguments.folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
-    print(f"{len(emoji)} emoji: {len(train)} to train on, {len(heldout)} held out, {left_out} left out: nearly like one held out")
+    why = "nearly like one held out, or the same for another sex"
+    print(f"{len(emoji)} emoji: {len(train)} to train on, {len(heldout)} held out, {left_out} left out: {why}")
     for name, made in sets.items():
         print(f"{name}: {len(made)} questions, {dict(Counter(record['kind'] for record in made))}")
 

@@ -113,6 +113,9 @@ def kernels(folder: Path, launches: Launches) -> None:
     q, k = (torch.randn(1, heads, 3, 8, device="cuda") for heads in (2, 1))
     cos, sin = (torch.randn(3, 1, 3, 8, device="cuda") for _ in range(2))
     assert vlm_kernels.geglu(q, q).is_cuda and vlm_kernels.mrope(q, k, cos, sin, (1, 1, 2))[0].is_cuda
+    norm = torch.ones(8, device="cuda", requires_grad=True)
+    vlm_kernels.rms_norm(q, norm, 1e-6).sum().backward()
+    assert norm.grad is not None and norm.grad.is_cuda
     codes, state = quantize_4bit(torch.randn(64, 64, device="cuda"), quant_type="nf4", compress_statistics=True)
     low_rank = (torch.randn(4, 64, device="cuda"), torch.randn(64, 4, device="cuda"), 1.0)
     assert vlm_kernels.nf4_lora_linear(torch.randn(2, 64, device="cuda"), codes, state, adapters=(low_rank,), dropout=0.5).is_cuda

@@ -40,19 +40,17 @@ def test_thirty_steps_beside_float32(run, checkpoint, family):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_overflows_at_every_stage(run, monkeypatch, stage):
-    """From a factor that is too large: it falls until gradients fit, no step is blamed, and an update that was left out is none."""
-    monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
-    monkeypatch.setattr(loss_scale, "LARGEST", 2.0**40)
-    folder = run("large", "model.dtype=float16", "training.steps=24", f"engine.zero_stage={stage}", "checkpoint.save_every=0")
+    """From a factor that is too large: it falls until the gradients of the first step fit; no step is left out, and none is blamed."""
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**30)
+    folder = run("large", "model.dtype=float16", "training.steps=3", f"engine.zero_stage={stage}", "checkpoint.save_every=0")
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    scales = [row["loss_scale"] for row in rows]
     overflows = [row for row in read_jsonl(folder / "events.jsonl") if row["event"] == "overflow"]
-    assert scales[0] == 2.0**40 and 1 < scales[-1] == 2.0 ** (40 - len(overflows)) and len(overflows) > 6
-    assert [row["grad_norm"] is None for row in rows] == [number < len(overflows) for number in range(24)]
+    assert 1 < rows[-1]["loss_scale"] == 2.0 ** (30 - len(overflows)) and len(overflows) > 6
+    assert all(0 < row["grad_norm"] < 100 for row in rows)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["skipped_steps"] == 0 and summary["updates"] == 24 - len(overflows)
-    held = read_state(folder / "checkpoints" / "step-00000024")["loss_scale"]
-    assert held["value"] == scales[-1] and held["overflows"] == len(overflows) == len(held["history"])
+    assert summary["skipped_steps"] == 0 and summary["updates"] == 3
+    held = read_state(folder / "checkpoints" / "step-00000003")["loss_scale"]
+    assert held["value"] == rows[-1]["loss_scale"] and held["overflows"] == len(overflows) == len(held["history"])
 
 
 def test_a_continued_run_is_the_same_run(run, monkeypatch):

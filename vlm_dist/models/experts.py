@@ -43,10 +43,21 @@ def routers(model: Any) -> list[str]:
     return found
 
 
+def register() -> None:
+    """Our implementation in transformers' table."""
+    from vlm_dist.models.experts_compute import compute_experts
+
+    register_experts(OURS, compute_experts)
+
+
+def not_read(model: Any) -> list[str]:
+    """Paths of weights that are experts by their name and shape, in a form that has no implementation by name."""
+    found = {id(weight) for weight in expert_weights(model).values()}
+    return [name for name, weight in model.named_parameters() if of_experts(name) and weight.ndim == 3 and id(weight) not in found]
+
+
 def use_our_experts(model: Any) -> None:
     """Let the model's experts compute as `compute_experts` does, if it has any."""
     if expert_modules(model):
-        from vlm_dist.models.experts_compute import compute_experts
-
-        register_experts(OURS, compute_experts)
+        register()
         model.set_experts_implementation(OURS)

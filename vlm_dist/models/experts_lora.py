@@ -11,7 +11,7 @@ from typing import Any
 from vlm_dist.config import LoraConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
-from vlm_dist.models.experts import expert_modules, expert_weights, routers
+from vlm_dist.models.experts import expert_modules, expert_weights, not_read, routers
 
 LAST_NUMBER = re.compile(r".*\.\d+\.")
 
@@ -40,6 +40,8 @@ def experts_choice(model: Any, config: LoraConfig) -> tuple[bool, str]:
 def experts_in_words(model: Any, config: LoraConfig) -> str:
     """How many experts there are and what was chosen for them; nothing of a model without."""
     modules = list(expert_modules(model).values())
+    if (odd := not_read(model)) and not modules:
+        return f"experts: those of this architecture cannot be read ({odd[0]}, ...): they stay in 16 bit and have no adapter"
     if not modules:
         return ""
     ranks = f" of rank {config.r_experts} on each" if (choice := experts_choice(model, config))[0] else ""

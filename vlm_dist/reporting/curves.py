@@ -63,6 +63,10 @@ def _more_plots(metrics: Metrics) -> list[tuple[str, str]]:
         for part, title in (("tokens", "Uneven tokens"), ("patches", "Uneven vision patches")):
             excess = partial(_excess, part)
             plots.append((title, _curve(metrics, excess, "rank with most above the mean, %", smooth=True)))
+    if any("experts" in row for row in rows):
+        busiest, dead = partial(_of_experts, lambda one: one["busiest"]), partial(_of_experts, lambda one: one["dead"] / one["of"])
+        plots.append(("Busiest expert", _curve(metrics, busiest, "of a layer's tokens, %", smooth=True)))
+        plots.append(("Experts without a token", _curve(metrics, dead, "of all experts, %", smooth=True)))
     for name in dict.fromkeys(name for row in rows for name in row.get("loss_by_dataset", {})):
         losses = partial(_loss_of, name)
         plots.append((f"Loss of {name}", _curve(metrics, losses, "mean over its supervised tokens", log=True, smooth=True)))
@@ -71,6 +75,10 @@ def _more_plots(metrics: Metrics) -> list[tuple[str, str]]:
 
 def _excess(part: str, row: dict[str, Any]) -> float | None:
     return 100 * row["imbalance"][part] if part in row.get("imbalance", {}) else None
+
+
+def _of_experts(share: Callable[[dict[str, Any]], float], row: dict[str, Any]) -> float | None:
+    return 100 * share(row["experts"]) if "experts" in row else None
 
 
 def _loss_of(name: str, row: dict[str, Any]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,12 @@ class ExpertWatch:
         for module, index in found:
             module.register_forward_hook(lambda _, __, output, index=index: self._heard(output[index]))
 
+    def begin(self) -> None:
+        """A step begins, or begins again."""
+        self._aux = 0.0
+        for module in self.modules:
+            module.load = None
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around a forward pass; what is computed again in the backward pass lies outside."""
@@ -73,14 +80,14 @@ class ExpertWatch:
         counts = [module.load for module in self.modules if getattr(module, "load", None) is not None]
         if not counts:
             return {}
-        flat = torch.stack(counts).double().flatten().tolist()
+        flat = torch.cat(counts).double().tolist()
         *summed, aux = ranks.sum_and_gather([*flat, self._aux])[0]
         for module in self.modules:
             module.load = None
         self._aux = 0.0
-        load = torch.tensor(summed).view(len(counts), -1)
-        busiest = (load.max(1).values / load.sum(1).clamp_min(1)).mean()
-        row = {"busiest": round(float(busiest), 4), "dead": int((load == 0).sum()), "of": load.numel()}
+        layers = torch.tensor(summed).split([len(count) for count in counts])
+        busiest = statistics.fmean(float(load.max() / load.sum().clamp_min(1)) for load in layers)
+        row = {"busiest": round(busiest, 4), "dead": sum(number == 0 for number in summed), "of": len(summed)}
         return {"experts": row | ({"aux_loss": round(aux / num_labels, 5)} if self.weight else {})}
 
     def _heard(self, logits: torch.Tensor) -> None:

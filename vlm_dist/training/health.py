@@ -11,13 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_dist.config import Config, HealthConfig
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError, UserError
 from vlm_dist.training.log import Log
-from vlm_dist.training.loss_scale import Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -148,8 +147,8 @@ class Health:
         self._named: dict[int, int] = {}
 
     def judge(
-        self, step: int, loss: float, grad_norm: float, keys: list[list[str]], losses: list[torch.Tensor], *, scaled: bool = False
-    ) -> Verdict:
+        self, step: int, loss: float, grad_norm: float, keys: list[list[str]], losses: list[torch.Tensor]
+    ) -> Literal["good", "skipped", "spike"]:
         """What to make of a step.
 
         Args:
@@ -157,14 +156,10 @@ class Health:
             grad_norm: not finite: the update was not made.
             keys: the samples of each of this rank's micro-batches.
             losses: the summed loss of each.
-            scaled: the loss was multiplied for float16, by a factor that can still fall: then a gradient that is not finite is no fault.
 
         Raises:
             DivergedError: too many steps in a row had to be left out.
         """
-        if scaled and math.isfinite(loss) and not math.isfinite(grad_norm):
-            self.log.event("overflow", step, "a gradient is too large for float16; no update, and the loss scale is halved")
-            return "overflow"
         if not math.isfinite(grad_norm) or not math.isfinite(loss):
             self._skip(step, loss, keys, losses)
             return "skipped"

@@ -1,20 +1,22 @@
 """float16 holds no number below 6e-8: the loss is multiplied, so that small gradients are not lost, and what comes out is divided again
-(Micikevicius et al. 2018, arXiv:1710.03740). The factor is halved when a gradient overflows, and doubled after many steps without."""
+(Micikevicius et al. 2018, arXiv:1710.03740). Where a gradient overflows, the factor is halved and the step computed again, so that no
+sample and no update is lost; after many steps without, it is doubled."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.upstream.deepspeed import scale_by_ourselves, tell_scale
 
 if TYPE_CHECKING:
     import torch
 
+    from vlm_dist.distributed import Ranks
+
 FIRST, LARGEST, SMALLEST = 2.0**16, 2.0**24, 1.0
 GROWS_AFTER = 2000  # steps without an overflow, as torch's GradScaler
 KEPT = 100  # changes that the history remembers
-
-Verdict = Literal["good", "skipped", "spike", "overflow"]
 
 
 class LossScale:
@@ -34,24 +36,25 @@ class LossScale:
             scale_by_ourselves(engine)
             self._tell()
 
-    @property
-    def can_fall(self) -> bool:
-        """Whether an infinite gradient may be its doing."""
-        return self.value > SMALLEST
-
     def apply(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss as the engine is to get it: ZeRO's optimizers multiply by themselves."""
         return loss if self.engine.zero_optimization_stage() else loss * self.value
 
-    def after(self, step: int, verdict: Verdict) -> None:
-        """Set the factor for the next step."""
-        if not self.is_used or verdict == "skipped":  # the loss itself was no number: no factor is to blame
-            return
-        self.good = 0 if verdict == "overflow" else self.good + 1
-        self.overflows += verdict == "overflow"
-        if verdict == "overflow":
-            self._change(step, max(SMALLEST, self.value / 2))
-        elif self.good >= GROWS_AFTER:
+    def overflowed(self, step: int, grad_norm: float, losses: list[torch.Tensor], ranks: Ranks) -> bool:
+        """Whether the factor was too large for the gradient: then it is halved, and the same step is to be computed again. Where a loss
+        itself is no number, or the factor cannot fall any further, it is not to blame. All ranks get the same answer."""
+        if not self.is_used or math.isfinite(grad_norm) or self.value <= SMALLEST:
+            return False
+        if ranks.any(not all(bool(loss.isfinite().all()) for loss in losses)):
+            return False
+        self.good, self.overflows = 0, self.overflows + 1
+        self._change(step, max(SMALLEST, self.value / 2))
+        return True
+
+    def fitted(self, step: int) -> None:
+        """A step's gradient was finite, or its loss was not: after many without an overflow the next factor is twice as large."""
+        self.good += self.is_used
+        if self.good >= GROWS_AFTER:
             self.good = 0
             self._change(step, min(LARGEST, self.value * 2))
 

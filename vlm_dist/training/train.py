@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist import distributed
 from vlm_dist.checkpoints.form import kept_in_words
 from vlm_dist.config import Config
 from vlm_dist.data.heldout import read_heldout
+from vlm_dist.data.stream import Step
 from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.inputs.opened import open_inputs
 from vlm_dist.models.going_on import settle
@@ -34,6 +35,9 @@ from vlm_dist.training.start import Start, begin
 from vlm_dist.training.unchanged import describe_inputs
 from vlm_dist.training.watchdog import beat_interval, first_beat, note_earlier_start
 from vlm_dist.waiting import waiting
+
+if TYPE_CHECKING:
+    import torch
 
 
 def train(config: Config, *, resume_anyway: bool = False, asked: Callable[[], int | None] | None = None) -> dict[str, Any]:
@@ -116,26 +120,21 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         set_learning_rate(engine, lr)
         counts, shares = outcome.count_over_ranks(step, ranks)
         num_labels = counts.labels or 1  # the one denominator, over all micro-batches and ranks
-        losses, grad_norm = [], 0.0
-        for batch in step.micro_batches:
-            watchdog.beat("computing")
-            with timer.forward(), session.experts.forward():
-                loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
-            part = poisoned_unless_finite(loss.sum() + session.experts.balance(batch))
-            part = part * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
-            engine.backward(scale.apply(part), scale_wrt_gas=False)
-            grad_norm = take_step(engine, config.optim.grad_clip, scale.value)  # updates on the last micro-batch only
-            losses.append(loss.detach())
+        losses, grad_norm = _compute(session, step, num_labels, timer)
+        while scale.overflowed(progress.step + 1, grad_norm, losses, ranks):  # float16 alone
+            log.event("overflow", progress.step + 1, f"a gradient is too large for float16; again with a loss scale of {scale.value:g}")
+            distributed.seed_step(config.seed, progress.data_step, ranks.rank)
+            losses, grad_norm = _compute(session, step, num_labels, timer)
         watchdog.beat("adding up")
         loss_sums, (busy_s,) = ranks.sum_and_gather(torch.stack(losses).sum(0).reshape(-1).tolist(), timer.busy_s)
         mean_loss, step_s = sum(loss_sums) / num_labels, timer.seconds
-        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses], scaled=scale.can_fall)
+        verdict = health.judge(progress.step + 1, mean_loss, grad_norm, step.keys, [loss.sum() for loss in losses])
         session.statistics.settle()
         health.watch_speed(progress.step + 1, busy_s)
-        progress = progress.after(counts, session.wall_s, step_s, skipped=verdict in ("skipped", "overflow"))
+        progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
         log.step(metrics | shares.metrics(stream.names, loss_sums) | scale.metrics() | session.experts.metrics(ranks, num_labels))
-        scale.after(progress.step, verdict)
+        scale.fitted(progress.step)
         audit.tell(progress.step, counts, log)
         outcome.refuse_useless(progress, config, stream, session.steps)
         if verdict == "spike" and config.health.on_spike == "rollback" and (earlier := session.roll_back(progress)) is not None:
@@ -148,3 +147,20 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
     if saved < progress.step:
         session.save(progress)
     return session.finish(progress)
+
+
+def _compute(session: Session, step: Step, num_labels: float, timer: StepTimer) -> tuple[list[torch.Tensor], float]:
+    """The summed losses of a step's micro-batches, and the norm of its gradient; updates on the last of them."""
+    engine, ranks, scale, experts = session.engine, session.ranks, session.scale, session.experts
+    experts.begin()
+    losses, grad_norm = [], 0.0
+    for batch in step.micro_batches:
+        session.watchdog.beat("computing")
+        with timer.forward(), experts.forward():
+            loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
+        part = poisoned_unless_finite(loss.sum() + experts.balance(batch))
+        part = part * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
+        engine.backward(scale.apply(part), scale_wrt_gas=False)
+        grad_norm = take_step(engine, session.config.optim.grad_clip, scale.value)
+        losses.append(loss.detach())
+    return losses, grad_norm
