@@ -13,6 +13,7 @@ time of a start, so that half of the disturbed run's time at best goes into step
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.server
 import json
 import math
@@ -114,18 +115,22 @@ class Run:
 
     def disturb(self, process: subprocess.Popen, action: str) -> None:
         self.happened[action] = self.happened.get(action, 0) + 1
+        family = family_of(process.pid)
         if action == "pause":
-            os.killpg(process.pid, signal.SIGSTOP)
-            time.sleep(2)
-            os.killpg(process.pid, signal.SIGCONT)
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                for one in family:
+                    one.send_signal(number)
+                time.sleep(2)
             return
-        workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
+        workers = [one for one in family[1:] if "train.py" in " ".join(one.cmdline())]
         if action == "lose a rank" and workers:
             workers[-1].kill()
         elif action == "terminate":
             process.terminate()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
+        else:  # as a machine that loses its power: a launcher's ranks are in sessions of their own, and would go on
+            for one in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
         process.wait(120)
 
     def through(self, ranks: int, faults: list[tuple[int, str]], longest_s: float = 3600) -> int:
@@ -134,7 +139,7 @@ class Run:
         process = self.start(ranks)
         while process.poll() is None:
             if time.monotonic() - began > longest_s:
-                os.killpg(process.pid, signal.SIGKILL)
+                self.disturb(process, "kill")
                 raise SystemExit(f"chaos: no end after {longest_s:.0f} s; see {self.folder.parent}")
             time.sleep(0.2)
             now = self.step()
@@ -148,6 +153,12 @@ class Run:
         told = CONTINUING.search(self.log.read_text(errors="replace"))
         self.steps_lost += before - (int(told[1]) if told else 0) if seen else 0
         return process.returncode
+
+
+def family_of(pid: int) -> list[psutil.Process]:
+    """A process and all below it."""
+    first = psutil.Process(pid)
+    return [first, *first.children(recursive=True)]
 
 
 def free_port() -> int:

@@ -32,7 +32,7 @@ def write_rows(path: Path, lines: int) -> None:
         for step in range(1, lines + 1):
             row = {
                 "step": step, "loss": 2 + draw(), "lr": 1e-4, "grad_norm": draw(), "samples": 8 * step, "tokens": 900 * step,
-                "label_tokens": 90 * step, "samples_per_s": 8.0, "tokens_per_s": 900 + draw(), "step_s": 1 + draw(), "data_wait_s": draw() / 9,
+                "label_tokens": 90 * step, "samples_per_s": 8.0, "tokens_per_s": 900 + draw(), "step_s": 1 + draw(), "data_wait_s": 0.1,
                 "padding_fraction": 0.1, "peak_memory_bytes": 2**30, "imbalance": {"tokens": draw(), "patches": draw()},
                 "busy_s": {"mean": draw(), "max": 1 + draw(), "slowest_rank": 0},
             }  # fmt: skip
