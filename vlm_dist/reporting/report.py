@@ -134,12 +134,9 @@ def _more_plots(steps: list[dict[str, Any]], whole: list[dict[str, Any]]) -> lis
             excess = [100 * row["imbalance"][part] for row in uneven]
             plots.append((title, plot(uneven, excess, "rank with most above the mean, %", smooth=True)))
     if routed := [row for row in steps if "experts" in row]:
-        for title, value in (
-            ("Busiest expert", lambda e: 100 * e["busiest"]),
-            ("Experts without a token", lambda e: 100 * e["dead"] / e["of"]),
-        ):
-            label = "of a layer's tokens, %" if title == "Busiest expert" else "of all experts, %"
-            plots.append((title, plot(routed, [value(row["experts"]) for row in routed], label, smooth=True)))
+        busiest, dead = ([100 * row["experts"][part] for row in routed] for part in ("busiest", "dead"))
+        plots.append(("Busiest expert", plot(routed, busiest, "of its layer's tokens, %", smooth=True)))
+        plots.append(("Experts without a token", plot(routed, [share / routed[0]["experts"]["of"] for share in dead], "of all, %")))
     for name in next((list(row["loss_by_dataset"]) for row in steps if "loss_by_dataset" in row), []):
         known = [row for row in whole if row.get("loss_by_dataset", {}).get(name) is not None]
         losses = [row["loss_by_dataset"][name] for row in known]
