@@ -23,7 +23,7 @@ import torch
 
 SIZES = {"experts": 64, "top_k": 4, "hidden": 256, "intermediate": 256, "tokens": 256, "rank": 4}
 STEPS = 3
-KINDS = ("ours", "ours, NF4", "peft, grouped_mm", "peft, eager")
+KINDS = ("ours", "ours, NF4", "peft, grouped_mm")
 
 
 def layer(kind: str) -> Any:
