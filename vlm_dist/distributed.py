@@ -134,6 +134,8 @@ def start(device: Literal["auto", "cpu"] = "auto") -> Ranks:
         os.environ["MASTER_PORT"] = str(_free_port())
     local_rank = int(os.environ["LOCAL_RANK"])
     chosen = choose_device(local_rank, device)
+    if chosen.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(chosen.index)  # DeepSpeed takes it for the number of the card
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     ranks = Ranks(dist.get_rank(), local_rank, dist.get_world_size(), chosen)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, child_environment
 
 FILES = sorted([*(ROOT / "vlm_dist").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 LEAVES = {
-    "config", "config_load", "config_model", "deepspeed_config", "distributed", "environment", "errors", "families", "hosts", "quiet",
+    "cards", "config", "config_load", "config_model", "deepspeed_config", "distributed", "environment", "errors", "families", "hosts", "quiet",
     "run_dir", "upstream",
 }  # fmt: skip
 # Who may import whom, by the first part of the module's name below vlm_dist; every part may import the leaves and itself.
