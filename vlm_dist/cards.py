@@ -43,7 +43,6 @@ def choose_device(local_rank: int, wanted: Literal["auto", "cpu"] = "auto") -> t
             )
         return torch.device("cpu")
     number = card_of(local_rank, torch.cuda.device_count())
-    os.environ["LOCAL_RANK"] = str(number)  # DeepSpeed takes it for the number of the card
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

@@ -115,6 +115,8 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(place.port or free_port())
     chosen = choose_device(place.local_rank, device)
+    if chosen.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(chosen.index)  # DeepSpeed takes it for the number of the card
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = join(place, run, join_timeout_s)

@@ -54,7 +54,7 @@ def test_overflows_at_every_stage(run, monkeypatch, stage):
 
 
 def test_a_continued_run_is_the_same_run(run, monkeypatch):
-    """Stopped while the factor moves: losses and factors are those of a run that went through."""
+    """Stopped while the factor moves (down, and up again after three steps): losses and factors are those of a run that went through."""
     monkeypatch.setattr(loss_scale, "GROWS_AFTER", 3)
     options = ["model.dtype=float16", "training.steps=10", "checkpoint.save_every=4", "checkpoint.keep_last=5"]
     through, again = run("through", *options), run("again", *options)
@@ -63,7 +63,7 @@ def test_a_continued_run_is_the_same_run(run, monkeypatch):
     (again / "summary.json").unlink()
     run("again", *options)
     expected, found = ([(row["loss"], row["loss_scale"]) for row in read_jsonl(one / "metrics.jsonl")] for one in (through, again))
-    assert found == expected and len({scale for _, scale in expected}) >= 3
+    assert found == expected and len({scale for _, scale in expected}) >= 2
 
 
 def test_an_architecture_that_overflows_is_told(checkpoint, caplog):
