@@ -40,6 +40,11 @@ def aot(rows: Any) -> str:
     return f"{len(rows)} compilations of {len({row['kernel'] for row in rows})} kernels for {targets} GPUs: {spills} spill registers"
 
 
+def chaos(raw: Any) -> str:
+    times = sum(raw["disturbed"].values())
+    return f"{raw['steps']:,} steps, disturbed {times} times: goodput {raw['goodput']:.0%}, {raw['steps_lost']} steps done twice, the same adapter"
+
+
 def communication(raw: Any) -> str:
     ratios = [stage["ratio_gloo"] for stage in raw["stages"]]
     first, last = raw["stages"][0], raw["stages"][-1]
