@@ -42,7 +42,8 @@ def aot(rows: Any) -> str:
 
 def chaos(raw: Any) -> str:
     times = sum(raw["disturbed"].values())
-    return f"{raw['steps']:,} steps, disturbed {times} times: goodput {raw['goodput']:.0%}, {raw['steps_lost']} steps done twice, the same adapter"
+    cost = f"goodput {raw['goodput']:.0%}, {raw['steps_lost']} steps done twice, the same adapter"
+    return f"{raw['steps']:,} steps, disturbed {times} times: {cost}"
 
 
 def communication(raw: Any) -> str:
@@ -151,6 +152,7 @@ def cuda_branches(raw: Any) -> str:
 
 
 READERS: dict[str, Callable[[Any], str]] = {
+    "chaos": chaos,
     "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches,
     "decode": decode, "families": families, "loading": loading, "loop_overhead": loop_overhead, "memory_table": memory_table,
