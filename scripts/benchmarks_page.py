@@ -40,6 +40,12 @@ def aot(rows: Any) -> str:
     return f"{len(rows)} compilations of {len({row['kernel'] for row in rows})} kernels for {targets} GPUs: {spills} spill registers"
 
 
+def chaos(raw: Any) -> str:
+    times = sum(raw["disturbed"].values())
+    cost = f"goodput {raw['goodput']:.0%}, {raw['steps_lost']} steps done twice, the same adapter"
+    return f"{raw['steps']:,} steps, disturbed {times} times: {cost}"
+
+
 def communication(raw: Any) -> str:
     ratios = [stage["ratio_gloo"] for stage in raw["stages"]]
     first, last = raw["stages"][0], raw["stages"][-1]
@@ -146,6 +152,7 @@ def cuda_branches(raw: Any) -> str:
 
 
 READERS: dict[str, Callable[[Any], str]] = {
+    "chaos": chaos,
     "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches,
     "decode": decode, "families": families, "loading": loading, "loop_overhead": loop_overhead, "memory_table": memory_table,
