@@ -49,20 +49,8 @@ class Check:
 def examine(config: Config | None = None) -> Iterator[Check]:
     """Check after check; with a configuration also its data and the folder for its runs."""
     for check in (
-        _python,
-        _packages,
-        _gpus,
-        _peers,
-        _vision,
-        _four_bit,
-        _kernels,
-        _compiler,
-        _memory,
-        _shared,
-        _files,
-        _sockets,
-        _variables,
-    ):
+        _python, _packages, _gpus, _peers, _vision, _four_bit, _kernels, _compiler, _memory, _shared, _files, _sockets, _variables,
+    ):  # fmt: skip
         yield from _guarded(check)
     folder = Path(config.output_dir if config else ".")
     yield from _guarded(_disk, folder)
