@@ -62,7 +62,17 @@ def assert_same(found, expected):
         assert (found[1][name] - gradient).abs().max() <= 1e-4 * scale + 1e-6, name
 
 
-ALL = {"layer_norm", "linear_cross_entropy", "mlp", "nf4_lora_linear", "rms_norm", "rope", "supervised_rows", "vision_windows"}
+ALL = {
+    "layer_norm",
+    "linear_cross_entropy",
+    "mlp",
+    "nf4_lora_linear",
+    "patch_embedding",
+    "rms_norm",
+    "rope",
+    "supervised_rows",
+    "vision_windows",
+}
 LACKING = {  # what a family has no module for, or none that the kernel fits
     "gemma4": {"layer_norm", "rope"},
     "gemma4_moe": {"layer_norm", "rope"},
@@ -79,7 +89,7 @@ def test_every_kernel_on_every_family(any_checkpoint):
     expected = loss_and_gradients(model, data)
     patches = patch_model(model, "all")
     name = any_checkpoint.rsplit("/", 1)[1]
-    windows = set() if name.startswith(("qwen", "glm")) else {"vision_windows"}
+    windows = set() if name.startswith(("qwen", "glm")) else {"vision_windows", "patch_embedding"}
     assert set(patches.counts) == ALL - LACKING.get(name, set()) - windows, str(patches)
     assert_same(loss_and_gradients(model, data), expected)
     model.gradient_checkpointing_enable({"use_reentrant": False})
