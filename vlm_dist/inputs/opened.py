@@ -126,8 +126,8 @@ def open_inputs(config: Config, run: RunDir, ranks: Ranks) -> Inputs:
     source = str(base_of(adapter).name) if adapter else model_source(config, run, ranks)
 
     def read() -> tuple[Any, Family, Any]:
-        processor = load_processor(config.model, str(adapter) if adapter and has_processor(adapter) else source)
-        return *read_model_config(config.model, source), processor
+        found = read_model_config(config.model, source)  # first: it says best what is wrong with a checkpoint
+        return *found, load_processor(config.model, str(adapter) if adapter and has_processor(adapter) else source)
 
     hf_config, family, processor = ranks.first_on_node(read)
     quarantine = RedactedQuarantine(run.quarantine, config.data.max_bad_fraction)
