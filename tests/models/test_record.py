@@ -241,7 +241,7 @@ def test_a_hub_that_cannot_be_reached(trained, tmp_path, capsys):
     ("change", "reason"),
     [
         (lambda run: shutil.rmtree(run / "adapter"), "has no trained model yet"),
-        (lambda run: (run / "config.yaml").unlink(), "no run directory"),
+        (lambda run: ((run / "config.yaml").unlink(), shutil.rmtree(run / "adapter")), "no run directory"),
         (
             lambda run: change_json(run / "config.yaml", lambda c: (c.update(lora=None), c["model"].update(load_in_4bit=False))),
             "nothing to merge",

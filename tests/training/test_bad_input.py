@@ -124,7 +124,7 @@ def test_bfloat16_where_there_is_none(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     with pytest.raises(MachineError, match=r"Tesla T4\) has no bfloat16 .* use model.dtype=float16"):
         choose_dtype("bfloat16", torch.device("cuda", 0))
-    assert choose_dtype("auto", torch.device("cuda", 0)) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda", 0)) == torch.float16
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
 
 

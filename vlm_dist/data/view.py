@@ -75,8 +75,10 @@ def _grid(patches: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _maps_of_merged(norms: torch.Tensor, grids: list[list[int]], merge: int) -> list[torch.Tensor]:
-    """Patches in Qwen2-VL's order."""
+    """Patches in Qwen2-VL's order; or what GLM-4.5V makes of squares of them."""
     found, start = [], 0
+    if norms.numel() * merge**2 == sum(time * height * width for time, height, width in grids):
+        grids, merge = [[time, height // merge, width // merge] for time, height, width in grids], 1
     for time, height, width in grids:
         count = time * height * width
         cut = norms[start : start + count].view(time, height // merge, width // merge, merge, merge)
