@@ -193,7 +193,7 @@ def test_a_mirror_that_fails_on_the_way_ends_nothing(trained, tmp_path):
     mirror.write_text("")
     assert train(load_config(trained / "config.yaml", options))["ended"] == "finished"
     told = [row for row in read_jsonl(tmp_path / "runs" / "tiny" / "events.jsonl") if row["event"] == "mirror failed"]
-    assert [row["step"] for row in told] == [3, 4] and "cannot be written" in told[0]["text"]
+    assert [row["step"] for row in told] == [0, 3, 4] and "cannot be used" in told[0]["text"] and "cannot be written" in told[1]["text"]
 
 
 def test_the_command_lists_verifies_and_prunes(run, capsys):

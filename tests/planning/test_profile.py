@@ -68,7 +68,7 @@ def test_the_command(settings, tmp_path, capsys):
     assert "operations launched" in shown and "language MLP" in shown and "kernels off" in shown
 
 
-@pytest.mark.parametrize("words", [["--auto", "--profile"], ["--against", "off"], ["--profile", "--against", "fast"]])
+@pytest.mark.parametrize("words", [["--auto", "--profile"], ["--against", "off"]])
 def test_what_does_not_go_together(settings, tmp_path, capsys, words):
     assert main(["plan", str(write_config(settings, tmp_path)), *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1

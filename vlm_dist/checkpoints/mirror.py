@@ -17,9 +17,11 @@ from typing import Any
 
 from vlm_dist.checkpoints.form import MANIFEST, verify_checkpoint
 from vlm_dist.config import Config
-from vlm_dist.config_load import differences, load_config
+from vlm_dist.config_load import differences, dump_config, load_config
 from vlm_dist.errors import CheckpointError, ConfigError
 from vlm_dist.run_dir import DECISIVE_SECTIONS, HARMLESS, RunDir
+
+CONFIG = "config.yaml"
 
 
 def place_of(url: str, run: RunDir) -> str:
@@ -27,7 +29,7 @@ def place_of(url: str, run: RunDir) -> str:
     return f"{url.rstrip('/')}/{run.path.name}"
 
 
-def claim(url: str, run: RunDir, *, insist: bool = False) -> None:
+def claim(url: str, config: Config, *, insist: bool = False) -> None:
     """Let a run's folder in a mirror be that of its configuration.
 
     Args:
@@ -41,12 +43,12 @@ def claim(url: str, run: RunDir, *, insist: bool = False) -> None:
     try:
         files, root = _open(url)
         files.makedirs(root, exist_ok=True)  # so that a URL that cannot be written is told now
-        stored = f"{root}/{run.config.name}"
+        stored = f"{root}/{CONFIG}"
         if files.exists(stored) and not insist:
             with tempfile.TemporaryDirectory() as folder:
                 files.get_file(stored, f"{folder}/config.yaml")
-                _compare(url, load_config(Path(folder) / "config.yaml"), load_config(run.config))
-        files.put_file(str(run.config), stored)
+                _compare(url, load_config(Path(folder) / "config.yaml"), config)
+        files.pipe_file(stored, dump_config(config).encode())
     except ConfigError:
         raise
     except Exception as error:  # each file system of fsspec has errors of its own

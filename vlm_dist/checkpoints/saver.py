@@ -11,7 +11,7 @@ from typing import Any
 from vlm_dist.checkpoints import mirror
 from vlm_dist.checkpoints.form import amend_state, newest_good_checkpoint, prune, write_checkpoint
 from vlm_dist.checkpoints.snapshot import Snapshot, take_snapshot
-from vlm_dist.config import CheckpointConfig
+from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import CheckpointError, UserError
 from vlm_dist.run_dir import RunDir
@@ -25,9 +25,10 @@ class Saver:
         lower_is_better: so it is with checkpoint.best_metric.
     """
 
-    def __init__(self, run: RunDir, config: CheckpointConfig, ranks: Ranks, tell: Callable[..., object], *, lower_is_better: bool = False):
-        self.run, self.config, self.ranks, self.tell, self.lower_is_better = run, config, ranks, tell, lower_is_better
-        self.mirror = mirror.place_of(config.mirror, run) if config.mirror else None
+    def __init__(self, run: RunDir, config: Config, ranks: Ranks, tell: Callable[..., object], *, lower_is_better: bool = False):
+        self.run, self.config, self.ranks, self.tell, self.lower_is_better = run, config.checkpoint, ranks, tell, lower_is_better
+        self._of_run = config
+        self.mirror = mirror.place_of(self.config.mirror, run) if self.config.mirror else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self.save_s = 0.0
@@ -103,7 +104,7 @@ class Saver:
     def _of_mirror(self, url: str, here: Path | None, insist: bool) -> Path | None:
         """The checkpoint that is here, or the mirror's; the mirror is this run's from now on."""
         try:
-            mirror.claim(url, self.run, insist=insist)
+            mirror.claim(url, self._of_run, insist=insist)
         except CheckpointError as error:
             if here is None:
                 raise

@@ -81,8 +81,9 @@ def _check_parameters(path: Path, now: dict[str, Any], then: dict[str, Any]) -> 
             f"there, {_shape(now[odd[0]])} now); set lora.r and the model back, or start a run of another name"
         )
     for name, tensor in then.items():
-        if str(tensor.dtype) != "torch.float32":
-            raise CheckpointError(f"{path}: holds '{name}' as {tensor.dtype}, expected torch.float32; {BEFORE}")
+        expected = "torch.float32" if now[name].requires_grad else str(now[name].dtype)  # a buffer is stored as it is
+        if str(tensor.dtype) != expected:
+            raise CheckpointError(f"{path}: holds '{name}' as {tensor.dtype}, expected {expected}; {BEFORE}")
 
 
 def _check_moments(path: Path, parameters: dict[str, Any], moments: dict[str, Any], kind: str) -> None:

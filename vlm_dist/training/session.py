@@ -59,7 +59,7 @@ class Session:
         self.watchdog = Watchdog(run, ranks, config.health.timeout_s, started)
         self.health = Health(config.health, self.log, ranks, lambda: kept_in_words(run.checkpoints))
         lower = config.checkpoint.best_metric in LOWER_IS_BETTER
-        self.saver = Saver(run, config.checkpoint, ranks, self.log.event, lower_is_better=lower)
+        self.saver = Saver(run, config, ranks, self.log.event, lower_is_better=lower)
         self._started, self._wall_before = started, 0.0
         self.patience = Patience(config.evaluation.patience, config.checkpoint.best_metric)
         self._scores: tuple[int, dict[str, Any]] | None = None
