@@ -19,9 +19,7 @@ def card():
 @pytest.mark.slow
 def test_a_step(any_checkpoint, card):
     if any_checkpoint.endswith("_moe"):
-        pytest.skip(
-            "unpacking the experts' scales, bitsandbytes copies to the card within its own operation, where the pretence is not heard"
-        )
+        pytest.skip("bitsandbytes copies experts' scales to the card within its own operation, where the pretence is not heard")
     _, model = one_step(any_checkpoint, CARD, card)
     assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {CARD}
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
