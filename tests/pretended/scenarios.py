@@ -7,6 +7,7 @@ A process of its own: DeepSpeed looks for a card once in a process.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def machine(folder: Path, launches: Launches) -> None:
     found = {check.name: check for check in examine()}
     assert found["4-bit"].found.startswith("NF4 on cuda") and found["kernels"].state == "ok", found
     gpu = this_gpu()
-    assert gpu is not None and gpu.name.startswith("h100") and _gpus_here() == 1
+    assert gpu is not None and gpu.name.startswith("h100") and _gpus_here(argparse.Namespace(launcher=None, address=None)) == 1
     assert describe_environment(SimpleNamespace(world_size=1, rank=0, device=CARD))["gpus"] == ["NVIDIA H100 80GB HBM3"]  # type: ignore
     assert choose_dtype("auto", CARD) == torch.bfloat16
     with mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (7, 5)):  # a card without bfloat16
