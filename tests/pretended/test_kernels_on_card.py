@@ -22,9 +22,7 @@ def jit_kernels() -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skip(
-    reason="196 of the kernels' GPU tests pass on the pretended card; the comparison with bitsandbytes' own kernel needs a real one"
-)
+@pytest.mark.skip(reason="196 of them pass on the pretended card; the comparison with bitsandbytes' own kernel needs a real one")
 def test_every_launch(tmp_path):
     launched = tmp_path / "launched.json"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.pretended.plugin", "-m", "gpu",
