@@ -177,7 +177,7 @@ def test_a_node_that_is_drained_loses_no_step(cluster, config, tmp_path):
     """Three nodes, and a batch that three ranks cannot share: two train. One of their nodes is told to end, as a pod or a spot machine is:
     they save, and go on elsewhere. Then Ctrl-C to the driver."""
     cluster.add()
-    more = ["training.steps=5000", "training.micro_batch=1", "checkpoint.save_every=0", "ray.max_failures=0"]
+    more = ["training.steps=5000", "training.micro_batch=1", "checkpoint.save_every=0", "ray.max_failures=3"]
     process = start("--config", config, "ray.workers=4", "ray.min_workers=1", cluster.address, "name=drained", *more)
     run = tmp_path / "runs" / "drained"
     wait_for(lambda: (run / "metrics.jsonl").exists() and losses_of(run), process)
