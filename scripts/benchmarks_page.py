@@ -101,6 +101,12 @@ def real_pictures(raw: Any) -> str:
     return f"{seen}, {grey}, chance {raw['chance']:.0%}: {raw['standard_errors_above_chance']} standard errors"
 
 
+def roofline(raw: Any) -> str:
+    ours, plain = (raw["cards"]["h100"][kernels] for kernels in ("auto", "off"))
+    launched = f"{ours['launches']:,} operations launched a micro-batch ({plain['launches']:,} without kernels)"
+    return f"counted, {raw['model']} on an H100: {launched}, {ours['roofline_ms']:.0f} ms ({plain['roofline_ms']:.0f} ms)"
+
+
 def saved_activations(raw: Any) -> str:
     ratios = [row["ratio"] for row in raw["results"]]
     return f"the kernels keep {min(ratios):.2f} to {max(ratios):.2f} of the bytes for the backward pass"
@@ -152,13 +158,9 @@ def cuda_branches(raw: Any) -> str:
 
 
 READERS: dict[str, Callable[[Any], str]] = {
-    "chaos": chaos,
-    "aot": aot, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
-    "cuda_branches": cuda_branches,
-    "decode": decode, "families": families, "loading": loading, "loop_overhead": loop_overhead, "memory_table": memory_table,
-    "mutation": mutation,
-    "quickstart": quickstart,
-    "real_pictures": real_pictures,
+    "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
+    "cuda_branches": cuda_branches, "decode": decode, "families": families, "loading": loading, "loop_overhead": loop_overhead,
+    "memory_table": memory_table, "mutation": mutation, "quickstart": quickstart, "real_pictures": real_pictures, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip

@@ -101,10 +101,6 @@ class Storage:
         size, _ = self.stamp(path, "data")
         return io.BufferedReader(RangeFile(size, lambda start, length: self._fetch(path, start, length)))
 
-    def read_whole(self, address: str) -> bytes:
-        """All bytes of a remote file, whether its server knows ranges or not."""
-        return self._retry(address, lambda: self._system(address).cat_file(address))
-
     def stamp(self, path: str, where: str) -> tuple[int, str]:
         """A file's bytes, and what changes when it is written anew.
 
