@@ -1,5 +1,7 @@
 """The errors that a user sees: one line that says where, what was found, what was expected, and what to do."""
 
+import sys
+
 
 class UserError(ValueError):
     """Something outside the program is wrong. The command line prints it as one line and exits with `exit_code`."""
@@ -47,3 +49,13 @@ def words_of(error: Exception) -> str:
     """What a library said, on one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def tell(text: str) -> None:
+    """What is said beside a run's log, on standard output."""
+    print(f"vlm-dist: {text}", flush=True)
+
+
+def warn(text: str) -> None:
+    """The same on standard error."""
+    print(f"vlm-dist: {text}", file=sys.stderr, flush=True)

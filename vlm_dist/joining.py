@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from vlm_dist.errors import MachineError, UserError
+from vlm_dist.errors import MachineError, UserError, warn
 from vlm_dist.launched import Place, start_id
 
 TELL_S = 10.0
@@ -153,7 +152,7 @@ def _wait_for_all(store: Any, place: Place, ends: float, timeout_s: float) -> No
             if now > ends:
                 raise _missing(place, missing, timeout_s, "")
             told = now
-            _say(f"waiting at {place.where} for {_named(missing)} of {place.world_size} ({place.said_by} say so); {place.hint}")
+            warn(f"waiting at {place.where} for {_named(missing)} of {place.world_size} ({place.said_by} say so); {place.hint}")
         time.sleep(0.05)
     store.set("all", "")
 
@@ -173,7 +172,7 @@ def _telling(place: Place) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(TELL_S):
-            _say(f"rank {place.rank} of {place.world_size} waits for rank 0 at {place.where} ({place.said_by} say so); {place.hint}")
+            warn(f"rank {place.rank} of {place.world_size} waits for rank 0 at {place.where} ({place.said_by} say so); {place.hint}")
 
     threading.Thread(target=tell, name="joining", daemon=True).start()
     try:
@@ -185,7 +184,3 @@ def _telling(place: Place) -> Iterator[None]:
 def _named(ranks: list[int]) -> str:
     more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:NAMED]))}{more}"
-
-
-def _say(text: str) -> None:
-    print(f"vlm-dist: {text}", file=sys.stderr, flush=True)

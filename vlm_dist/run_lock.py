@@ -13,13 +13,12 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, warn
 from vlm_dist.run_dir import RunDir, json_row
 
 BEAT_S = 5.0
@@ -98,7 +97,7 @@ class RunLock:
         seen = os.stat(self.path).st_mtime_ns
         age = (self._now_ns() - seen) / 1e9
         if age < self.dead_s:
-            _say(f"{self.path}: {_named(owner)} was alive {max(age, 0):.0f} s ago; waiting up to {self.dead_s:g} s for a sign of life")
+            warn(f"{self.path}: {_named(owner)} was alive {max(age, 0):.0f} s ago; waiting up to {self.dead_s:g} s for a sign of life")
         ends = time.monotonic() + min(self.dead_s, self.dead_s - age)
         while time.monotonic() < ends:
             time.sleep(min(1.0, self.beat_s / 2))
@@ -149,7 +148,7 @@ class RunLock:
             except OSError:
                 continue  # the folder is gone, or its server is away: told by whoever writes there next
             if owner is not None and owner.get("token") != self._mine["token"]:
-                _say(f"{self.path}: this process was not heard of for too long, and {_named(owner)} has taken the run over; this one ends")
+                warn(f"{self.path}: this process was not heard of for too long, and {_named(owner)} has taken the run over; this one ends")
                 os._exit(EXIT_CODE)  # two must not write there
 
     def _refusal(self, owner: dict[str, Any] | None) -> ConfigError:
@@ -194,7 +193,3 @@ def _named(owner: dict[str, Any]) -> str:
     since = owner.get("since")
     when = time.strftime(", since %Y-%m-%d %H:%M:%S", time.localtime(since)) if isinstance(since, int | float) else ""
     return f"process {owner['pid']} on {owner['host']}{when}"
-
-
-def _say(text: str) -> None:
-    print(f"vlm-dist: {text}", file=sys.stderr, flush=True)

@@ -52,10 +52,3 @@ def waiting(what: str) -> Iterator[None]:
         _stack.remove(what)
         if told:
             print(f"{what}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-
-
-def _is_first() -> bool:
-    try:
-        return announced().rank == 0
-    except MachineError:  # told by whoever starts the ranks
-        return True

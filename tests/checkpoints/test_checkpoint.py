@@ -175,6 +175,25 @@ def test_a_shared_mirror(trained, tmp_path):
     assert sorted(path.name for path in (tmp_path / "mirror").iterdir()) == ["other", "tiny"]
 
 
+def test_a_refused_start_leaves_the_mirror_as_it_was(trained, tmp_path, capsys):
+    """Before the first checkpoint nobody owns it; a refused --resume-anyway writes nothing; a spoilt config.yaml is told by its place."""
+    options = [f"output_dir={tmp_path / 'runs'}", f"checkpoint.mirror={tmp_path}/mirror"]
+    stored = tmp_path / "mirror" / "tiny" / "config.yaml"
+    stored.parent.mkdir(parents=True)
+    stored.write_text("optim: {lr: 9}")  # of a start that came to nothing
+    train(load_config(trained / "config.yaml", options))
+    before = stored.read_bytes()
+    with pytest.raises(CheckpointError, match="other shapes"):
+        train(load_config(trained / "config.yaml", [*options, "lora.r=2", "training.steps=6"]), resume_anyway=True)
+    assert stored.read_bytes() == before
+    shutil.rmtree(tmp_path / "runs")
+    assert train(load_config(trained / "config.yaml", options))["ended"] == "finished"
+    shutil.rmtree(tmp_path / "runs")
+    stored.write_text("")
+    with pytest.raises(ConfigError, match=r"checkpoint\.mirror: .*mirror/tiny/config\.yaml: expected keys"):
+        train(load_config(trained / "config.yaml", options))
+
+
 def test_a_mirror_that_cannot_be_used(trained, tmp_path):
     (tmp_path / "file").write_text("")
     config = load_config(trained / "config.yaml", [f"output_dir={tmp_path / 'runs'}", f"checkpoint.mirror={tmp_path}/file/mirror"])

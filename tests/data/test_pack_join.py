@@ -49,6 +49,8 @@ def test_questions_and_answers_in_two_files(vqa, source, other):
     left = (vqa / "out" / "left_out.jsonl").read_text()
     assert "question_id 3 stands in 'q.json' alone" in left and "question_id 5 stands in 'a.json' alone" in left
     assert "picture number 8 (image_id) does not lie below" in left and "COCO_train2014_000000000008.jpg" in left
+    (vqa / other).write_text((vqa / other).read_text() + "\n")
+    assert pack(vqa / source, vqa / "out", "--annotations", str(vqa / other)) == 3  # not what was packed
 
 
 @pytest.mark.parametrize(("name", "lacks"), [("q.json", "answers"), ("a.json", "questions")])

@@ -108,3 +108,19 @@ def test_the_same_call_again(clip_art, tmp_path, capsys):
     clip_art.write_text(json.dumps(json.loads(clip_art.read_text())[:-4]))
     assert main(command) == 3
     assert "of another call (bytes: " in capsys.readouterr().err
+    for spoilt in ("[]", "{}", "{"):
+        (tmp_path / "out" / "packed.json").write_text(spoilt)
+        assert main(command) == 3
+        assert "is there already, of another call" in capsys.readouterr().err
+
+
+def test_several_files_of_a_pattern_that_change(clip_art, tmp_path, capsys):
+    rows = json.loads(clip_art.read_text())
+    for number in range(2):
+        (tmp_path / f"part-{number}.json").write_text(json.dumps(rows[number::2]))
+    command = ["data", "pack", str(tmp_path / "part-*.json"), str(tmp_path / "out"), "--images", str(clip_art.parent)]
+    assert main(command) == 0 and main(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    (tmp_path / "part-1.json").write_text(json.dumps(rows[3::2]))
+    assert main(command) == 3
+    assert "of another call (bytes: " in capsys.readouterr().err

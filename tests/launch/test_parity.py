@@ -375,6 +375,13 @@ def test_zero_3_shards_the_4_bit_base(config, tmp_path):
         assert rank["most_gathered"] <= 1.05 * held["largest"] < 0.5 * rank["whole"]
 
 
+def test_what_launch_and_train_refuse(config, capsys):
+    assert main(["train", config, "--preflight", "--dry-run"]) == 2 and "give one of the two" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["launch", config, "--torchrun", "--port", "99999", "--print"])
+    assert "is no port" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -44,6 +44,15 @@ def test_a_folder_gives_a_line_for_each_picture(llava, folder, tmp_path, capsys)
     assert "holds no picture" in capsys.readouterr().err
 
 
+def test_a_picture_that_is_none_stops_no_other(llava, folder, capsys):
+    (folder / "aa.png").write_bytes((folder / "b.png").read_bytes()[:40])
+    assert main(["generate", llava, "--prompt", "What colour?", "--max-new-tokens", "4", "--folder", str(folder)]) == 3
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert ["answer" in row for row in rows] == [True, False, True] and "aa.png" in rows[1]["error"] and "--image" not in rows[1]["error"]
+    assert "--folder: 1 of 3 pictures cannot be read" in err
+
+
 def test_words_are_drawn_by_seed(llava, folder, capsys):
     command = ["generate", llava, "--prompt", "What?", "--image", str(folder / "a.jpg"), "--max-new-tokens", "12"]
 
@@ -54,7 +63,8 @@ def test_words_are_drawn_by_seed(llava, folder, capsys):
     drawn = [said("--temperature", "3", "--seed", str(seed)) for seed in range(3)]
     assert len(set(drawn)) > 1 and drawn[1] == said("--temperature", "3", "--seed", "1")
     assert said("--temperature", "3", "--top-p", "0.0001") == said()  # only the likeliest is left
-    for options, words in ((["--temperature", "0"], "--temperature: found 0"), (["--top-p", "2"], "--top-p: found 2")):
+    odd = {"--temperature": "0", "--top-p": "2", "--seed": "99999999999999999999999", "--max-new-tokens": "0"}
+    for options, words in [([option, value], f"{option}: found {value}") for option, value in odd.items()]:
         assert main([*command, *options]) == 2 and words in capsys.readouterr().err
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.checkpoints.form import MANIFEST, verify_checkpoint
 from vlm_dist.config import Config
-from vlm_dist.config_load import differences, dump_config, load_config
+from vlm_dist.config_load import differences, dump_config, parse_config
 from vlm_dist.errors import CheckpointError, ConfigError
 from vlm_dist.run_dir import DECISIVE_SECTIONS, HARMLESS, RunDir
 
@@ -29,37 +28,38 @@ def place_of(url: str, run: RunDir) -> str:
     return f"{url.rstrip('/')}/{run.path.name}"
 
 
-def claim(url: str, config: Config, *, insist: bool = False) -> None:
-    """Let a run's folder in a mirror be that of its configuration.
+def check(url: str, config: Config, *, insist: bool = False) -> None:
+    """See that a run's folder in a mirror can be used, and that the checkpoints there are of this configuration.
 
     Args:
         url: what `place_of` gave.
-        insist: though it is of another configuration.
+        insist: though they are of another one.
 
     Raises:
-        ConfigError: another run's checkpoints lie there.
+        ConfigError: they are not, or what they belong to cannot be read.
         CheckpointError: the URL cannot be used.
     """
     try:
         files, root = _open(url)
         files.makedirs(root, exist_ok=True)  # so that a URL that cannot be written is told now
-        stored = f"{root}/{CONFIG}"
-        if files.exists(stored) and not insist:
-            with tempfile.TemporaryDirectory() as folder:
-                files.get_file(stored, f"{folder}/config.yaml")
-                _compare(url, load_config(Path(folder) / "config.yaml"), config)
-        files.pipe_file(stored, dump_config(config).encode())
-    except ConfigError:
-        raise
+        begun = not insist and files.glob(f"{root}/step-*/{MANIFEST}") and files.exists(f"{root}/{CONFIG}")
+        stored = files.cat_file(f"{root}/{CONFIG}").decode("utf-8", "replace") if begun else None
     except Exception as error:  # each file system of fsspec has errors of its own
         raise _unusable(url, error) from None
+    if stored is not None:
+        _compare(url, stored, config)
 
 
-def _compare(url: str, then: Config, now: Config) -> None:
+def _compare(url: str, stored: str, now: Config) -> None:
+    insist = "continue that one all the same with --resume-anyway"
+    try:
+        then = parse_config(stored, source=f"{url}/{CONFIG}")
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint.mirror: {str(error).splitlines()[0]}; put the run's own {CONFIG} there, or {insist}") from None
     if changed := differences(then, now, DECISIVE_SECTIONS, HARMLESS):
         raise ConfigError(
             f"checkpoint.mirror: '{url}' holds checkpoints of a run of another configuration ({'; '.join(changed)}); give this run another "
-            "name (name=...), or continue that one all the same with --resume-anyway"
+            f"name (name=...), or {insist}"
         )
 
 
@@ -69,8 +69,8 @@ def _unusable(url: str, error: Exception) -> CheckpointError:
     )
 
 
-def send(path: Path, url: str, gone: Sequence[Path] = ()) -> None:
-    """Copy a checkpoint to `url/NAME`, its manifest last, and delete there those in `gone`.
+def send(path: Path, url: str, config: Config, gone: Sequence[Path] = ()) -> None:
+    """Copy a checkpoint to `url/NAME`, its manifest last, with the configuration that it belongs to; delete there those in `gone`.
 
     Raises:
         CheckpointError: the URL cannot be written.
@@ -81,6 +81,7 @@ def send(path: Path, url: str, gone: Sequence[Path] = ()) -> None:
         if files.exists(target):
             files.rm(target, recursive=True)
         files.makedirs(target, exist_ok=True)
+        files.pipe_file(f"{root}/{CONFIG}", dump_config(config).encode())
         for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
             files.put_file(str(file), f"{target}/{file.name}")
         for old in gone:

@@ -102,9 +102,9 @@ class Saver:
         return found
 
     def _of_mirror(self, url: str, here: Path | None, insist: bool) -> Path | None:
-        """The checkpoint that is here, or the mirror's; the mirror is this run's from now on."""
+        """The checkpoint that is here, or the mirror's."""
         try:
-            mirror.claim(url, self._of_run, insist=insist)
+            mirror.check(url, self._of_run, insist=insist)
         except CheckpointError as error:
             if here is None:
                 raise
@@ -121,7 +121,7 @@ class Saver:
         gone = self._prune()
         if self.mirror:
             try:
-                mirror.send(path, self.mirror, gone)
+                mirror.send(path, self.mirror, self._of_run, gone)
             except CheckpointError as error:  # the run has its own; the next one is sent again
                 self.tell("mirror failed", step, str(error))
         self.save_s = stall_s + time.perf_counter() - start

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.cli.parsers import add_base_model, add_system, new_parser
-from vlm_dist.errors import ConfigError
+from vlm_dist.errors import ConfigError, DataError
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +43,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.serving.answer import answers, pictures_of, sampling
 
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens: found {arguments.max_new_tokens}; expected 1 or more")
     if arguments.folder is not None and arguments.image:
         raise ConfigError("generate: --image and --folder are given; give one of them")
     asked = [[str(path)] for path in pictures_of(arguments.folder)] if arguments.folder is not None else [arguments.image]
@@ -54,9 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
         "reasoning": arguments.reasoning,
         "sampling": sampling(arguments.temperature, arguments.top_p, arguments.seed),
     }
-    for images, text in zip(asked, answers(arguments.source, asked, arguments.prompt, **options), strict=True):
-        if arguments.json or arguments.folder is not None:
+    failed = 0
+    of_folder = arguments.folder is not None
+    for images, text in zip(asked, answers(arguments.source, asked, arguments.prompt, **options, go_on=of_folder), strict=True):
+        if isinstance(text, DataError):
+            failed += 1
+            print(json.dumps({"prompt": arguments.prompt, "images": images, "error": str(text).removeprefix("--image: ")}), flush=True)
+        elif arguments.json or of_folder:
             print(json.dumps({"prompt": arguments.prompt, "images": images, "answer": text}), flush=True)
         else:
             print(text)
+    if failed:
+        raise DataError(f"--folder: {failed} of {len(asked)} pictures cannot be read; their lines have an error in place of an answer")
     return 0

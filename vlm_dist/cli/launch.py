@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--port",
         metavar="N",
-        type=_positive,
+        type=_port_number,
         help="where ranks meet (default: a free one; on several nodes one that follows from the run's name)",
     )
     parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
@@ -170,6 +170,12 @@ def _gpus_here(arguments: argparse.Namespace) -> int:
     if not here and (arguments.launcher is _slurm or arguments.address):
         raise ConfigError("--gpus: this machine has no GPU to count, and the nodes are others; say how many each of them has")
     return max(1, here)
+
+
+def _port_number(text: str) -> int:
+    if _positive(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: they end at 65535")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.checking.doctor import Check
 from vlm_dist.cli.doctor import show
 from vlm_dist.cli.parsers import add_config, new_parser
 from vlm_dist.config_load import load_config
-from vlm_dist.errors import MachineError
+from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.launched import announced
+
+if TYPE_CHECKING:
+    from vlm_dist.config import Config
 
 
 def add_parser(commands: Any) -> None:
@@ -37,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
     if arguments.dry_run:
         return _dry_run(config, arguments)
     if arguments.preflight:
@@ -51,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_on_ray(arguments: argparse.Namespace) -> int:
     """The same, by workers of a Ray cluster."""
-    config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
     if arguments.dry_run:
         return _dry_run(config, arguments)
     from vlm_dist.training.on_ray import train_on_ray
@@ -62,6 +65,12 @@ def run_on_ray(arguments: argparse.Namespace) -> int:
         found = train_on_ray(config, instead=preflight)
         return _told(found, arguments) if "fit" in found else _end(found, arguments)
     return _end(train_on_ray(config, resume_anyway=arguments.resume_anyway), arguments)
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    if arguments.dry_run and arguments.preflight:
+        raise ConfigError("--dry-run checks the configuration here, --preflight every node of a start; give one of the two")
+    return load_config(arguments.config, arguments.overrides)
 
 
 def _end(summary: dict[str, Any], arguments: argparse.Namespace) -> int:

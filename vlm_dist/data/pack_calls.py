@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ DONE = "packed.json"
 def describe_source(source: str) -> dict[str, Any]:
     """Where records come from, and what changes when they are written anew."""
     path = Path(source)
-    if not path.exists():
+    named = [path] if path.exists() else sorted(map(Path, glob.glob(source, recursive=True)))
+    if not named:  # on a hub
         return {"source": source}
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for one in named for file in ([one] if one.is_file() else sorted(part for part in one.rglob("*") if part.is_file()))]
     status = [file.stat() for file in files]
     return {
         "source": str(path.resolve()), "files": len(files), "bytes": sum(one.st_size for one in status),
@@ -29,7 +31,7 @@ def describe_source(source: str) -> dict[str, Any]:
 
 def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any] | None:
     """What the same call made, if all of it is there; that is told."""
-    known = read_json(out / DONE)
+    known = _known(out)
     if known is None or known["call"] != about or (out / UNFINISHED).exists():
         return None
     names = [name for part in known["made"].values() for name in part["shards"]]
@@ -37,6 +39,13 @@ def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None]) -
         return None
     tell(f"{out} holds what this call makes, and the source has not changed since: nothing to do")
     return known["made"]
+
+
+def _known(out: Path) -> dict[str, Any] | None:
+    """The call that the folder remembers, and what it made; None: none, or none that can be understood."""
+    found = read_json(out / DONE)
+    whole = isinstance(found, dict) and isinstance(found.get("call"), dict) and isinstance(found.get("made"), dict)
+    return found if whole else None
 
 
 def begin(out: Path, about: dict[str, Any]) -> Path:
@@ -47,7 +56,7 @@ def begin(out: Path, about: dict[str, Any]) -> Path:
     """
     unfinished = out / UNFINISHED
     note = unfinished / "call.json"
-    known = read_json(note) or (read_json(out / DONE) or {}).get("call")
+    known = read_json(note) or (_known(out) or {}).get("call")
     if note.exists() and known == about:
         return unfinished
     present = sorted(out.glob("train-*.tar")) + sorted(out.glob("heldout-*.tar"))

@@ -99,7 +99,7 @@ def pack_records(
     about = {
         **describe_source(str(source)), "records": len(records), "samples_per_shard": samples_per_shard, "heldout": heldout, "dedup": dedup,
         "limit": limit, "seed": seed, "split": split, "pictures": [str(base), max_side, reencode, quality],
-        "columns": str(columns or Columns()), "fetcher": str(fetcher), "annotations": annotations,
+        "columns": str(columns or Columns()), "fetcher": str(fetcher), "annotations": annotations and describe_source(annotations),
     }  # fmt: skip
     if (before := done_before(out, about, say)) is not None:
         return {part: PackedRecords.of(out, made) for part, made in before.items()}

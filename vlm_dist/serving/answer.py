@@ -23,7 +23,8 @@ WEB = ("http://", "https://")
 def answers(
     source: str, asked: Sequence[Sequence[str | Path]], prompt: str, *, max_new_tokens: int = 128, base: bool = False,
     base_model: str | None = None, system: str | None = None, reasoning: bool = False, sampling: dict[str, Any] | None = None,
-) -> Iterator[str]:  # fmt: skip
+    go_on: bool = False,
+) -> Iterator[str | DataError]:  # fmt: skip
     """The model's answer about each group of pictures, as it comes.
 
     Args:
@@ -34,22 +35,29 @@ def answers(
         system: the system prompt; None: that of the training, where all samples had the same; "": none.
         reasoning: let the model think first, where its chat template begins a thought.
         sampling: transformers' generation settings; None: greedily.
+        go_on: where a picture cannot be read, give the error in place of an answer, and go on with the others.
 
     Raises:
         DataError: a picture cannot be read.
         ModelError: there is no such model, or its chat template takes no system prompt.
     """
-    first = [open_picture(path) for path in asked[0]] if asked else []  # what cannot be read is told before the model is loaded
+    first = None if go_on else [open_picture(path) for path in asked[0]]  # what cannot be read is told before the model is loaded
     trained = open_trained(source, base=base, base_model=base_model, system=system, reasoning=reasoning)
     for number, images in enumerate(asked):
-        pictures = first if number == 0 else [open_picture(path) for path in images]
+        try:
+            pictures = first if first is not None and number == 0 else [open_picture(path) for path in images]
+        except DataError as error:
+            if not go_on:
+                raise
+            yield error
+            continue
         with waiting("answering"):
             yield _answer(trained, pictures, prompt, max_new_tokens, sampling or {})
 
 
 def answer(source: str, images: Sequence[str | Path], prompt: str, **options: Any) -> str:
     """One answer about some pictures; see `answers`."""
-    return next(answers(source, [images], prompt, **options))
+    return str(next(answers(source, [images], prompt, **options)))
 
 
 def _answer(trained: Trained, pictures: list[Image], prompt: str, max_new_tokens: int, sampling: dict[str, Any]) -> str:
@@ -67,12 +75,14 @@ def sampling(temperature: float | None, top_p: float | None, seed: int = 0) -> d
     """Settings for `answers`; None: the likeliest word always.
 
     Raises:
-        ConfigError: a temperature that is not above 0, or a probability that is not between 0 and 1.
+        ConfigError: a temperature that is not above 0, a probability that is not between 0 and 1, or a seed that torch cannot take.
     """
     if temperature is not None and not 0 < temperature <= 100:
         raise ConfigError(f"--temperature: found {temperature:g}; expected a number above 0 (leave it away for the likeliest words)")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"--top-p: found {top_p:g}; expected a number above 0, at most 1")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed: found {seed}; expected a whole number from 0 to 2^63 - 1")
     if temperature is None and top_p is None:
         return None
     return {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "seed": seed}

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import Config
-from vlm_dist.errors import MachineError, UserError
+from vlm_dist.errors import MachineError, UserError, tell
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.redaction import redacted
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training.health import StopRequest
-from vlm_dist.training.ray_cluster import TELL_S, Workers, connect, refuse_sent_copy, tell, wait_for_room, workers_of
+from vlm_dist.training.ray_cluster import TELL_S, Workers, connect, refuse_sent_copy, wait_for_room, workers_of
 from vlm_dist.training.ray_stop import Asked, leave_drained_node, signals_held
 from vlm_dist.upstream.ray import trainer_class
 

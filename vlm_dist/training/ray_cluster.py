@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_dist.config import Config, RayConfig
 from vlm_dist.deepspeed_config import check_batches
-from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.errors import ConfigError, MachineError, tell
 from vlm_dist.redaction import redacted
 from vlm_dist.training.ray_stop import signals_held
 from vlm_dist.upstream.ray import free_by_node
@@ -158,10 +158,6 @@ def wait_for_room(workers: Workers, config: RayConfig, *, can_grow: bool, stoppe
             tell(f"ray: waiting up to {config.wait_s - (now - began):.0f} s more: {workers.waiting_in_words()}")
             told = now
         time.sleep(min(0.5, config.wait_s))
-
-
-def tell(text: str) -> None:
-    print(f"vlm-dist: {text}", flush=True)
 
 
 def _less(workers: Workers) -> str:

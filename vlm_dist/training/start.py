@@ -14,7 +14,7 @@ from vlm_dist.config import Config
 from vlm_dist.disk import cannot_begin, cannot_go_on, is_of_disk
 from vlm_dist.distributed import Ranks
 from vlm_dist.environment import write_environment
-from vlm_dist.errors import ConfigError, MachineError, UserError
+from vlm_dist.errors import ConfigError, MachineError, UserError, tell
 from vlm_dist.run_dir import RunDir
 from vlm_dist.run_lock import RunLock
 from vlm_dist.run_mend import mend, put_aside
@@ -91,7 +91,7 @@ def _open(start: Start, lock: RunLock) -> None:
     run = start.run
     try:
         lock.acquire()
-        mend(run, _tell)
+        mend(run, tell)
         for folder in (run.checkpoints, run.adapter, run.model, run.initial_model):
             _refuse_file(folder)
         _compare(start)
@@ -129,7 +129,7 @@ def _changed_by_hash(start: Start, problem: ConfigError) -> list[str]:
     """Where config.yaml is damaged, the newest checkpoint tells whether the configuration is the same."""
     run = start.run
     aside = put_aside(run.config)
-    _tell(f"{str(problem).splitlines()[0]}; it is damaged, is kept as {aside.name}, and is written anew")
+    tell(f"{str(problem).splitlines()[0]}; it is damaged, is kept as {aside.name}, and is written anew")
     for path in find_checkpoints(run.checkpoints):
         try:
             same = read_state(path).get("config_sha256") == outcome.config_hash(start.config)
@@ -151,7 +151,3 @@ def _release(lock: RunLock) -> None:
         lock.release()
     except OSError as error:
         logger.warning("%s: cannot be given free (%s)", lock.path, error.strerror)
-
-
-def _tell(text: str) -> None:
-    print(f"vlm-dist: {text}", flush=True)
