@@ -63,8 +63,8 @@ def settings(folder: Path, case: tuple[str, int, bool, str], name: str) -> dict[
         "model": {"name": str(folder / family), "load_in_4bit": nf4, "dtype": "bfloat16"},
         "lora": {"r": 4},
         "data": {
-            "train": [path for path in shards if "train" in path],
-            "heldout": [path for path in shards if "heldout" in path],
+            "train": [path for path in shards if "train" in Path(path).name],
+            "heldout": [path for path in shards if "heldout" in Path(path).name],
             "max_seq_length": 256,
         },
         "optim": {"lr": 1e-3},

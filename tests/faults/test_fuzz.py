@@ -235,6 +235,7 @@ STATE = {
     "base_fingerprint": "base", "progress": PROGRESS, "health": {"skipped": 0, "rollbacks": 0, "losses": [1.0, 0.5]},
     "data": {"step": 3, "global_batch": 2, "packing": False, "digests": {"data": "x"}, "lanes": LANES},
     "patience": {"best": None, "since": 0}, "prompts": [None], "scores": None,
+    "loss_scale": {"used": True, "value": 65536.0, "good": 1, "overflows": 1, "history": [[1, 65536.0]]},
 }  # fmt: skip
 
 

@@ -276,6 +276,21 @@ def test_no_label_trains_nothing(llava):
 
 
 @pytest.mark.slow
+def test_every_weight_trained_beside_a_frozen_side_at_zero_stage_3(settings, tmp_path):
+    """Weights that train are in float32 when the kernels are put in, those of the frozen side in 16 bit."""
+    from tests.conftest import losses_of, write_config
+    from vlm_dist import load_config, train
+
+    settings["model"] |= {"load_in_4bit": False, "dtype": "bfloat16", "freeze": ["vision"]}
+    config = str(write_config({**settings, "lora": None, "training": {"steps": 2, "global_batch": 4, "micro_batch": 2}}, tmp_path))
+    found = []
+    for stage in (2, 3):
+        train(load_config(config, [f"engine.zero_stage={stage}", "kernels=[mlp]", f"name=stage-{stage}"]))
+        found.append(losses_of(tmp_path / "runs" / f"stage-{stage}"))
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_training_at_zero_stage_3(settings, tmp_path):
     """The same losses with all kernels and with none, on real engines; weights are gathered where they are used, in `generate` too."""
     from tests.conftest import losses_of, run_command, write_config

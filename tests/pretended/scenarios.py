@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +42,8 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
         "model": {"name": str(folder / "llava"), "load_in_4bit": True, "dtype": "bfloat16"},
         "lora": {"r": 4},
         "data": {
-            "train": [path for path in shards if "train" in path],
-            "heldout": [path for path in shards if "heldout" in path],
+            "train": [path for path in shards if "train" in Path(path).name],
+            "heldout": [path for path in shards if "heldout" in Path(path).name],
             "max_seq_length": 256,
         },
         "optim": {"lr": 1e-3},
@@ -124,6 +125,7 @@ def kernels(folder: Path, launches: Launches) -> None:
 
 def machine(folder: Path, launches: Launches) -> None:
     """What the commands say of the machine."""
+    from vlm_dist.cards import choose_device
     from vlm_dist.checking.doctor import examine
     from vlm_dist.cli.launch import _gpus_here
     from vlm_dist.environment import describe_environment
@@ -143,6 +145,8 @@ def machine(folder: Path, launches: Launches) -> None:
         assert choose_dtype("auto", CARD) != torch.bfloat16
         with pytest.raises(MachineError):
             choose_dtype("bfloat16", CARD)
+    with mock.patch.dict(os.environ):
+        assert choose_device(0, "cpu").type == "cpu"
     flight_record()
     out_of_memory(parse(folder, "x"), torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "")
 

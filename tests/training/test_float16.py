@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.conftest import losses_of, write_config
+from tests.faults.test_fuzz import STATE
 from vlm_dist import load_config, train
+from vlm_dist.checkpoints.contents import problem_of
 from vlm_dist.checkpoints.form import read_state
 from vlm_dist.config_model import ModelConfig
 from vlm_dist.models.load import load_model
@@ -110,3 +112,10 @@ def test_as_unsloths_notebooks_do_it(llava):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("odd", [{}, {"value": "x"}, {"value": 0.0}, {"value": None}, {"good": -1}, {"history": 3}])
+def test_a_spoilt_scale_in_a_checkpoint(odd):
+    state = {"used": True, "value": 65536.0, "good": 1, "overflows": 0, "history": []}
+    assert problem_of(STATE | {"step": 3, "loss_scale": state}) is None
+    assert "loss_scale" in (problem_of(STATE | {"step": 3, "loss_scale": state | odd if odd else {}}) or "")

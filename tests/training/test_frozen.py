@@ -27,9 +27,11 @@ from vlm_dist.models.lora import add_lora, freeze_sides
 from vlm_dist.models.modes import Statistics, hold_frozen
 from vlm_dist.models.record import probe_inputs
 from vlm_dist.models.trained import load_trained
+from vlm_dist.run_dir import read_jsonl
 from vlm_dist.serving.export import export_run
 from vlm_dist.testing import tiny_families
 from vlm_dist.testing.builders import BUILDERS
+from vlm_dist.training import loss_scale
 
 CPU = torch.device("cpu")
 
@@ -60,6 +62,19 @@ def statistics(path: Path) -> dict:
 
 def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_step_that_is_computed_again_moves_statistics_once(start, monkeypatch):
+    """In float16 a gradient that overflows makes the step begin anew: the statistics are those of one pass."""
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**24)
+    runs = {dtype: start(dtype, "training.steps=1", lora=None, model={"dtype": dtype}) for dtype in ("float32", "float16")}
+    assert sum(row["event"] == "overflow" for row in read_jsonl(runs["float16"] / "events.jsonl")) > 1
+    found = {dtype: statistics(run / "model" / "model.safetensors") for dtype, run in runs.items()}
+    for name, expected in found["float32"].items():
+        if "num_batches" in name:
+            assert found["float16"][name] == expected, name
+        else:
+            torch.testing.assert_close(found["float16"][name].float(), expected, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("family", tiny_families())

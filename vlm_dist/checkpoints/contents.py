@@ -65,6 +65,16 @@ class PatienceState(BaseModel, strict=True):
     since: Count
 
 
+class ScaleState(BaseModel, strict=True):
+    """`training.loss_scale.LossScale.state`."""
+
+    used: bool
+    value: Annotated[FiniteFloat, Field(gt=0)]
+    good: Count
+    overflows: Count
+    history: list[list[FiniteFloat]]
+
+
 class State(BaseModel, strict=True):
     """What continuing reads. Older checkpoints lack what has a default."""
 
@@ -78,6 +88,7 @@ class State(BaseModel, strict=True):
     inputs: dict[str, dict[str, Any]] = {}
     scores: dict[str, Any] | None = None
     owes: str | None = None
+    loss_scale: ScaleState | None = None
 
     @model_validator(mode="after")
     def _is_of_one_step(self) -> Self:

@@ -101,6 +101,11 @@ class Statistics:
                 buffer.copy_(mean if bool(torch.isfinite(mean).all()) else self._good[name])
         self.keep()
 
+    def put_back(self) -> None:
+        """As after the last step: this one is computed again."""
+        for name, buffer in self.buffers.items():
+            buffer.copy_(self._good[name])
+
     def keep(self) -> None:
         """What is there now is good: after a step, or when a checkpoint was put back."""
         self._good = self._copy()

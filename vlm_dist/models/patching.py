@@ -122,7 +122,7 @@ def _mlp(model: Any, patches: Patches) -> None:
             continue
         key = type(module), type(module.act_fn)
         if key not in checked:
-            checked[key] = _gate_of(module, model.dtype)
+            checked[key] = _gate_of(module, _dtype_of(module, model.dtype))
         gate = checked[key]
         if gate is None:
             patches.kept["mlp"] = f"{type(module).__name__} with {type(module.act_fn).__name__} computes something else"
@@ -132,6 +132,12 @@ def _mlp(model: Any, patches: Patches) -> None:
 
 def _mlp_forward(module: Any, x: torch.Tensor, *, gate: Callable) -> torch.Tensor:
     return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
+
+
+def _dtype_of(module: Any, of_model: torch.dtype) -> torch.dtype:
+    """What a module computes in: the model's where its weights are in 4 bit, else their own (what trains may be in float32 already)."""
+    weights = list(module.parameters())
+    return of_model if any(hasattr(weight, "quant_state") for weight in weights) else weights[0].dtype
 
 
 def _gate_of(module: Any, dtype: torch.dtype) -> Callable | None:

@@ -123,6 +123,7 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         losses, grad_norm = _compute(session, step, num_labels, timer)
         while scale.overflowed(progress.step + 1, grad_norm, losses, ranks):  # float16 alone
             log.event("overflow", progress.step + 1, f"a gradient is too large for float16; again with a loss scale of {scale.value:g}")
+            session.statistics.put_back()
             distributed.seed_step(config.seed, progress.data_step, ranks.rank)
             losses, grad_norm = _compute(session, step, num_labels, timer)
         watchdog.beat("adding up")
