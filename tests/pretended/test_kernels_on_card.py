@@ -22,11 +22,11 @@ def jit_kernels() -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skip(reason="196 of them pass on the pretended card; the comparison with bitsandbytes' own kernel needs a real one")
 def test_every_launch(tmp_path):
     launched = tmp_path / "launched.json"
+    real = "not (nf4 and dtype1) and not torch_library"  # numbers in bfloat16 out of 4 bit, and torch's own check, need a real card
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.pretended.plugin", "-m", "gpu",
-               "tests/kernels/test_kernels.py"]  # fmt: skip
+               "-k", real, "tests/kernels/test_kernels.py"]  # fmt: skip
     environment = child_environment(LAUNCHED=str(launched))
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
