@@ -74,8 +74,8 @@ def start_id() -> str:
     for names in (("TORCHELASTIC_RUN_ID",), ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")):
         if names[0] in os.environ and (names[0] != "SLURM_JOB_ID" or _from_slurm()):
             return "/".join(os.environ.get(name, "") for name in names)
-    if "CROSS_RANK" in os.environ:  # deepspeed: the process that starts the ranks of a node
-        return f"{socket.gethostname()}/{os.environ['CROSS_RANK']}/{os.getppid()}"
+    if os.environ.get("CROSS_SIZE") == "1":  # deepspeed on one node: the process that starts the ranks; its starts on several share nothing
+        return f"{socket.gethostname()}/{os.getppid()}"
     return ""
 
 

@@ -22,7 +22,11 @@ def main() -> None:
     ranks = distributed.start()
     inputs = open_inputs(config, RunDir(Path(config.output_dir) / "held"), ranks)
     loaded = load_trainable(inputs, ranks)
-    whole = {name: parameter.nbytes for name, parameter in loaded.model.named_parameters() if not parameter.requires_grad}
+    whole = {  # a base that was loaded in shares is whole nowhere, and says how large it would be
+        name: getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        for name, parameter in loaded.model.named_parameters()
+        if not parameter.requires_grad
+    }
     engine = start_engine(loaded.model, loaded.family, config, loaded.dtype, ranks)
     base = {name: parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
     shares = {name: parameter.ds_tensor.nbytes for name, parameter in base.items()}

@@ -173,7 +173,7 @@ def test_the_whole_run(vision, language, tmp_path):
     lines = ["image,caption"]
     for number in range(48):
         colour = colours[number % 6]
-        Image.new("RGB", (40, 30), colour).save(source / "Images" / f"{number}.jpg")
+        Image.new("RGB", (40, 30 + number), colour).save(source / "Images" / f"{number}.jpg")  # no two alike: these go to one side together
         lines += [f"{number}.jpg,{form.format(colour)}" for form in ("a {} picture .",) * 5]
     (source / "captions.txt").write_text("\n".join(lines) + "\n")
     packed = run_command("data", "pack", "--format", "flickr8k", str(source), str(tmp_path / "shards"), "--heldout", "12")

@@ -119,3 +119,14 @@ def test_a_spoilt_scale_in_a_checkpoint(odd):
     state = {"used": True, "value": 65536.0, "good": 1, "overflows": 0, "history": []}
     assert problem_of(STATE | {"step": 3, "loss_scale": state}) is None
     assert "loss_scale" in (problem_of(STATE | {"step": 3, "loss_scale": state | odd if odd else {}}) or "")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_next_training_of_the_process_is_not_scaled(run, stage):
+    """In float32 after float16, as in a notebook: the gradients' norm is what it was before."""
+    options = ["training.steps=2", "checkpoint.save_every=0", f"engine.zero_stage={stage}"]
+    norms = [
+        [row["grad_norm"] for row in read_jsonl(run(name, f"model.dtype={dtype}", *options) / "metrics.jsonl") if "loss" in row]
+        for name, dtype in (("before", "float32"), ("half", "float16"), ("after", "float32"))
+    ]
+    assert norms[2] == pytest.approx(norms[0], rel=1e-5)

@@ -19,7 +19,7 @@ from vlm_dist.errors import MachineError, UserError
 from vlm_dist.families import Family
 from vlm_dist.models.experts_lora import gather_with_experts
 from vlm_dist.training.optim import build_optimizer
-from vlm_dist.upstream.deepspeed import shape_of, skip_shared_memory_op, widen
+from vlm_dist.upstream.deepspeed import forget_autocast, shape_of, skip_shared_memory_op, widen
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
     import deepspeed
 
     skip_shared_memory_op()
+    forget_autocast()
     if config.engine.nvme_path is not None:
         _check_nvme(config.engine.nvme_path)
     for parameter in model.parameters():

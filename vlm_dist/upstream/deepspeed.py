@@ -19,6 +19,8 @@ NAMES = (
     "deepspeed.zero.register_external_parameter",
     "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED",
+    "deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_DTYPE",
 )
 
 
@@ -29,6 +31,13 @@ def skip_shared_memory_op() -> None:
 
     if "__compatible_ops__" not in vars(deepspeed.ops):
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
+
+
+def forget_autocast() -> None:
+    """What one engine of a process computes in is a global of DeepSpeed: after one in float16, gradients of the next would be scaled."""
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
 
 
 def create_moments(engine: Any) -> None:
