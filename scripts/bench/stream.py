@@ -43,6 +43,7 @@ from vlm_dist.data.samples import Sample
 from vlm_dist.data.shards import read_in_order, write_shards
 from vlm_dist.data.storage import Storage
 from vlm_dist.data.stream import Stream, open_stream
+from vlm_dist.data.tally import Tally
 from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import write_json
 
@@ -83,6 +84,9 @@ class Light:
 
     processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
     takes_pixels = True
+
+    def __init__(self) -> None:
+        self.tally = Tally()
 
     def encode(self, sample: Sample) -> Encoded:
         ids = torch.zeros((1, 1), dtype=torch.int64)

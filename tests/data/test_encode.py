@@ -28,7 +28,7 @@ def sample(*messages, images=1, size=(40, 30)) -> Sample:
     return Sample("k", "s.tar", list(messages), [Image.new("RGB", size, "red") for _ in range(images)])
 
 
-@pytest.mark.parametrize("size", [(300, 200), (33, 77), (1000, 800), (64, 3)])
+@pytest.mark.parametrize("size", [(300, 200), (33, 77), (1000, 800), (64, 3), (56, 56), (3, 64)])
 def test_pictures_as_tensors_are_encoded_alike(encoder, size):
     picture = Image.effect_noise(size, 90).convert("RGB")
     picture.putpixel((0, 0), (255, 0, 0))

@@ -22,7 +22,7 @@ from vlm_dist.data.tally import Note, Tally
 from vlm_dist.data.thoughts import with_reasoning_apart
 from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
 from vlm_dist.errors import BadSample, words_of
-from vlm_dist.upstream.transformers import merge_options_once
+from vlm_dist.upstream.transformers import merge_options_once, resize_as_decoded
 
 if TYPE_CHECKING:
     from vlm_dist.config import DataConfig
@@ -93,6 +93,7 @@ class Encoder:
         self._quick = copy.copy(processor)
         self._quick.tokenizer = RunTokenizer(processor.tokenizer, processor.tokenizer.convert_ids_to_tokens(self._picture_ids.tolist()))
         merge_options_once(self._quick)
+        resize_as_decoded(self._quick)
 
     @classmethod
     def of(cls, processor: Any, config: DataConfig) -> Self:
