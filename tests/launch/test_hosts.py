@@ -8,11 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, child_environment, write_config
+from tests.conftest import ROOT, child_environment, losses_of, write_config
+from tests.launch.test_ray import QUICKLY
+from vlm_dist import load_config, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
@@ -54,11 +58,31 @@ def hosts():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def on(host: str, words: list[str]) -> subprocess.Popen:
+def on(host: str, words: list[str], **changes: str) -> subprocess.Popen:
     """A command on that host, which has its name."""
     inside = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host, *words]
-    environment = child_environment(GLOO_SOCKET_IFNAME="eth0", PATH=f"{BIN}:{os.environ['PATH']}")
+    environment = child_environment(GLOO_SOCKET_IFNAME="eth0", PATH=f"{BIN}:{os.environ['PATH']}", **changes)
     return subprocess.Popen(inside, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(started: list[subprocess.Popen]) -> list[str]:
+    output = [process.communicate(timeout=500)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(text[-6000:] for text in output)
+    return output
+
+
+@pytest.fixture
+def config(settings, tmp_path) -> str:
+    settings["data"]["heldout"] = []
+    settings["training"] = {"steps": 4, "global_batch": 4, "micro_batch": 2}
+    return str(write_config(settings, tmp_path))
+
+
+@pytest.fixture
+def expected(config, tmp_path) -> list[float]:
+    """The losses of one process."""
+    train(load_config(config, ["name=alone"]))
+    return losses_of(tmp_path / "runs" / "alone")
 
 
 def test_preflight_on_two_hosts(hosts, settings, tmp_path):
@@ -66,11 +90,54 @@ def test_preflight_on_two_hosts(hosts, settings, tmp_path):
     settings["training"] = {"steps": 4, "global_batch": 4, "micro_batch": 2}
     config = str(write_config(settings, tmp_path))
     words = [sys.executable, "-m", "vlm_dist.cli.main", "launch", config, "--torchrun", "--nodes", "2", "--gpus", "1", "--head", hosts[0]]
-    started = [on(host, [*words, "--preflight"]) for host in hosts]
-    output = [process.communicate(timeout=500)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], output
+    output = finish([on(host, [*words, "--preflight"]) for host in hosts])
     told = next(text for text in output if "on these nodes" in text)
     assert "fit to train on these nodes: 0 bad" in told and sum("on these nodes" in text for text in output) == 1
     assert all(f"  ok  {host}" in told for host in hosts) and "versions      the same on 2 nodes" in told
     assert f"{hosts[0]} - {hosts[1]}" in told or f"{hosts[1]} - {hosts[0]}" in told
     assert "is the same folder on all ranks" in told and not list((tmp_path / "runs").iterdir()), json.dumps(told)
+
+
+def test_torchrun_and_deepspeed_on_two_hosts(hosts, config, expected, tmp_path):
+    """`vlm-dist launch --torchrun --nodes 2`, and the deepspeed launcher with its own form of one command a node."""
+    launch = [sys.executable, "-m", "vlm_dist.cli.main", "launch", config, "--torchrun", "--nodes", "2", "--gpus", "1", "--head", hosts[0]]
+    finish([on(host, [*launch, "name=torchrun"]) for host in hosts])
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts))
+    deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--master_addr", hosts[0], "--master_port", "29511"]
+    train_py = ["launch/train.py", "--config", config, "name=deepspeed"]
+    finish([on(host, [*deepspeed, "--node_rank", str(number), *train_py]) for number, host in enumerate(hosts)])
+    for name in ("torchrun", "deepspeed"):
+        assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected, rel=1e-4), name
+
+
+@pytest.mark.ray
+def test_ray_on_two_hosts(hosts, config, expected, tmp_path):
+    """`ray start` on each, and one driver: a worker on each host."""
+    ray, first = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"], "10.231.7.1"
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        head = ["--head", "--port=6379", f"--node-ip-address={first}", f"--temp-dir={folder}", "--include-dashboard=false"]
+        nodes = [on(hosts[0], [*ray, *head], **QUICKLY)]
+        try:
+            driver = [sys.executable, "launch/ray_train.py", "--config", config, f"ray.address={first}:6379"]
+            until(lambda: "node_" in status(hosts[0], first))
+            nodes.append(on(hosts[1], [*ray, f"--address={first}:6379", "--node-ip-address=10.231.7.2"], **QUICKLY))
+            finish([on(hosts[0], [*driver, "ray.workers=2", "ray.wait_s=200", "name=ray"], **QUICKLY)])
+        finally:
+            for node in reversed(nodes):
+                node.terminate()
+                node.wait(60)
+    assert losses_of(tmp_path / "runs" / "ray") == pytest.approx(expected, rel=1e-4)
+    where = json.loads((tmp_path / "runs" / "ray" / "environment.json").read_text())
+    assert where["ranks"] == 2
+
+
+def status(host: str, address: str) -> str:
+    return on(host, [str(BIN / "ray"), "status", "--address", f"{address}:6379"], **QUICKLY).communicate(timeout=300)[0]
+
+
+def until(true, seconds: float = 200) -> None:
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.5)
