@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,16 @@ def test_what_is_there_is_not_overwritten(images, tmp_path, capsys):
     assert "train-000000.tar is there already, of another call (seed: 0 -> 1)" in capsys.readouterr().err
     assert pack(tmp_path / "nothing.json", tmp_path / "new", images) == 3
     assert pack(source, tmp_path / "new", images, "--heldout", "8") == 3 and not (tmp_path / "new").exists()
+
+
+def test_a_source_written_anew_with_the_same_words_is_the_same(images, tmp_path, capsys):
+    source = write_source("llava", images)
+    assert pack(source, tmp_path / "out", images) == 0
+    source.write_bytes(content := source.read_bytes())
+    os.utime(source, (1, 1))
+    assert pack(source, tmp_path / "out", images) == 0 and "nothing to do" in capsys.readouterr().out
+    source.write_bytes(content + b" ")
+    assert pack(source, tmp_path / "out", images) == 3 and "of another call (" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -106,7 +106,9 @@ def test_torchrun_and_deepspeed_on_two_hosts(hosts, config, expected, tmp_path):
     hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts))
     deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--master_addr", hosts[0], "--master_port", "29511"]
     train_py = ["launch/train.py", "--config", config, "name=deepspeed"]
-    finish([on(host, [*deepspeed, "--node_rank", str(number), *train_py]) for number, host in enumerate(hosts)])
+    for more in (["--preflight"], []):
+        output = finish([on(host, [*deepspeed, "--node_rank", str(number), *train_py, *more]) for number, host in enumerate(hosts)])
+        assert "".join(output).count("fit to train on these nodes: 0 bad") == len(more), output
     for name in ("torchrun", "deepspeed"):
         assert losses_of(tmp_path / "runs" / name) == pytest.approx(expected, rel=1e-4), name
 
@@ -122,7 +124,9 @@ def test_ray_on_two_hosts(hosts, config, expected, tmp_path):
             driver = [sys.executable, "launch/ray_train.py", "--config", config, f"ray.address={first}:6379"]
             until(lambda: "node_" in status(hosts[0], first))
             nodes.append(on(hosts[1], [*ray, f"--address={first}:6379", "--node-ip-address=10.231.7.2"], **QUICKLY))
-            finish([on(hosts[0], [*driver, "ray.workers=2", "ray.wait_s=200", "name=ray"], **QUICKLY)])
+            for more in (["--preflight"], []):
+                (told,) = finish([on(hosts[0], [*driver, "ray.workers=2", "ray.wait_s=200", "name=ray", *more], **QUICKLY)])
+                assert told.count("fit to train on these nodes: 0 bad") == len(more), told
         finally:
             for node in reversed(nodes):
                 node.terminate()

@@ -148,16 +148,16 @@ def test_a_job_that_is_stopped_has_saved(cluster, config, tmp_path):
 
 
 def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(cluster, config, tmp_path):
-    """SIGTERM to the driver: the workers save and end. The same command goes on; SIGKILL to one of its two workers: Ray restarts the
-    group from the newest checkpoint. Nothing is lost."""
+    """SIGHUP to the driver (a closed terminal): its workers save and end. The same command goes on; SIGKILL to one of its two workers: Ray
+    restarts the group from the newest checkpoint. Nothing is lost."""
     more = ["training.steps=60", "checkpoint.save_every=10"]
     words = ["--config", config, cluster.address, "ray.workers=2", "name=killed", "--json", *more]
     process, run = start(*words), tmp_path / "runs" / "killed"
     wait_for(lambda: (run / "metrics.jsonl").exists() and losses_of(run), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
     code, out, err = finish(process)
     summary = json.loads(out[out.index("{\n") :])
-    assert code == 143 and (summary["ended"], summary["signal"]) == ("interrupted", "SIGTERM"), out[-2000:] + err[-2000:]
+    assert code == 129 and (summary["ended"], summary["signal"]) == ("interrupted", "SIGHUP"), out[-2000:] + err[-2000:]
     assert summary["step"] == len(losses_of(run)) < 50 and (run / "checkpoints" / f"step-{summary['step']:08d}").is_dir()
     process = start(*words)
     wait_for(lambda: len(losses_of(run)) > summary["step"], process)

@@ -28,12 +28,13 @@ def environment(slurm: dict[str, str]) -> dict[str, str]:
 
 def test_srun_on_two_nodes_gives_the_losses_of_one_process(slurm, config, tmp_path):
     assert run_command("train", config, "name=plain").returncode == 0
+    """After a look at both nodes by the same command."""
     command = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch"]
-    result = subprocess.run(
-        [*command, config, "name=slurm"], capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False, timeout=240
-    )
-    log = (tmp_path / "job.log").read_text()
-    assert result.returncode == 0, log
+    for more in (["--preflight"], []):
+        words = [*command, config, "name=slurm", *more]
+        result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False, timeout=240)
+        log = (tmp_path / "job.log").read_text()
+        assert result.returncode == 0 and log.count("fit to train on these nodes: 0 bad") == len(more), log
     runs = tmp_path / "runs"
     assert losses_of(runs / "slurm") == pytest.approx(losses_of(runs / "plain"), rel=1e-4)
     assert json.loads((runs / "slurm" / "environment.json").read_text())["ranks"] == 2 and "2 tasks, start 1" in log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from vlm_dist.run_dir import read_json, write_text
 
 UNFINISHED = ".unfinished"  # folder in OUT while shards are being written
 DONE = "packed.json"
+READ_WHOLE = 1 << 26  # bytes; a larger source is known by when it was last written
 
 
 def describe_source(source: str) -> dict[str, Any]:
@@ -23,10 +25,12 @@ def describe_source(source: str) -> dict[str, Any]:
         return {"source": source}
     files = [file for one in named for file in ([one] if one.is_file() else sorted(part for part in one.rglob("*") if part.is_file()))]
     status = [file.stat() for file in files]
-    return {
-        "source": str(path.resolve()), "files": len(files), "bytes": sum(one.st_size for one in status),
-        "written": max((one.st_mtime_ns for one in status), default=0),
-    }  # fmt: skip
+    size = sum(one.st_size for one in status)
+    if size <= READ_WHOLE:
+        state = {"sha256": hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()}
+    else:
+        state = {"written": max((one.st_mtime_ns for one in status), default=0)}
+    return {"source": str(path.resolve()), "files": len(files), "bytes": size, **state}
 
 
 def done_before(out: Path, about: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any] | None:
