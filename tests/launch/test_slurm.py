@@ -29,9 +29,9 @@ def environment(slurm: dict[str, str]) -> dict[str, str]:
 def test_srun_on_two_nodes_gives_the_losses_of_one_process(slurm, config, tmp_path):
     assert run_command("train", config, "name=plain").returncode == 0
     """After a look at both nodes by the same command."""
-    command = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch"]
+    command = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", "--open-mode=truncate", f"--output={tmp_path}/job.log"]
     for more in (["--preflight"], []):
-        words = [*command, config, "name=slurm", *more]
+        words = [*command, "launch/slurm/train.sbatch", config, "name=slurm", *more]
         result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=False, timeout=240)
         log = (tmp_path / "job.log").read_text()
         assert result.returncode == 0 and log.count("fit to train on these nodes: 0 bad") == len(more), log
