@@ -41,6 +41,29 @@ def test_pictures_as_tensors_are_encoded_alike(encoder, size):
     assert all(torch.equal(ours.inputs[name], theirs.inputs[name]) for name in ours.inputs)
 
 
+class Foreign:
+    """A processor of pictures as those that come with a checkpoint's own code may be: of none of transformers' classes."""
+
+    model_input_names = ("pixel_values",)
+
+    def __init__(self, call):
+        self.call, self.fetch_images = call, call.fetch_images
+
+    def __call__(self, images, **options):
+        return self.call(images, **options)
+
+
+@pytest.mark.parametrize("wrap", [lambda own: own, Foreign], ids=["pillow", "foreign"])
+def test_processors_of_pictures_that_take_no_tensors(llava, wrap):
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(llava)
+    tokens = Encoder(processor, 512).encode(sample(USER, assistant("red"))).length
+    processor.image_processor = wrap(AutoImageProcessor.from_pretrained(llava, backend="pil"))
+    encoder = Encoder(processor, 512)
+    assert not encoder.takes_pixels and encoder.encode(sample(USER, assistant("red"))).length == tokens
+
+
 @pytest.fixture
 def encoder(any_checkpoint):
     from transformers import AutoProcessor

@@ -142,9 +142,9 @@ def resize_as_decoded(processor: Any) -> None:
     from transformers.image_processing_backends import TorchvisionBackend
 
     theirs = processor.image_processor
-    kind = type(theirs)
-    ways = (kind.process_image, kind.resize) == (TorchvisionBackend.process_image, TorchvisionBackend.resize)
-    if not (isinstance(theirs, TorchvisionBackend) and ways and theirs.do_resize):
+    if not isinstance(theirs, TorchvisionBackend) or not theirs.do_resize:
+        return
+    if any(getattr(type(theirs), name) is not getattr(TorchvisionBackend, name) for name in ("process_image", "resize")):
         return
     ours = copy.copy(theirs)
     ours.process_image = partial(_as_decoded, ours.process_image)
