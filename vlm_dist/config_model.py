@@ -165,8 +165,8 @@ class LoraConfig(Section):
     mlp: bool = True
     """Adapt the MLPs of the chosen sides."""
     experts: Literal["auto", "off", "lora"] = "auto"
-    """Adapters on the experts of a mixture-of-experts model, one for each; auto: lora where language and mlp are on and neither modules,
-    dropout nor dora is set (experts' adapters have none of these)."""
+    """Adapters on the experts of a mixture-of-experts model, one for each; auto: lora where language and mlp are on, neither modules,
+    dropout nor dora is set (experts' adapters have none of these), and a step with them fits the card or none does, by the plan."""
     r_experts: PositiveInt = 4
     """Rank of the update of each expert."""
     alpha_experts: PositiveFloat | None = None

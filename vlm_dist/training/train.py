@@ -23,6 +23,7 @@ from vlm_dist.scoring.evaluate import check_metrics
 from vlm_dist.training import outcome
 from vlm_dist.training.audit import FirstStep
 from vlm_dist.training.engine import set_learning_rate, take_step
+from vlm_dist.training.experts import as_begun
 from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless_finite
 from vlm_dist.training.log import StepTimer
 from vlm_dist.training.lost import let_speak, lost_rank
@@ -78,6 +79,7 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
     try:
         inputs = open_inputs(config, run, ranks)
         inputs.check_first_samples()
+        inputs.config = as_begun(inputs.config, run, ranks)
         check_fits(inputs, ranks)
         with waiting(f"loading {inputs.source}"):
             loaded = load_trainable(inputs, ranks)

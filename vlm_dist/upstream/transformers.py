@@ -22,6 +22,7 @@ NAMES = (
     "transformers.PretrainedConfig._attn_implementation",
     "transformers.modeling_layers.GradientCheckpointingLayer",
     "transformers.core_model_loading.set_param_for_module",
+    "transformers.core_model_loading.revert_weight_conversion",
     "transformers.modeling_utils.caching_allocator_warmup",
     "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts._apply_gate",
@@ -192,6 +193,11 @@ def nf4_quantiser(kind: type) -> Iterator[None]:
         yield
     finally:
         auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = of_library
+
+
+def forget_conversions(model: Any, which: Callable[[Any], bool]) -> None:
+    """Let `save_pretrained` store what these rules of loading made under the model's own names, not change it back."""
+    model._weight_conversions = [rule for rule in model._weight_conversions if not which(rule)]
 
 
 def routers_with_logits(model: Any) -> list[tuple[Any, int]]:
