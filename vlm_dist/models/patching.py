@@ -20,7 +20,7 @@ from vlm_dist.config import Kernel
 from vlm_dist.errors import ConfigError
 from vlm_dist.models.patches import Patches, bind
 from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
-from vlm_dist.models.patching_vision import patch_patch_embedding, patch_vision_windows
+from vlm_dist.models.patching_vision import patch_patch_embedding, patch_picture_places, patch_vision_windows
 from vlm_dist.upstream.deepspeed import gathered
 from vlm_kernels import reference
 
@@ -250,4 +250,5 @@ PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {
     "supervised_rows": patch_supervised_rows,
     "vision_windows": patch_vision_windows,
     "patch_embedding": patch_patch_embedding,
+    "picture_places": patch_picture_places,
 }
