@@ -20,9 +20,12 @@ from vlm_dist.config import Kernel
 from vlm_dist.errors import ConfigError
 from vlm_dist.models.patches import Patches, bind
 from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
+from vlm_dist.models.patching_nf4 import patch_nf4_lora_linear
 from vlm_dist.models.patching_vision import patch_patch_embedding, patch_picture_places, patch_vision_windows
 from vlm_dist.upstream.deepspeed import gathered
 from vlm_kernels import reference
+from vlm_kernels.geglu import geglu_gradients
+from vlm_kernels.swiglu import swiglu_gradients
 
 ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
 """What helps where the kernels run as PyTorch."""
@@ -128,9 +131,14 @@ def _mlp(model: Any, patches: Patches) -> None:
             patches.kept["mlp"] = f"{type(module).__name__} with {type(module.act_fn).__name__} computes something else"
             continue
         patches.put("mlp", module, "forward", bind(module, _mlp_forward, gate=gate))
+        patches.put("mlp", module, "gate", (gate, GATES[gate]))
+        patches.counts["mlp"] -= 1
 
 
 def _mlp_forward(module: Any, x: torch.Tensor, *, gate: Callable) -> torch.Tensor:
+    whole = vars(module).get("reads_with")
+    if whole is not None and (z := whole.of(x)) is not None:
+        return z
     return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
@@ -150,7 +158,7 @@ def _gate_of(module: Any, dtype: torch.dtype) -> Callable | None:
     module.eval()  # dropout would make two calls differ
     try:
         with torch.no_grad():
-            for gate in (vlm_kernels.swiglu, _geglu_tanh, _geglu_exact):
+            for gate in GATES:
                 if torch.allclose(gate(probe, torch.ones_like(probe)), module.act_fn(probe), rtol=1e-6, atol=1e-6):
                     if device.type == "meta":  # no numbers to compare
                         return gate
@@ -169,6 +177,14 @@ def _geglu_tanh(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def _geglu_exact(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return vlm_kernels.geglu(gate, up, tanh=False)
+
+
+GATES: dict[Callable, Callable] = {
+    vlm_kernels.swiglu: swiglu_gradients,
+    _geglu_tanh: geglu_gradients,
+    _geglu_exact: partial(geglu_gradients, tanh=False),
+}
+"""Gates, and what gives their gradients and their result again."""
 
 
 def _rope(model: Any, patches: Patches) -> None:
@@ -204,48 +220,12 @@ def _is_plain_rope(rotate: Callable) -> bool:
     return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(rotate(q, k, cos, sin), reference.rope(q, k, cos, sin), strict=True))
 
 
-def _nf4_lora_linear(model: Any, patches: Patches) -> None:
-    from peft.tuners.lora.bnb import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            if module.lora_variant or any(module.lora_bias.values()):
-                patches.kept["nf4_lora_linear"] = "DoRA and biases in the adapter keep PEFT's own code"
-                continue
-            patches.put("nf4_lora_linear", module, "forward", bind(module, _nf4_forward), reads=partial(_nf4_reads, module))
-
-
-def _nf4_reads(module: Any) -> list[torch.nn.Parameter]:
-    layers = [module.base_layer, *module.lora_A.values(), *module.lora_B.values()]
-    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
-
-
-def _nf4_forward(module: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-    base = module.base_layer
-    dtype = base.compute_dtype or x.dtype
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    kind = x.device.type
-    of_adapters = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    fits = all((of_adapters or module.lora_A[name].weight.dtype) == dtype for name in names)
-    if arguments or options or module.merged or not fits:
-        return type(module).forward(module, x, *arguments, **options)
-    adapters: tuple = () if module.disable_adapters else tuple(
-        (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]) for name in names
-    )  # fmt: skip
-    dropouts = {getattr(module.lora_dropout[name], "p", 0.0) for name in names} if module.training and adapters else {0.0}
-    if len(dropouts) > 1:
-        return type(module).forward(module, x)
-    weight = base.weight
-    y = vlm_kernels.nf4_lora_linear(x.to(dtype), weight, weight.quant_state, base.bias, adapters=adapters, dropout=dropouts.pop())
-    return y.to(x.dtype)
-
-
 PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "mlp": _mlp,
     "rope": _rope,
-    "nf4_lora_linear": _nf4_lora_linear,
+    "nf4_lora_linear": patch_nf4_lora_linear,
     "linear_cross_entropy": patch_linear_cross_entropy,
     "supervised_rows": patch_supervised_rows,
     "vision_windows": patch_vision_windows,

@@ -126,6 +126,8 @@ def patch_supervised_rows(model: Any, patches: Patches) -> None:
         return
     rows = _Rows(layer)
     patches.put("supervised_rows", model, "supervised_rows", rows)
+    if (together := vars(parts[0]).get("reads_with")) is not None:  # keys and values are of all rows
+        patches.put("supervised_rows", parts[0], "reads_with", together.without(parts[0]))
     for part in parts:
         patches.put("supervised_rows", part, "forward", bind(part, _rows_forward, rows=rows, original=part.forward))
     patches.counts["supervised_rows"] = 1
