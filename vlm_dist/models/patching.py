@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import torch
 import vlm_kernels
 from vlm_dist.config import Kernel
 from vlm_dist.errors import ConfigError
-from vlm_dist.models.patches import Patches, bind
+from vlm_dist.models.patches import Patches, bind, with_names
 from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
 from vlm_dist.models.patching_nf4 import patch_nf4_lora_linear
 from vlm_dist.models.patching_vision import patch_patch_embedding, patch_picture_places, patch_vision_windows
@@ -188,21 +187,19 @@ GATES: dict[Callable, Callable] = {
 
 
 def _rope(model: Any, patches: Patches) -> None:
-    """Attention forwards that call `apply_rotary_pos_emb` get a copy of themselves that calls ours."""
+    """Attention forwards that call a function of ROTATIONS get a copy of themselves that calls ours."""
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
-        rotate = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
-        if rotate is None or "apply_rotary_pos_emb" not in forward.__code__.co_names:
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        name = next((name for name in ROTATIONS if name in names), None)
+        rotate = getattr(forward, "__globals__", {}).get(name)
+        if name is None or rotate is None:
             continue
-        if forward is not type(module).forward or not _is_plain_rope(rotate):
+        ours, is_plain = ROTATIONS[name]
+        if forward is not type(module).forward or not is_plain(rotate):
             patches.kept["rope"] = f"{type(module).__name__} rotates in another way"
             continue
-        ours = types.FunctionType(
-            forward.__code__, {**forward.__globals__, "apply_rotary_pos_emb": _rotate}, forward.__name__, forward.__defaults__,
-            forward.__closure__,
-        )  # fmt: skip
-        ours.__kwdefaults__ = forward.__kwdefaults__
-        patches.put("rope", module, "forward", types.MethodType(ours, module))
+        patches.put("rope", module, "forward", with_names(module, {name: ours}))
 
 
 def _rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> tuple:
@@ -218,6 +215,30 @@ def _is_plain_rope(rotate: Callable) -> bool:
     if list(inspect.signature(rotate).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(rotate(q, k, cos, sin), reference.rope(q, k, cos, sin), strict=True))
+
+
+def _rotate_patches(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+    """q, k [N, H, D] of a vision tower, whose patches are one sequence; cos, sin [N, D]."""
+    turned = vlm_kernels.rope(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
+    return tuple(one.squeeze(0).transpose(0, 1) for one in turned)
+
+
+def _is_plain_rope_of_patches(rotate: Callable) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k, half = (torch.randn(shape, generator=generator, device="cpu").bfloat16() for shape in ((3, 4, 8), (3, 4, 8), (3, 4)))
+    cos, sin = (torch.cat((f(half), f(half)), -1) for f in (torch.cos, torch.sin))
+    if list(inspect.signature(rotate).parameters) != ["q", "k", "cos", "sin"]:
+        return False
+    expected = rotate(q, k, cos, sin)
+    wide = (tensor.float() for tensor in (q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None]))
+    return all(torch.equal(a, b[0].transpose(0, 1).bfloat16()) for a, b in zip(expected, reference.rope(*wide), strict=True))
+
+
+ROTATIONS: dict[str, tuple[Callable, Callable]] = {
+    "apply_rotary_pos_emb": (_rotate, _is_plain_rope),
+    "apply_rotary_pos_emb_vision": (_rotate_patches, _is_plain_rope_of_patches),
+}
+"""Functions of transformers' attention: ours, and whether one of that name computes the same."""
 
 
 PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {

@@ -7,7 +7,6 @@ a picture of 4,096 patches 64 calls a layer. Windows of equal length are one bat
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vlm_dist.models.patches import Patches, bind
+from vlm_dist.models.patches import Patches, bind, with_names
 from vlm_dist.upstream.deepspeed import gathered
 from vlm_dist.upstream.transformers import attention_of
 
@@ -32,11 +31,7 @@ def patch_vision_windows(model: Any, patches: Patches) -> None:
         if "flash" in attention_of(module.config):
             patches.kept["vision_windows"] = "flash-attention takes them at once"
             continue
-        ours = types.FunctionType(
-            forward.__code__, {**forward.__globals__, **REPLACED}, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        ours.__kwdefaults__ = forward.__kwdefaults__
-        patches.put("vision_windows", module, "forward", types.MethodType(ours, module))
+        patches.put("vision_windows", module, "forward", with_names(module, REPLACED))
 
 
 def attend_in_windows(
@@ -52,7 +47,7 @@ def attend_in_windows(
     Returns:
         [1, N, H, D], and None for the weights.
     """
-    states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [N, H, D]
+    states = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]  # [N, H, D]
     windows = _windows_of(cu_seq_lens_q, query.device)
     if len(windows) == 1:
         return _attend(states, windows[0][0], scaling, dropout)[None], None
