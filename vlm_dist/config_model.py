@@ -15,6 +15,7 @@ Kernel = Literal[
     "mlp",
     "nf4_lora_linear",
     "patch_embedding",
+    "picture_places",
     "rms_norm",
     "rope",
     "supervised_rows",

@@ -33,6 +33,8 @@ class Family:
     """How its makers taught it to write boxes and points, a name of `data/conventions.py`; thousand where they document nothing."""
     overflows_in_float16: bool = False
     """Whether its hidden states are known to grow beyond 65,504, the largest float16."""
+    tower_takes_sizes: bool = False
+    """Whether the vision tower takes from outside what follows from the pictures' sizes alone (models/ahead.py)."""
     packs: bool = False
     """Whether several samples may share a row without one seeing another (tests/models/test_packing.py shows it by their losses)."""
 
@@ -66,12 +68,12 @@ FAMILIES = {
         ),
         Family("mistral3", *LLAVA_PARTS, packs=True),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
-        Family("qwen2_5_vl", *QWEN_PARTS, packs=True, boxes="absolute"),
-        Family("qwen2_vl", *QWEN_PARTS, packs=True, boxes="qwen2"),
-        Family("qwen3_5", *QWEN_PARTS),
-        Family("qwen3_5_moe", *QWEN_PARTS),
-        Family("qwen3_vl", *QWEN3_PARTS, packs=True),
-        Family("qwen3_vl_moe", *QWEN3_PARTS, packs=True),
+        Family("qwen2_5_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, boxes="absolute"),
+        Family("qwen2_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, boxes="qwen2"),
+        Family("qwen3_5", *QWEN_PARTS, tower_takes_sizes=True),
+        Family("qwen3_5_moe", *QWEN_PARTS, tower_takes_sizes=True),
+        Family("qwen3_vl", *QWEN3_PARTS, tower_takes_sizes=True, packs=True),
+        Family("qwen3_vl_moe", *QWEN3_PARTS, tower_takes_sizes=True, packs=True),
         Family("smolvlm", *IDEFICS_PARTS, packs=True),
     )
 }  # fmt: skip

@@ -79,6 +79,8 @@ class Stream:
     """Several samples a row; data.packing with an architecture that can."""
     positions: Positions | None = None
     """With packing: a sample's position ids, where they are not simply 0, 1, 2, ..."""
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """What is done with a micro-batch in the background before it is handed on."""
     _step: int = 0
     _state: dict[int, dict[str, Any]] = field(default_factory=dict)
     _ready: queue.Queue | None = None
@@ -263,7 +265,7 @@ class Stream:
                 batch = collate(list(itertools.chain(*kept)), pad)
             if len(self.datasets) > 1:
                 batch["num_datasets"] = torch.tensor(len(self.datasets))
-            step.micro_batches.append(batch)
+            step.micro_batches.append(self.finish(batch) if self.finish else batch)
             counts.slots += batch["input_ids"].numel()
         counts.labels = sum(step.labels)
         return step

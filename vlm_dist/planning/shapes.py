@@ -64,6 +64,7 @@ class Tally(TorchDispatchMode):
         self.part = part
         self._held: dict[int, tuple[int, str]] = {}
         self._kept = 0
+        self._on_host: set[int] = set()
 
     @property
     def held(self) -> Counter[str]:
@@ -78,8 +79,12 @@ class Tally(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = self.perform(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if given and all(map(self.is_on_host, given)):
+            for tensor in made:
+                self.leave_on_host(tensor)
+            return result
         if waits(func, args, kwargs):
-            self.count.waits[f"{self.part()} {func.overloadpacket.__name__}".strip()] += 1
+            self.wait(func.overloadpacket.__name__)
         if not func.is_view and func.overloadpacket not in FREE:
             self._add_work(func, args, kwargs, result, [*given, *made])
         for tensor in made:
@@ -88,6 +93,21 @@ class Tally(TorchDispatchMode):
 
     def perform(self, func: Any, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> Any:
         return func(*args, **kwargs)
+
+    def wait(self, name: str) -> None:
+        """The host waits for the device's answer to this."""
+        self.count.waits[f"{self.part()} {name}".strip()] += 1
+
+    def leave_on_host(self, tensor: torch.Tensor) -> None:
+        """What is made of this tensor and others like it is the host's affair: no launch, no wait, none of the device's memory."""
+        storage = tensor.untyped_storage()
+        key = storage_key(storage)
+        if key not in self._on_host:
+            self._on_host.add(key)
+            weakref.finalize(storage, self._on_host.discard, key)
+
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        return storage_key(tensor.untyped_storage()) in self._on_host
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Count a tensor's memory until nothing holds it."""
@@ -169,8 +189,8 @@ class _AsOnGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.tolist:  # of tensors on the CPU no dispatcher hears
-            self.shapes.count.waits[f"{self.shapes.part()} tolist".strip()] += 1
+        if func is torch.Tensor.tolist and not self.shapes.is_on_host(args[0]):  # of tensors on the CPU no dispatcher hears
+            self.shapes.wait("tolist")
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         if self.on_gpu and func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):

@@ -106,7 +106,8 @@ def _give_shapes(model: Any, dtype: torch.dtype) -> None:
                 elif getattr(parameter, "packs", False):
                     made[id(parameter)] = _packed(parameter.shape, dtype)
                 else:
-                    number = torch.empty(parameter.shape, dtype=torch.float32 if trains else parameter.dtype)
+                    loaded = dtype if isinstance(module, Linear4bit) else parameter.dtype  # a new layer's bias is in float32
+                    number = torch.empty(parameter.shape, dtype=torch.float32 if trains else loaded)
                     made[id(parameter)] = torch.nn.Parameter(number, requires_grad=trains)
             own_parameters(module)[name] = made[id(parameter)]
         for name, buffer in own_buffers(module).items():
