@@ -76,6 +76,7 @@ ALL = {
 LACKING = {  # what a family has no module for, or none that the kernel fits
     "gemma4": {"layer_norm", "rope"},
     "gemma4_moe": {"layer_norm", "rope"},
+    "glm4v": {"rope"},
     "mistral3": {"layer_norm"},
     "pixtral": {"layer_norm"},
     "qwen2_5_vl": {"layer_norm"},
