@@ -56,6 +56,7 @@ FAMILIES = {
     for row in (
         Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True),
         Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma"),
+        Family("glm4v", *QWEN_PARTS, packs=True),
         Family("glm4v_moe", *QWEN_PARTS, packs=True),
         Family("idefics3", *IDEFICS_PARTS, packs=True),
         Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl"),

@@ -77,6 +77,7 @@ ALL = {
 LACKING = {  # what a family has no module for, or none that the kernel fits
     "gemma4": {"layer_norm", "picture_places", "rope"},
     "gemma4_moe": {"layer_norm", "picture_places", "rope"},
+    "glm4v": {"picture_places"},
     "glm4v_moe": {"picture_places"},
     "idefics3": {"picture_places"},
     "mini_vlm": {"picture_places"},

@@ -85,7 +85,9 @@ class Encoder:
         self.tally = Tally()
         self.placing = Placing(processor, boxes)
         self._picture_ids = torch.tensor([number for number in processor.image_token_ids if number is not None])
-        self._wants_types = "mm_token_type_ids" in processor.model_input_names
+        names = processor.model_input_names
+        by_grid = getattr(processor, "return_mm_token_type_ids", False) and "image_grid_thw" in names  # PaddleOCR-VL's does not name them
+        self._wants_types = "mm_token_type_ids" in names or by_grid
         self._tokens = ControlTokens(processor, self._render, keep_tokens, split_tokens)
         markup = processor.tokenizer.convert_tokens_to_ids(sorted(self._tokens.pictures))
         self._markup_ids = torch.tensor([*markup, *self._picture_ids.tolist()], dtype=torch.long)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,9 @@ def patch_supervised_rows(model: Any, patches: Patches) -> None:
     parts = [_module(layer, path) for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp")]
     if not vars(model).get("gives_summed_loss") or None in parts or getattr(layer, "hidden_size_per_layer_input", 0):
         patches.kept["supervised_rows"] = "needs linear_cross_entropy and a last layer with q_proj, o_proj and mlp"
+        return
+    if len(inspect.signature(parts[-1].forward).parameters) > 1:  # ERNIE-4.5-VL's wants to know which tokens are a picture's
+        patches.kept["supervised_rows"] = f"{type(parts[-1]).__name__} takes more than the rows"
         return
     rows = _Rows(layer)
     patches.put("supervised_rows", model, "supervised_rows", rows)
