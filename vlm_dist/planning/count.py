@@ -16,7 +16,7 @@ from vlm_dist.families import Family
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.planning.counts import Count, Operation
 from vlm_dist.planning.parts import Parts
-from vlm_dist.planning.shapes import Shapes, counting
+from vlm_dist.planning.shapes import counting
 from vlm_dist.planning.twin import autocast, build_twin
 
 LAUNCH = 5e-6
@@ -95,12 +95,13 @@ def count_micro_batch(
     with counting(on_gpu=on_gpu, part=parts.now) as shapes:
         model = build_twin(config, hf_config, family, dtype, shapes)
         _weigh(model, counted)
-        inputs = {name: _fake(tensor, shapes) for name, tensor in batch.items()}
+        inputs = {name: shapes.without_data(tensor) for name, tensor in batch.items()}
         if accumulates:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros(parameter.shape) if parameter.requires_grad else None
         for tensor in inputs.values():
-            shapes.hold(tensor)
+            if isinstance(tensor, torch.Tensor):
+                shapes.hold(tensor)
         count = shapes.count
         count.mark()
         before, held = count.live, shapes.held
@@ -147,10 +148,6 @@ def quant_state_bytes(state: Any) -> int:
     inner = [getattr(state, name) for name in STATISTICS]
     outer = [state.state2.absmax, state.state2.code] if state.state2 is not None else []
     return sum(tensor.numel() * tensor.element_size() for tensor in [*inner, *outer] if isinstance(tensor, torch.Tensor))
-
-
-def _fake(tensor: torch.Tensor, shapes: Shapes) -> torch.Tensor:
-    return shapes.fake.from_tensor(tensor) if tensor.is_floating_point() else tensor
 
 
 @contextmanager
