@@ -15,6 +15,7 @@ from vlm_dist.data.encoded import count_patches
 from vlm_dist.data.lengths import Ruler
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.video import open_clip
+from vlm_dist.data.view import strip, videos_as_seen
 from vlm_dist.errors import BadSample
 from vlm_dist.families import FAMILIES
 from vlm_dist.models.introspect import family_of
@@ -182,3 +183,20 @@ def test_a_family_without_video_says_so(checkpoint, family):
     with pytest.raises(BadSample, match=rf"v: a video, and {family} takes none; docs/models.md names the models that do"):
         encoder.encode(talk("vt"))
     assert FAMILIES[family].video == ""
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_frames_as_the_vision_tower_is_shown_them(checkpoint, family):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint(family))
+    encoder, sample = Encoder(processor, 4096, video=CONFIG), talk("ivtg")
+    seen = videos_as_seen(encoder.encode(sample), processor)
+    for frames, video in zip(seen, sample.videos, strict=True):
+        shown = video.shown(encoder.videos.config)
+        assert len(frames) - len(shown.frames) in (0, 1)  # Qwen's steps are of two frames
+        for frame, before in zip(frames, shown.frames, strict=False):
+            middle = frame.crop((frame.width // 3, 0, frame.width * 2 // 3, frame.height)).resize((1, 1)).getpixel((0, 0))
+            assert middle[0] == pytest.approx(float(before[:, :, 20:40].float().mean()), abs=6)
+    picture = strip(seen[0] * 3, [0.0, 0.5, 1.0, 1.5] * 3, 20)
+    assert picture.height == 2 * (20 + 14) and picture.width == 8 * (round(seen[0][0].width * 20 / seen[0][0].height) + 2)
