@@ -34,6 +34,25 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class VideoConfig(Section):
+    """Which frames of a video are shown."""
+
+    fps: PositiveFloat = 2
+    """Frames a second."""
+    max_frames: PositiveInt = 64
+    """A longer clip has as many, evenly over it."""
+    min_frames: PositiveInt = 4
+    """A shorter clip has as many."""
+    max_pixels: PositiveInt = 768 * 28 * 28
+    """Larger frames are made as small while they are decoded; what the processor does follows."""
+
+    @model_validator(mode="after")
+    def _some_frames(self) -> VideoConfig:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames={self.min_frames} is more than max_frames={self.max_frames}")
+        return self
+
+
 class ScratchConfig(Section):
     """Build a new model with random weights instead of loading one: a LLaVA of any size, with a tokenizer trained on the data."""
 

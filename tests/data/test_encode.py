@@ -10,7 +10,8 @@ from PIL import Image
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.control_tokens import WORD_JOINER
-from vlm_dist.data.encode import IGNORED, Encoder, count_labels
+from vlm_dist.data.encode import IGNORED, Encoder
+from vlm_dist.data.encoded import count_labels
 from vlm_dist.data.labels import is_per_token, span_of
 from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.samples import Sample

@@ -19,11 +19,11 @@ from functools import partial
 from typing import Any
 
 from vlm_dist.config import DataConfig
-from vlm_dist.data.collate import Positions, collate, collate_packed
+from vlm_dist.data.collate import Positions, collate, collate_packed, with_blank
 from vlm_dist.data.dataset import Dataset, open_datasets
-from vlm_dist.data.encode import Encoded, Encoder, count_labels
+from vlm_dist.data.encode import Encoder
+from vlm_dist.data.encoded import Encoded, count_labels, count_patches
 from vlm_dist.data.lanes import Lane, Order
-from vlm_dist.data.lengths import count_patches
 from vlm_dist.data.preparer import Preparer, Workers
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.rows import MeasuredRows, PlainRows, Rows, Slot, until_done
@@ -256,9 +256,7 @@ class Stream:
                 number = int(sample.inputs["datasets"][0, 0]) if "datasets" in sample.inputs else 0
                 step.labels[number] += count_labels(sample)
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
-            if not any("pixel_values" in sample.inputs for sample in samples):
-                kept.append([self.encoder.blank()])
-            kept = [row for row in kept if row]
+            kept = with_blank([row for row in kept if row], self.encoder.lacking(samples), self.pack, self.encoder.videos.is_on)
             if self.pack:
                 batch = collate_packed(kept, pad, self.positions)
             else:

@@ -69,7 +69,7 @@ class Inputs:
     @cached_property
     def encoder(self) -> Encoder:
         """Cuts nothing: for counting what samples take, not for training on them."""
-        return Encoder(self.processor, max_seq_length=2**31)
+        return Encoder(self.processor, max_seq_length=2**31, video=self.config.data.video)
 
     @cached_property
     def stream_encoder(self) -> NotingEncoder:

@@ -163,6 +163,13 @@ class Shapes(Tally):
         rule = RULES.get(name)
         return rule(self, func, args, kwargs) if rule else self.run(func, _with_places(func, args), kwargs)
 
+    def without_data(self, tensor: torch.Tensor) -> Any:
+        """Of a batch's tensor the shape; integers as they are, and a list of numbers (seconds of a video's grid) as Python's: models read
+        both."""
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.tolist() if tensor.ndim == 1 else self.fake.from_tensor(tensor)
+
     def made(self, make: Callable[[], Any]) -> Any:
         """Fake tensors that `make` constructs."""
         with self.fake:

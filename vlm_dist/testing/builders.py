@@ -57,7 +57,7 @@ def llava_onevision() -> tuple[Any, Any]:
     images = hf.LlavaOnevisionImageProcessor(size={"height": 32, "width": 32}, image_grid_pinpoints=grids)
     processor = hf.LlavaOnevisionProcessor(
         images, tokenizer, hf.LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32}), num_image_tokens=4,
-        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4", chat_template=template("<image>"),
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4", chat_template=template("<image>", "<video>"),
     )  # fmt: skip
     config = hf.LlavaOnevisionConfig(
         vision_config=hf.SiglipVisionConfig(**CLIP), text_config=hf.Qwen2Config(**small_text(len(ids))), image_token_index=ids["<image>"],
@@ -215,7 +215,11 @@ def internvl() -> tuple[Any, Any]:
     tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
     images = hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}, max_patches=1)
     processor = hf.InternVLProcessor(
-        images, tokenizer, hf.InternVLVideoProcessor(), image_seq_length=1, chat_template=template("<IMG_CONTEXT>")
+        images,
+        tokenizer,
+        hf.InternVLVideoProcessor(size={"height": 32, "width": 32}),
+        image_seq_length=1,
+        chat_template=template("<IMG_CONTEXT>", "<video>"),
     )
     vision = {**CLIP, "image_size": [32, 32], "patch_size": [16, 16]}
     config = hf.InternVLConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_dist.data.lengths import count_patches
+from vlm_dist.data.encoded import count_patches
 from vlm_dist.deepspeed_config import zero_stage
 from vlm_dist.distributed import Ranks
 from vlm_dist.inputs.opened import Inputs
