@@ -80,7 +80,7 @@ class Stream:
     positions: Positions | None = None
     """With packing: a sample's position ids, where they are not simply 0, 1, 2, ..."""
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    """What is done with a micro-batch in the background before it is handed on."""
+    """Done with a micro-batch in the background."""
     _step: int = 0
     _state: dict[int, dict[str, Any]] = field(default_factory=dict)
     _ready: queue.Queue | None = None
@@ -244,8 +244,8 @@ class Stream:
     def _collate(self, rows: list[list[Encoded | None]], lanes: dict[int, dict]) -> Step:
         import torch
 
-        step = Step([], Counts(), [], [0] * len(self.datasets), lanes)
-        counts, pad = step.counts, self.encoder.processor.tokenizer.pad_token_id
+        step, pad = Step([], Counts(), [], [0] * len(self.datasets), lanes), self.encoder.processor.tokenizer.pad_token_id
+        counts = step.counts
         for start in range(0, len(rows), self.micro_batch):
             kept = [[sample for sample in row if sample is not None] for row in rows[start : start + self.micro_batch]]
             samples = list(itertools.chain(*kept))
@@ -257,10 +257,7 @@ class Stream:
                 step.labels[number] += count_labels(sample)
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
             kept = with_blank([row for row in kept if row], self.encoder.lacking(samples), self.pack, self.encoder.videos.is_on)
-            if self.pack:
-                batch = collate_packed(kept, pad, self.positions)
-            else:
-                batch = collate(list(itertools.chain(*kept)), pad)
+            batch = collate_packed(kept, pad, self.positions) if self.pack else collate(list(itertools.chain(*kept)), pad)
             if len(self.datasets) > 1:
                 batch["num_datasets"] = torch.tensor(len(self.datasets))
             step.micro_batches.append(self.finish(batch) if self.finish else batch)

@@ -44,6 +44,8 @@ FREE = {
     unsafe_view.overloadpacket, torch.ops.prim.device,
 }  # fmt: skip
 """What launches nothing: questions to a tensor, other views of it, memory that is not yet written."""
+IN_PLACE = {aten.addmm_: aten.addmm}
+"""Products that torch's table of FLOPs has under another name."""
 READS = {
     aten.nonzero,
     aten.unique_consecutive,
@@ -133,7 +135,7 @@ class Tally(TorchDispatchMode):
         self.count.live -= self._held.pop(key)[0]
 
     def _add_work(self, func: Any, args: tuple, kwargs: dict, result: Any, tensors: list[torch.Tensor]) -> None:
-        flops = flop_registry.get(func.overloadpacket)
+        flops = flop_registry.get(IN_PLACE.get(func.overloadpacket, func.overloadpacket))
         number = flops(*args, **kwargs, out_val=result) if flops else ATTENTION.get(func, _none)(args)
         moved = sum(nbytes_of(tensor) for tensor in tensors)
         if moved:
