@@ -47,8 +47,8 @@ $vlm train configs/real_pictures.yaml "name=$(basename "$run")" "output_dir=$(di
     "data.heldout=$folder/shards/heldout/*.tar" "${settings[@]}" "$@"
 
 part "5 of 6: the held-out questions, with their pictures and with grey ones"
-$vlm eval "$run" --json > "$folder/seen.json"
-$vlm eval "$run" --data "$folder/shards/grey/*.tar" --json > "$folder/grey.json"
+$vlm eval "$run" --no-without-pictures --json > "$folder/seen.json"
+$vlm eval "$run" --data "$folder/shards/grey/*.tar" --no-without-pictures --json > "$folder/grey.json"
 
 part "6 of 6: what it shows"
 $vlm report "$run" > /dev/null
