@@ -25,6 +25,7 @@ REQUIREMENTS = [
     "numpy>=2",
     "pillow>=12",
     "simplejpeg>=1.9",
+    "av>=14",
     "fsspec[http]>=2025.9",
     "pydantic>=2.12",
     "ruamel.yaml>=0.18",

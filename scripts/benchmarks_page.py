@@ -74,6 +74,15 @@ def families(raw: Any) -> str:
     return f"{gradients}; merged logits within {merged:.1%} of their spread"
 
 
+def experts(raw: Any) -> str:
+    ours, packed, sizes = raw["ours"], raw["ours, NF4"], raw["sizes"]
+    of = f"adapters on {sizes['experts']} experts, {sizes['top_k']} a token, on a CPU"
+    return (
+        f"{of}: {ours['cpu_ratio']:.2f} of the time and {ours['memory_ratio']:.2f} of the memory of PEFT's ParamWrapper; "
+        f"on experts in NF4 {packed['cpu_ratio']:.2f} and {packed['memory_ratio']:.2f}"
+    )
+
+
 def loop_overhead(raw: Any) -> str:
     return f"a step takes {raw['ratio_median']:.2f} times as long as in a bare torch loop (median of {len(raw['rounds'])} rounds)"
 
@@ -159,7 +168,8 @@ def cuda_branches(raw: Any) -> str:
 
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
-    "cuda_branches": cuda_branches, "decode": decode, "families": families, "loading": loading, "loop_overhead": loop_overhead,
+    "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "loading": loading,
+    "loop_overhead": loop_overhead,
     "memory_table": memory_table, "mutation": mutation, "quickstart": quickstart, "real_pictures": real_pictures, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vlm_dist.config_cluster import DistributedConfig, RayConfig
 from vlm_dist.config_look import EvaluationConfig, LogConfig
-from vlm_dist.config_model import Fraction, Kernel, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section
+from vlm_dist.config_model import Fraction, Kernel, LoraConfig, MiniVLMConfig, ModelConfig, Paths, ScratchConfig, Section, VideoConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -32,6 +32,7 @@ __all__ = [
     "ScratchConfig",
     "SourceConfig",
     "TrainingConfig",
+    "VideoConfig",
 ]
 
 
@@ -77,6 +78,8 @@ class DataConfig(Section):
     """Samples are shuffled within a window of this many; shards are shuffled as a whole each epoch."""
     max_image_pixels: PositiveInt = 64_000_000
     """Larger pictures are refused from their header, before decoding."""
+    video: VideoConfig | None = None
+    """Train on videos too, and which of their frames are shown; null: a sample with a video is refused."""
     max_bad_fraction: Fraction = 0.01
     """Stop when more than this share of the samples is unusable (checked from the first 1,000 samples on)."""
     prefetch: PositiveInt = 2

@@ -15,6 +15,7 @@ Kernel = Literal[
     "mlp",
     "nf4_lora_linear",
     "patch_embedding",
+    "picture_places",
     "rms_norm",
     "rope",
     "supervised_rows",
@@ -31,6 +32,25 @@ Paths = Annotated[list[str], BeforeValidator(_as_list)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class VideoConfig(Section):
+    """Which frames of a video are shown."""
+
+    fps: PositiveFloat = 2
+    """Frames a second."""
+    max_frames: PositiveInt = 64
+    """A longer clip has as many, evenly over it."""
+    min_frames: PositiveInt = 4
+    """A shorter clip has as many."""
+    max_pixels: PositiveInt = 768 * 28 * 28
+    """Larger frames are made as small while they are decoded; what the processor does follows."""
+
+    @model_validator(mode="after")
+    def _some_frames(self) -> VideoConfig:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames={self.min_frames} is more than max_frames={self.max_frames}")
+        return self
 
 
 class ScratchConfig(Section):
@@ -165,8 +185,8 @@ class LoraConfig(Section):
     mlp: bool = True
     """Adapt the MLPs of the chosen sides."""
     experts: Literal["auto", "off", "lora"] = "auto"
-    """Adapters on the experts of a mixture-of-experts model, one for each; auto: lora where language and mlp are on and neither modules,
-    dropout nor dora is set (experts' adapters have none of these)."""
+    """Adapters on the experts of a mixture-of-experts model, one for each; auto: lora where language and mlp are on, neither modules,
+    dropout nor dora is set (experts' adapters have none of these), and a step with them fits the card or none does, by the plan."""
     r_experts: PositiveInt = 4
     """Rank of the update of each expert."""
     alpha_experts: PositiveFloat | None = None

@@ -7,6 +7,7 @@ Adding an architecture is adding a row. Paths are dotted attribute names from th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Family:
     """How its makers taught it to write boxes and points, a name of `data/conventions.py`; thousand where they document nothing."""
     overflows_in_float16: bool = False
     """Whether its hidden states are known to grow beyond 65,504, the largest float16."""
+    tower_takes_sizes: bool = False
+    """Whether the vision tower takes from outside what follows from the pictures' sizes alone (models/ahead.py)."""
+    video: Literal["", "timed", "fixed", "frames"] = ""
+    """How it is shown videos: by its processor's own road, any number of frames (timed) or always `data.video.max_frames` of them (fixed:
+    the videos of a batch must be equally long); as pictures with their times before them (frames); not at all."""
     packs: bool = False
     """Whether several samples may share a row without one seeing another (tests/models/test_packing.py shows it by their losses)."""
 
@@ -52,26 +58,27 @@ SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-lan
 FAMILIES = {
     row.model_type: row
     for row in (
-        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True),
+        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True, video="frames"),
         Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma"),
+        Family("glm4v", *QWEN_PARTS, packs=True),
         Family("glm4v_moe", *QWEN_PARTS, packs=True),
-        Family("idefics3", *IDEFICS_PARTS, packs=True),
-        Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl"),
+        Family("idefics3", *IDEFICS_PARTS, packs=True, video="frames"),
+        Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl", video="fixed"),
         Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
         Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
-        Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
+        Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit", video="fixed"),
         Family(
             "mini_vlm", "model.vision_encoder", ("model.projector",), "model.language_model", head="model.language_model.lm_head",
             packs=True, unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
         ),
         Family("mistral3", *LLAVA_PARTS, packs=True),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
-        Family("qwen2_5_vl", *QWEN_PARTS, packs=True, boxes="absolute"),
-        Family("qwen2_vl", *QWEN_PARTS, packs=True, boxes="qwen2"),
-        Family("qwen3_5", *QWEN_PARTS),
-        Family("qwen3_5_moe", *QWEN_PARTS),
-        Family("qwen3_vl", *QWEN3_PARTS, packs=True),
-        Family("qwen3_vl_moe", *QWEN3_PARTS, packs=True),
+        Family("qwen2_5_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, boxes="absolute", video="timed"),
+        Family("qwen2_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, boxes="qwen2", video="timed"),
+        Family("qwen3_5", *QWEN_PARTS, tower_takes_sizes=True, video="timed"),
+        Family("qwen3_5_moe", *QWEN_PARTS, tower_takes_sizes=True, video="timed"),
+        Family("qwen3_vl", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, video="timed"),
+        Family("qwen3_vl_moe", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, video="timed"),
         Family("smolvlm", *IDEFICS_PARTS, packs=True),
     )
 }  # fmt: skip

@@ -29,7 +29,8 @@ from triton.compiler import ASTSource
 
 from vlm_kernels.common import INTERPRETED, Compilation
 
-KERNELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in ("aot", "common", "reference")))
+OTHERS = ("aot", "common", "nf4_gated_mlp", "nf4_lora_group", "reference")  # the two are made of other files' kernels
+KERNELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in OTHERS))
 """One file is one kernel."""
 KIB = 1024
 SHARED_LIMIT = {  # bytes of shared memory that one block may use; CUDA C++ Programming Guide, and AMD's CDNA3 ISA guide for gfx942

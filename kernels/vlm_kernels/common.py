@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +55,21 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
 def is_counted(tensor: torch.Tensor) -> bool:
     """Whether it is fake and stands for one on a GPU (`as_on_gpu`): there is nothing to launch a kernel on."""
     return _counting and isinstance(tensor, FakeTensor)
+
+
+def remember(y: torch.Tensor, make: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> None:
+    """`make(*tensors)` gives y again, and these are kept for the backward pass anyway: who would keep y for it need not."""
+    if not torch.compiler.is_compiling():
+        y.made_of = make, tensors  # pyright: ignore[reportAttributeAccessIssue]
+
+
+Source = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def source_of(x: torch.Tensor) -> Source | None:
+    """(make, tensors) that `make(*tensors)` gives x again from; None: x must be kept itself."""
+    known = getattr(x, "made_of", None)
+    return None if known is None else (known[0], tuple(tensor.detach() for tensor in known[1]))
 
 
 def row_block(columns: int) -> tuple[int, int]:

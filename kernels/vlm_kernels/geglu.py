@@ -15,6 +15,7 @@ backward  dgate = dy * up * gelu'(g),  dup = dy * gelu(g);
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -50,7 +51,9 @@ def _forward_kernel(GATE, UP, Y, gate_stride, up_stride, N, TANH: tl.constexpr, 
 
 
 @triton.jit
-def _backward_kernel(DY, GATE, UP, DGATE, DUP, gate_stride, up_stride, N, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(
+    DY, GATE, UP, DGATE, DUP, Y, gate_stride, up_stride, d_stride, N, TANH: tl.constexpr, WITH_Y: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
@@ -58,8 +61,10 @@ def _backward_kernel(DY, GATE, UP, DGATE, DUP, gate_stride, up_stride, N, TANH: 
     gate = tl.load(GATE + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(UP + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     gelu, slope = _gelu_and_slope(gate, TANH)
-    tl.store(DGATE + row * N + columns, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
-    tl.store(DUP + row * N + columns, (dy * gelu).to(DUP.dtype.element_ty), mask=inside)
+    tl.store(DGATE + row * d_stride + columns, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
+    tl.store(DUP + row * d_stride + columns, (dy * gelu).to(DUP.dtype.element_ty), mask=inside)
+    if WITH_Y:
+        tl.store(Y + row * N + columns, (gelu * up).to(Y.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("vlm_kernels::geglu", mutates_args=())
@@ -84,7 +89,8 @@ def _geglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tanh
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if gate.numel():
         grid = (M, triton.cdiv(N, BLOCK))
-        _backward_kernel[grid](dy, rows, ups, dgate, dup, rows.stride(0), ups.stride(0), N, TANH=tanh, BLOCK=BLOCK)
+        strides = rows.stride(0), ups.stride(0), N
+        _backward_kernel[grid](dy, rows, ups, dgate, dup, dy, *strides, N, TANH=tanh, WITH_Y=False, BLOCK=BLOCK)
     return dgate, dup
 
 
@@ -122,6 +128,31 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, *, tanh: bool = True) -> torch.T
     return _geglu(gate, up, tanh) if runs_kernel(gate) else reference.geglu(gate, up, tanh=tanh)
 
 
+@torch.library.custom_op("vlm_kernels::geglu_gradients", mutates_args=())
+def _geglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    M, N = gate.shape
+    dy = dy.contiguous()
+    both, y = (torch.empty((M, width), dtype=gate.dtype, device=gate.device) for width in (2 * N, N))
+    if gate.numel():
+        grid = (M, triton.cdiv(N, BLOCK))
+        strides = gate.stride(0), up.stride(0), 2 * N
+        _backward_kernel[grid](dy, gate, up, both, both[:, N:], y, *strides, N, TANH=tanh, WITH_Y=True, BLOCK=BLOCK)
+    return both, y
+
+
+@_geglu_gradients.register_fake
+def _(dy, gate, up, tanh):
+    M, N = gate.shape
+    return tuple(torch.empty((M, width), dtype=gate.dtype, device=gate.device) for width in (2 * N, N))
+
+
+def geglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, tanh: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a backward pass that kept no result needs, in one launch; see `swiglu.swiglu_gradients`."""
+    if runs_kernel(gate):
+        return _geglu_gradients(dy, gate, up, tanh)
+    return reference.gate_gradients(partial(reference.geglu, tanh=tanh), dy, gate, up)
+
+
 def compilations() -> Iterator[Compilation]:
     """Forward and backward, both forms; one block size serves every width."""
     bf16 = triton_type(torch.bfloat16)
@@ -130,5 +161,6 @@ def compilations() -> Iterator[Compilation]:
         shape = f"width 10240, {'tanh' if tanh else 'exact'}"
         constants = {"TANH": tanh, "BLOCK": BLOCK}
         yield Compilation(_forward_kernel, shape, {"GATE": bf16, "UP": bf16, "Y": bf16, **strides}, constants)
-        pointers = {"DY": bf16, "GATE": bf16, "UP": bf16, "DGATE": bf16, "DUP": bf16, **strides}
-        yield Compilation(_backward_kernel, shape, pointers, constants)
+        pointers = {"DY": bf16, "GATE": bf16, "UP": bf16, "DGATE": bf16, "DUP": bf16, "Y": bf16, **strides, "d_stride": "i32"}
+        for with_y in (False, True):
+            yield Compilation(_backward_kernel, shape, pointers, {**constants, "WITH_Y": with_y})

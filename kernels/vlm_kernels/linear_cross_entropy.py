@@ -121,10 +121,10 @@ def workspace_bytes(rows: int, weight: torch.Tensor, kind: str = "cuda") -> int:
 @torch.library.custom_op("vlm_kernels::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, smoothing: float, z_loss: float,
-    softcap: float, with_grad: bool, with_dw: bool,
+    softcap: float, with_grad: bool, with_dw: bool, known: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss, rows, dh of the rows, dW, db); what is not asked for has no element."""
-    rows = (labels != IGNORED).nonzero().squeeze(1)
+    rows = (labels != IGNORED).nonzero().squeeze(1) if known is None else known.clone()
     S, V = len(rows), len(weight)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     dh = hidden.new_empty((S if with_grad else 0, hidden.shape[1]))
@@ -146,8 +146,8 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, labels, smoothing, z_loss, softcap, with_grad, with_dw):
-    count = torch.library.get_ctx().new_dynamic_size()
+def _(hidden, weight, bias, labels, smoothing, z_loss, softcap, with_grad, with_dw, known):
+    count = torch.library.get_ctx().new_dynamic_size() if known is None else len(known)
     dh = hidden.new_empty((count if with_grad else 0, hidden.shape[1]))
     dw = weight.new_empty(weight.shape if with_dw else (0,))
     db = weight.new_empty(len(weight) if with_dw and bias is not None else 0)
@@ -170,7 +170,7 @@ def _backward(ctx, grad, *_):
         full = dh.new_zeros((ctx.num_rows, dh.shape[1])).index_copy(0, rows, dh * grad.to(dh.dtype))
     return (
         full, dw * grad.to(dw.dtype) if needs_weight else None, db * grad.to(db.dtype) if ctx.has_bias and needs_bias else None,
-        None, None, None, None, None, None,
+        None, None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ _linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, bias: torch.Tensor | None = None, label_smoothing: float = 0.0,
-    z_loss: float = 0.0, softcap: float = 0.0,
+    z_loss: float = 0.0, softcap: float = 0.0, rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Sum of the cross-entropy of `hidden @ weight.T` over the rows that have a label, and how many these are.
 
@@ -191,6 +191,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567).
         z_loss: weight of logsumexp^2 (PaLM, arXiv:2204.02311).
         softcap: logits are bounded by softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); 0: not.
+        rows: [S] int64, the rows that have a label, where they are known: else a GPU is waited for to know how many they are.
 
     All is computed in the dtype of `hidden`, under autocast in autocast's, as torch's own linear layer would be.
 
@@ -213,7 +214,7 @@ def linear_cross_entropy(
     with_dw = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     with torch.autocast(kind, enabled=False):
         loss, *_ = _linear_cross_entropy(
-            hidden, weight, bias, labels, label_smoothing, z_loss, softcap, grad and hidden.requires_grad, with_dw
+            hidden, weight, bias, labels, label_smoothing, z_loss, softcap, grad and hidden.requires_grad, with_dw, rows
         )
     return loss, (labels != IGNORED).sum()
 

@@ -61,15 +61,30 @@ def _nf4_dequantize(
     codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, scale_table: torch.Tensor | None, outer: torch.Tensor | None,
     offset: torch.Tensor | None, shape: list[int], dtype: torch.dtype, blocksize: int, outer_blocksize: int,
 ) -> torch.Tensor:  # fmt: skip
-    codes = codes.contiguous().view(torch.uint8).flatten()
     w = torch.empty(shape, dtype=dtype, device=codes.device)
+    _write(codes, absmax, table, scale_table, outer, offset, w, blocksize, outer_blocksize)
+    return w
+
+
+def _write(
+    codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, scale_table: torch.Tensor | None, outer: torch.Tensor | None,
+    offset: torch.Tensor | None, w: torch.Tensor, blocksize: int, outer_blocksize: int,
+) -> None:  # fmt: skip
+    codes = codes.contiguous().view(torch.uint8).flatten()
     if w.numel():
         nested = scale_table is not None
         _kernel[(triton.cdiv(codes.numel(), BLOCK),)](
             codes, absmax, table, scale_table if nested else table, outer if nested else table, offset if nested else table, w,
             codes.numel(), w.numel(), BLOCKSIZE=blocksize, OUTER_BLOCK=outer_blocksize, NESTED=nested, BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
-    return w
+
+
+_nf4_dequantize_into = torch.library.custom_op("vlm_kernels::nf4_dequantize_into", _write, mutates_args={"w"})
+
+
+@_nf4_dequantize_into.register_fake
+def _(codes, absmax, table, scale_table, outer, offset, w, blocksize, outer_blocksize):
+    return None
 
 
 @_nf4_dequantize.register_fake
@@ -77,13 +92,16 @@ def _(codes, absmax, table, scale_table, outer, offset, shape, dtype, blocksize,
     return codes.new_empty(shape, dtype=dtype)
 
 
-def nf4_dequantize(codes: torch.Tensor, state: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+def nf4_dequantize(
+    codes: torch.Tensor, state: Any, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:  # fmt: skip
     """The weights that a bitsandbytes 4-bit parameter stands for.
 
     Args:
         codes: the packed weights, stored in any dtype.
         state: their `bitsandbytes.functional.QuantState` (quant_type nf4 or fp4; double quantisation or not).
         dtype: of the result; None: the dtype that was quantised.
+        out: [N, K], contiguous: where the weights shall lie, in its dtype.
 
     Returns:
         w: [N, K], the `state.shape`, in that dtype.
@@ -94,9 +112,14 @@ def nf4_dequantize(codes: torch.Tensor, state: Any, dtype: torch.dtype | None = 
         if nested is not None:
             absmax = reference.nested_absmax(absmax, state.offset, nested.code, nested.absmax, nested.blocksize)
         packed = codes.contiguous().view(torch.uint8)
-        return reference.nf4_dequantize(packed, absmax, state.code, state.shape, dtype or state.dtype, state.blocksize)
+        wanted = out.dtype if out is not None else dtype or state.dtype
+        w = reference.nf4_dequantize(packed, absmax, state.code, state.shape, wanted, state.blocksize)
+        return w if out is None else out.copy_(w)
     outer = (nested.code, nested.absmax, state.offset) if nested is not None else (None, None, None)
     outer_blocksize = nested.blocksize if nested is not None else 1
+    if out is not None:
+        _nf4_dequantize_into(codes, state.absmax, state.code, *outer, out, state.blocksize, outer_blocksize)
+        return out
     return _nf4_dequantize(
         codes, state.absmax, state.code, *outer, list(state.shape), dtype or state.dtype, state.blocksize, outer_blocksize
     )

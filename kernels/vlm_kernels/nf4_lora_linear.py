@@ -68,7 +68,7 @@ def _dropout_kernel(X, Y, seed, n, p, BLOCK: tl.constexpr):
     tl.store(Y + place, tl.where(kept, x / (1.0 - p), 0.0).to(Y.dtype.element_ty), mask=place < n)
 
 
-def _dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """x with dropout; the same seed drops the same elements."""
     if p == 0.0:
         return x
@@ -93,7 +93,7 @@ class _NF4LoraLinear(torch.autograd.Function):
             y += bias.to(y.dtype)
         h = None
         if A is not None:
-            h = _dropout(x, p, seed) @ A.to(x.dtype).T
+            h = dropped(x, p, seed) @ A.to(x.dtype).T
             y.addmm_(h, B.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(x if A is not None else None, codes, A, B, h)
         ctx.state, ctx.scale, ctx.p, ctx.seed = state, scale, p, seed
@@ -110,8 +110,8 @@ class _NF4LoraLinear(torch.autograd.Function):
         if A is not None:
             g = (dy @ B.to(dy.dtype)) * ctx.scale
             if dx is not None:
-                dx += _dropout(g @ A.to(dy.dtype), ctx.p, ctx.seed)
-            dA = (g.T @ _dropout(x, ctx.p, ctx.seed)).to(A.dtype) if needs_A else None
+                dx += dropped(g @ A.to(dy.dtype), ctx.p, ctx.seed)
+            dA = (g.T @ dropped(x, ctx.p, ctx.seed)).to(A.dtype) if needs_A else None
             dB = ((dy.T @ h) * ctx.scale).to(B.dtype) if needs_B else None
         return dx, None, None, dy.sum(0) if needs_bias else None, dA, dB, None, None, None
 
@@ -160,13 +160,13 @@ def nf4_lora_linear(
     rows = x.reshape(-1, K)
     first, *others = adapters or ((None, None, 0.0),)
     with torch.autocast(x.device.type, enabled=False):
-        y = _NF4LoraLinear.apply(rows, codes, state, bias, *first, dropout, _draw_seed(dropout))
+        y = _NF4LoraLinear.apply(rows, codes, state, bias, *first, dropout, draw_seed(dropout))
         for A, B, scale in others:
             y = y + (torch.nn.functional.dropout(rows, dropout) @ A.to(x.dtype).T) @ B.to(x.dtype).T * scale
     return y.view(*x.shape[:-1], N)
 
 
-def _draw_seed(dropout: float) -> int:
+def draw_seed(dropout: float) -> int:
     """From torch's own generator on the CPU: gradient checkpointing puts that back, and so draws the same again."""
     return int(torch.randint(2**31 - 1, ())) if dropout else 0
 

@@ -5,7 +5,7 @@ Tests call these with float64; on a CPU some are the public functions' own path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,16 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def geglu(gate: torch.Tensor, up: torch.Tensor, *, tanh: bool = True) -> torch.Tensor:
     """gelu(gate) * up; tanh: the approximation."""
     return F.gelu(gate, approximate="tanh" if tanh else "none") * up
+
+
+def gate_gradients(
+    gated: Callable, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """([M, 2 N]: gradients of gate and of up, [M, N]: their gated product again), by autograd."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(True) for tensor in (gate, up)]
+        y = gated(*leaves)
+    return torch.cat(torch.autograd.grad(y, leaves, dy), dim=1), y.detach()
 
 
 def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

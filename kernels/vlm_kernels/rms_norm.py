@@ -17,13 +17,14 @@ the product in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from vlm_kernels import reference
-from vlm_kernels.common import Compilation, as_rows, check_same_shape, programs_for, row_block, runs_kernel, triton_type
+from vlm_kernels.common import Compilation, as_rows, check_same_shape, programs_for, remember, row_block, runs_kernel, triton_type
 
 
 @triton.jit
@@ -130,6 +131,7 @@ def _(dy, ds, s, weight, rstd, offset, with_dw):
 def _setup(ctx, inputs, output):
     x, residual, weight, _, ctx.offset, _ = inputs
     _, s, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.has_residual = residual is not None
     ctx.save_for_backward(s if ctx.has_residual else x, weight, rstd)
     ctx.mark_non_differentiable(*([rstd] if ctx.has_residual else [s, rstd]))
@@ -138,6 +140,8 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy, ds, _):
     s, weight, rstd = ctx.saved_tensors
     with_dw = ctx.needs_input_grad[2]
+    if dy is None:  # of the sum alone something came of
+        return ds, ds if ctx.has_residual else None, torch.zeros_like(weight) if with_dw else None, None, None, None
     dx, dw = _rms_norm_backward(dy, ds if ctx.has_residual else None, s, weight, rstd, ctx.offset, with_dw)
     return dx, dx if ctx.has_residual else None, dw if with_dw else None, None, None, None
 
@@ -173,7 +177,12 @@ def rms_norm(
         y = reference.rms_norm(total, weight, eps, offset=offset, multiply_wide=multiply_wide)
         return y if residual is None else (y, total)
     y, total, _ = _rms_norm(x, residual, weight, eps, offset, multiply_wide)
+    remember(y, partial(_again, eps, offset, multiply_wide), x if residual is None else total, weight)
     return y if residual is None else (y, total)
+
+
+def _again(eps: float, offset: float, multiply_wide: bool, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _rms_norm(x, None, weight, eps, offset, multiply_wide)[0]
 
 
 def compilations() -> Iterator[Compilation]:

@@ -35,7 +35,9 @@ def _forward_kernel(GATE, UP, Y, gate_stride, up_stride, N, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _backward_kernel(DY, GATE, UP, DGATE, DUP, gate_stride, up_stride, N, BLOCK: tl.constexpr):
+def _backward_kernel(
+    DY, GATE, UP, DGATE, DUP, Y, gate_stride, up_stride, d_stride, N, WITH_Y: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
@@ -44,8 +46,10 @@ def _backward_kernel(DY, GATE, UP, DGATE, DUP, gate_stride, up_stride, N, BLOCK:
     up = tl.load(UP + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(DGATE + row * N + columns, dgate.to(DGATE.dtype.element_ty), mask=inside)
-    tl.store(DUP + row * N + columns, (dy * gate * sigmoid).to(DUP.dtype.element_ty), mask=inside)
+    tl.store(DGATE + row * d_stride + columns, dgate.to(DGATE.dtype.element_ty), mask=inside)
+    tl.store(DUP + row * d_stride + columns, (dy * gate * sigmoid).to(DUP.dtype.element_ty), mask=inside)
+    if WITH_Y:
+        tl.store(Y + row * N + columns, (gate * sigmoid * up).to(Y.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("vlm_kernels::swiglu", mutates_args=())
@@ -70,7 +74,7 @@ def _swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> 
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if gate.numel():
         grid = (M, triton.cdiv(N, BLOCK))
-        _backward_kernel[grid](dy, rows, ups, dgate, dup, rows.stride(0), ups.stride(0), N, BLOCK=BLOCK)
+        _backward_kernel[grid](dy, rows, ups, dgate, dup, dy, rows.stride(0), ups.stride(0), N, N, WITH_Y=False, BLOCK=BLOCK)
     return dgate, dup
 
 
@@ -106,11 +110,45 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return _swiglu(gate, up) if runs_kernel(gate) else reference.swiglu(gate, up)
 
 
+@torch.library.custom_op("vlm_kernels::swiglu_gradients", mutates_args=())
+def _swiglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    M, N = gate.shape
+    dy = dy.contiguous()
+    both, y = (torch.empty((M, width), dtype=gate.dtype, device=gate.device) for width in (2 * N, N))
+    if gate.numel():
+        grid = (M, triton.cdiv(N, BLOCK))
+        strides = gate.stride(0), up.stride(0), 2 * N
+        _backward_kernel[grid](dy, gate, up, both, both[:, N:], y, *strides, N, WITH_Y=True, BLOCK=BLOCK)
+    return both, y
+
+
+@_swiglu_gradients.register_fake
+def _(dy, gate, up):
+    M, N = gate.shape
+    return tuple(torch.empty((M, width), dtype=gate.dtype, device=gate.device) for width in (2 * N, N))
+
+
+def swiglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a backward pass that kept no result needs, in one launch.
+
+    Args:
+        dy: [M, N], the gradient of silu(gate) * up.
+        gate, up: [M, N] with contiguous rows.
+
+    Returns:
+        ([M, 2 N]: the gradients of gate and of up, [M, N]: silu(gate) * up again).
+    """
+    if runs_kernel(gate):
+        return _swiglu_gradients(dy, gate, up)
+    return reference.gate_gradients(reference.swiglu, dy, gate, up)
+
+
 def compilations() -> Iterator[Compilation]:
     """Forward and backward; one block size serves every width."""
     bf16 = triton_type(torch.bfloat16)
     strides = {"gate_stride": "i32", "up_stride": "i32", "N": "i32"}
     for width in (8192, 18944, 14336, 28672):
         yield Compilation(_forward_kernel, f"width {width}", {"GATE": bf16, "UP": bf16, "Y": bf16, **strides}, {"BLOCK": BLOCK})
-        pointers = {"DY": bf16, "GATE": bf16, "UP": bf16, "DGATE": bf16, "DUP": bf16, **strides}
-        yield Compilation(_backward_kernel, f"width {width}", pointers, {"BLOCK": BLOCK})
+        pointers = {"DY": bf16, "GATE": bf16, "UP": bf16, "DGATE": bf16, "DUP": bf16, "Y": bf16, **strides, "d_stride": "i32"}
+        for with_y in (False, True):
+            yield Compilation(_backward_kernel, f"width {width}", pointers, {"WITH_Y": with_y, "BLOCK": BLOCK})

@@ -1,6 +1,6 @@
 """Adapters on experts, one layer, forward and backward on this CPU: ours beside PEFT's ParamWrapper, each in a process of its own.
 
-    .venv/bin/python scripts/bench/experts.py --out docs/benchmarks/experts.json
+    python scripts/bench/experts.py --out docs/benchmarks/experts.json
 
 Experts and adapters in float32 (products in bfloat16 of this CPU would hide the rest). Memory: the most that the process held during the
 steps beyond what it held before (VmHWM, set back before them).
@@ -20,6 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from vlm_dist.run_dir import write_json
 
 SIZES = {"experts": 64, "top_k": 4, "hidden": 256, "intermediate": 256, "tokens": 256, "rank": 4}
 STEPS = 3
@@ -103,8 +105,12 @@ def main() -> None:
             sys.exit(f"{kind}: {result.stderr[-3000:]}")
         found[kind] = json.loads(result.stdout.splitlines()[-1])
         print(kind, found[kind], flush=True)
+    for kind in KINDS[:-1]:
+        ratios = {f"{name.partition('_')[0]}_ratio": round(found[kind][name] / found[KINDS[-1]][name], 3) for name in found[kind]}
+        found[kind] |= ratios
+        print(kind, "to PEFT:", ratios)
     if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(arguments.out, {"command": "python " + " ".join(sys.argv), **found})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from PIL import Image
 
 from vlm_dist.data.collate import collate
 from vlm_dist.data.control_tokens import WORD_JOINER
-from vlm_dist.data.encode import IGNORED, Encoder, count_labels
+from vlm_dist.data.encode import IGNORED, Encoder
+from vlm_dist.data.encoded import count_labels
 from vlm_dist.data.labels import is_per_token, span_of
 from vlm_dist.data.pictures import decode_pixels
 from vlm_dist.data.samples import Sample
@@ -342,9 +343,9 @@ def test_runs_of_picture_tokens_are_tokenised_as_one_by_one(encoder):
     several = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " and  "}, {"type": "image"}]}
     for messages, images in (([USER, assistant("red"), several], pictures), ([MORE], []), ([USER], pictures[1:2])):
         text = encoder._render(messages)
-        quick = encoder._process(text, images)
+        quick = encoder._process(text, images, [], messages)
         encoder._quick = encoder.processor
-        plain = encoder._process(text, images)
+        plain = encoder._process(text, images, [], messages)
         encoder._quick = Encoder(encoder.processor, 512)._quick
         assert quick[0].keys() == plain[0].keys() and quick[3] == plain[3]
         assert all(torch.equal(quick[0][name], plain[0][name]) and quick[0][name].dtype == plain[0][name].dtype for name in plain[0])

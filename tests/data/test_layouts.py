@@ -200,7 +200,7 @@ def test_named_columns():
         ({"messages": [{"role": "judge", "content": "x"}]}, "'role' is 'judge'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "'role' is \\['user'\\]"),
         ({"messages": [{"role": "user", "content": None}]}, "neither text nor a list"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "v"}]}]}, "a part of type 'video'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "v"}]}]}, "a part of type 'audio'"),
         ({"messages": PAIR, "chosen": "a", "rejected": "b"}, "a pair of answers"),
         ({"prompt": Q, "completion": A, "label": False}, "not wanted"),
         ({"messages": PAIR, "kto_tag": False}, "not wanted"),

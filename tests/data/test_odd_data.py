@@ -96,11 +96,11 @@ def test_a_run_that_learns_from_little_fails(run, usable, tmp_path):
 
 def test_what_nothing_reads_is_told_with_its_number(run, capsys, settings, tmp_path):
     members = good(6)
-    members += [("s9.jpg", picture()), ("s9.mp4", b"x"), ("s9.json", conversation(("user", "<image>?"), ("assistant", "a"), tone="kind"))]
+    members += [("s9.jpg", picture()), ("s9.npy", b"x"), ("s9.json", conversation(("user", "<image>?"), ("assistant", "a"), tone="kind"))]
     odd_turn = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "b </s>\n", "mood": 1}]}
     members += [("t.jpg", picture()), ("t.json", json.dumps(odd_turn).encode())]
     summary, quarantined = run(members)
-    expected = {"key": {"tone": 1}, "turn key": {"mood": 1}, "member": {".mp4": 1}, "split": {"</s>": 1}, "stripped": {"line breaks": 1}}
+    expected = {"key": {"tone": 1}, "turn key": {"mood": 1}, "member": {".npy": 1}, "split": {"</s>": 1}, "stripped": {"line breaks": 1}}
     assert summary["notes"] == expected and not quarantined
     said = capsys.readouterr().out
     assert "data: keys of the JSON that nothing reads: tone (1 sample)" in said
@@ -108,7 +108,7 @@ def test_what_nothing_reads_is_told_with_its_number(run, capsys, settings, tmp_p
     assert main(["data", "verify", config, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == expected
     assert main(["inspect", config, "-n", "12"]) == 0
-    assert "files beside a sample that nothing reads: .mp4 (1 sample)" in capsys.readouterr().out
+    assert "files beside a sample that nothing reads: .npy (1 sample)" in capsys.readouterr().out
 
 
 def test_verify_encodes_with_the_processor_of_a_configuration(settings, tmp_path, capsys, qwen):

@@ -85,7 +85,7 @@ def test_text_only():
         ({"json": b"[1]"}, "expected an object"),
         ({"json": as_json({"messages": []})}, "list of turns"),
         ({"json": as_json({"messages": [{"role": "judge", "content": "x"}]})}, "'judge'"),
-        ({"json": as_json({"messages": [{"role": "user", "content": [{"type": "video"}]}]})}, "'video'"),
+        ({"json": as_json({"messages": [{"role": "user", "content": [{"type": "video"}]}]})}, "speaks of 1 videos, the sample has 0"),
         ({"json": as_json({"messages": TURNS[:1]})}, "no assistant turn"),
         ({"jpg": b"not a picture", "txt": b"a cat"}, "jpg: no picture that is known here; expected a JPEG, PNG or WebP file"),
         ({"jpg": picture(form="GIF"), "txt": b"a cat"}, "jpg: a GIF; expected a JPEG, PNG or WebP file"),

@@ -127,7 +127,7 @@ def test_a_server_that_says_how_long_to_wait_is_heard(server, shard, form):
     server.faults = [(429, {"Retry-After": value})]
     before = time.monotonic()
     dataset.raw(0)
-    assert 0.9 < time.monotonic() - before
+    assert time.monotonic() - before > 0.9
 
 
 @pytest.mark.parametrize("value", ["", "soon", "-5", "9" * 400, "Thu, 99 Foo 2020", "Mon, 01 Jan 1990 00:00:00 GMT"])

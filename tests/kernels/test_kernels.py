@@ -7,6 +7,7 @@ The same tests run three times: on a CPU through the PyTorch paths; through Trit
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ import torch
 import vlm_kernels as kernels
 from vlm_kernels import reference
 from vlm_kernels.common import INTERPRETED
+from vlm_kernels.geglu import geglu_gradients
+from vlm_kernels.nf4_gated_mlp import nf4_gated_mlp
+from vlm_kernels.nf4_lora_group import Copies, Layer, nf4_lora_group
+from vlm_kernels.swiglu import swiglu_gradients
 
 DEVICES = [
     pytest.param("cpu", id="interpreted" if INTERPRETED else "cpu"),
@@ -111,6 +116,25 @@ GATES = {
     "geglu tanh": (kernels.geglu, reference.geglu),
     "geglu exact": (lambda g, u: kernels.geglu(g, u, tanh=False), lambda g, u: reference.geglu(g, u, tanh=False)),
 }
+
+
+FUSED = {
+    "swiglu": (kernels.swiglu, swiglu_gradients),
+    "geglu tanh": (kernels.geglu, geglu_gradients),
+    "geglu exact": (partial(kernels.geglu, tanh=False), partial(geglu_gradients, tanh=False)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FUSED)
+def test_gradients_of_gates_with_the_result_again(device, dtype, name):
+    dy, gate, up = (random(3, 1031, dtype=dtype, device=device, seed=seed, scale=3) for seed in range(3))
+    both, y = FUSED[name][1](dy, gate, up)
+    leaves = [one.cpu().double().requires_grad_(True) for one in (gate, up)]
+    expected = GATES[name][1](*leaves)
+    slopes = torch.cat(torch.autograd.grad(expected, leaves, dy.cpu().double()), dim=1)
+    assert_close(y, expected, dtype, "result")
+    assert_close(both, slopes, dtype, "gradients")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -253,6 +277,130 @@ def test_nf4_lora_linear(device, dtype, M, K, N, r, with_bias):
         return x @ W.T + bias + 0.5 * (x @ A.T) @ B.T
 
     compare(ours, theirs, inputs, dtype)
+
+
+def group_of(widths, K, r, device, dtype, *, bias=True, scales=(0.5, 0.5, 0.5)):
+    """Layers with their weights, biases and factors in float64 beside them."""
+    made = [quantised(N, K, dtype=dtype, device=device) for N in widths]
+    factors = [random(r, K, device=device, seed=number) for number in range(len(widths))]
+    factors += [random(N, r, device=device, seed=9 + number) for number, N in enumerate(widths)]
+    biases = [random(N, dtype=dtype, device=device, seed=20 + number) if bias else None for number, N in enumerate(widths)]
+
+    def layers(factors):
+        count = len(widths)
+        pairs = zip(factors[:count], factors[count:], strict=True)
+        return [Layer(*pair, bias, A, B, s) for pair, bias, (A, B), s in zip(made, biases, pairs, scales, strict=False)]
+
+    whole = [kernels.nf4_dequantize(*pair).cpu().double() for pair in made]
+    return layers, factors, whole, [0.0 if one is None else one.cpu().double() for one in biases]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scales", [(0.5, 0.5, 0.5), (0.5, 2.0, 1.0)])
+@pytest.mark.parametrize("widths", [(96,), (96, 64, 70)])
+def test_nf4_lora_group(device, dtype, widths, scales):
+    layers, factors, whole, biases = group_of(widths, 64, 4, device, dtype, scales=scales)
+    copies, count = Copies(), len(widths)
+
+    def ours(x, *factors):
+        return torch.cat(nf4_lora_group(x, layers(factors), copies), dim=-1)
+
+    def theirs(x, *factors):
+        parts = zip(whole, biases, factors[:count], factors[count:], scales, strict=False)
+        return torch.cat([x @ W.T + b + s * (x @ A.T) @ B.T for W, b, A, B, s in parts], dim=-1)
+
+    compare(ours, theirs, [random(3, 7, 64, dtype=dtype, device=device), *factors], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_nf4_gated_mlp(device, dtype, name, bias):
+    up, of_up, up_whole, up_bias = group_of((128, 128), 64, 4, device, dtype, bias=bias)
+    down, of_down, down_whole, down_bias = group_of((64,), 128, 3, device, dtype, bias=bias)
+    gate, gradients = FUSED[name]
+    copies = Copies()
+
+    def ours(x, A, A2, B, B2, A3, B3):
+        return nf4_gated_mlp(x, [*up([A, A2, B, B2]), *down([A3, B3])], (gate, gradients), copies)
+
+    def theirs(x, A, A2, B, B2, A3, B3):
+        halves = [x @ W.T + b + 0.5 * (x @ a.T) @ c.T for W, b, a, c in zip(up_whole, up_bias, (A, A2), (B, B2), strict=True)]
+        y = GATES[name][1](*halves)
+        return y @ down_whole[0].T + down_bias[0] + 0.5 * (y @ A3.T) @ B3.T
+
+    compare(ours, theirs, [random(18, 64, dtype=dtype, device=device), *of_up, *of_down], dtype)
+
+
+def test_together_drops_what_each_alone_drops(device):
+    """The same seeds, drawn in the same order, give the same masks, and so the same numbers; in the backward pass too."""
+    layers, factors, _, _ = group_of((64, 96), 64, 4, device, torch.float32)
+    down, of_down, _, _ = group_of((64,), 96, 4, device, torch.float32)
+    leaves = [factor.requires_grad_(True) for factor in [*factors, *of_down]]
+    x = random(20, 64, device=device).requires_grad_(True)
+    one_by_one = partial(_one_by_one, dropout=0.3)
+    ours = nf4_lora_group(x, make := layers(factors), Copies(), dropout=0.3)
+    torch.manual_seed(5)
+    found = torch.autograd.grad(sum(y.square().sum() for y in nf4_lora_group(x, make, Copies(), dropout=0.3)), [x, *leaves[:4]])
+    torch.manual_seed(5)
+    expected = torch.autograd.grad(sum(one_by_one(x, layer).square().sum() for layer in make), [x, *leaves[:4]])
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, exact(other), torch.float32)
+    assert not torch.equal(ours[0], nf4_lora_group(x, make, Copies())[0])
+    mlp, of_mlp, _, _ = group_of((96, 96), 64, 4, device, torch.float32)
+    leaves = [factor.requires_grad_(True) for factor in [*of_mlp, *of_down]]
+    three = [*mlp(of_mlp), *down(of_down)]
+    torch.manual_seed(5)
+    z = nf4_gated_mlp(x, three, FUSED["swiglu"], Copies(), dropout=0.3)
+    torch.manual_seed(5)
+    halves = [one_by_one(x, layer) for layer in three[:2]]
+    other = one_by_one(kernels.swiglu(*halves), three[2])
+    assert_close(z, exact(other), torch.float32)
+    for one, same in zip(*(torch.autograd.grad(y.square().sum(), [x, *leaves]) for y in (z, other)), strict=True):
+        assert_close(one, exact(same), torch.float32)
+
+
+def _one_by_one(x, layer, dropout):
+    adapter = (layer.A, layer.B, layer.scale)
+    return kernels.nf4_lora_linear(x, layer.codes, layer.state, layer.bias, adapters=(adapter,), dropout=dropout)
+
+
+def test_a_norm_is_made_again(device):
+    """Of a norm's output only its input is kept, and the gradients are the same."""
+    layers, factors, _, _ = group_of((96, 64), 64, 4, device, torch.float32)
+    x, weight = random(20, 64, device=device).requires_grad_(True), random(64, device=device, seed=3)
+    leaves = [x, *(factor.requires_grad_(True) for factor in factors)]
+
+    def gradients(forgets: bool):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = kernels.rms_norm(x, weight)
+            y = y.clone() if forgets else y
+            loss = sum(one.square().sum() for one in nf4_lora_group(y, layers(factors), Copies()))
+        kept = {t.untyped_storage().data_ptr() for t in saved}
+        return torch.autograd.grad(loss, leaves), y.untyped_storage().data_ptr() in kept
+
+    found, kept = gradients(False)
+    expected, kept_whole = gradients(True)
+    assert kept_whole and (kept is not (INTERPRETED or device == "cuda"))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_that_do_not_fit_are_refused():
+    layers, factors, _, _ = group_of((96, 64), 64, 4, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="nf4_lora_group: adapters and weights"):
+        nf4_lora_group(random(3, 32), layers(factors), Copies())
+    with pytest.raises(ValueError, match="nf4_gated_mlp"):
+        nf4_gated_mlp(random(3, 64), [*layers(factors), layers(factors)[0]], FUSED["swiglu"], Copies())
+
+
+def test_rows_that_are_known(device):
+    hidden, weight = random(9, 16, device=device).requires_grad_(True), random(21, 16, device=device, seed=1)
+    labels = torch.tensor([3, -100, 5, -100, -100, 20, 0, -100, 7], device=device)
+    rows = (labels >= 0).nonzero().squeeze(1)
+    losses = [kernels.linear_cross_entropy(hidden, weight, labels, rows=known)[0] for known in (None, rows)]
+    assert torch.equal(*losses) and torch.equal(*(torch.autograd.grad(loss, hidden)[0] for loss in losses))
 
 
 def test_nf4_linear_with_no_adapter_and_with_two(device):
@@ -421,7 +569,8 @@ def test_ops_are_what_torch_library_expects(device):
     ops = torch.ops.vlm_kernels
     x, weight, bias = (random(*shape, device=device, seed=seed) for seed, shape in enumerate(((4, 16), (16,), (16,))))
     labels = torch.arange(4, device=device)
-    cases = [(ops.linear_cross_entropy, (x, random(9, 16, device=device), None, labels, 0.0, 0.0, 0.0, True, True))]
+    cases = [(ops.linear_cross_entropy, (x, random(9, 16, device=device), None, labels, 0.0, 0.0, 0.0, True, True, None))]
+    cases.append((ops.linear_cross_entropy, (*cases[0][1][:-1], torch.arange(4, device=device))))
     if INTERPRETED or device == "cuda":
         q, k = random(1, 2, 3, 8, device=device), random(1, 1, 3, 8, device=device)
         angle = random(1, 1, 3, 8, device=device)
@@ -432,6 +581,8 @@ def test_ops_are_what_torch_library_expects(device):
             (ops.layer_norm, (x, weight, bias, 1e-5)),
             (ops.swiglu, (x, x.clone())),
             (ops.geglu, (x, x.clone(), True)),
+            (ops.swiglu_gradients, (x.clone(), x, x.clone())),
+            (ops.geglu_gradients, (x.clone(), x, x.clone(), False)),
             (ops.rope, (q, k, angle, angle.clone(), axis, False)),
         ]
     for op, arguments in cases:

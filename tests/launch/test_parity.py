@@ -123,11 +123,12 @@ def test_every_stage_on_two_ranks(config, reference, checkpoint, tmp_path, famil
 
 def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path):
     """What a GPU does, as far as a CPU can: all kernels on NF4 in bfloat16, with held-out samples of which one rank has fewer. Gradients
-    are added up in float32 at every stage, so the losses are those of stage 0; so are the answers, with and without kernels."""
+    are added up in float32 at every stage, so the losses are those of stage 0; so are the answers, with and without kernels. At stage 3
+    kernels take Q, K and V one by one and not in a group, so that bfloat16 rounds another order of sums; in float32 that is not seen."""
     few = [f"model.name={qwen}", f"data.heldout={json.dumps(shards['qa-heldout'])}", "evaluation.samples=5", "evaluation.batch_size=2"]
     more = [*few, "evaluation.max_new_tokens=3", "training.micro_batch=2"]
-    forms = {"bfloat16": ["model.dtype=bfloat16", "kernels=all"], "plain": ["kernels=off"], "whole": FULL}
-    stages = {"bfloat16": (0, 1, 2, 3), "plain": (0, 3), "whole": (0, 3)}
+    forms = {"bfloat16": ["model.dtype=bfloat16", "kernels=all"], "kernels": ["kernels=all"], "plain": ["kernels=off"], "whole": FULL}
+    stages = {"bfloat16": (0, 1, 2, 3), "kernels": (0, 3), "plain": (0, 3), "whole": (0, 3)}
     runs = [
         [*more, *options, f"name={form}-{stage}", f"engine.zero_stage={stage}"] for form, options in forms.items() for stage in stages[form]
     ]
@@ -135,7 +136,8 @@ def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path)
     for form in forms:
         first, *others = (tmp_path / "runs" / f"{form}-{stage}" for stage in stages[form])
         for run in others:
-            assert losses_of(run) == pytest.approx(losses_of(first), rel=1e-6), run.name
+            other_sums = run.name == "bfloat16-3"
+            assert losses_of(run) == pytest.approx(losses_of(first), rel=2**-13 if other_sums else 1e-6), run.name
             answers = [[row["answer"] for row in read_jsonl(one / "samples" / "after.jsonl")] for one in (run, first)]
             assert answers[0] == answers[1] and len(answers[0]) == 5, run.name
 

@@ -19,11 +19,11 @@ from vlm_dist.data.encode import Encoder
 from vlm_dist.errors import ModelError
 from vlm_dist.models import merge
 from vlm_dist.models.experts import expert_modules, expert_weights, routers
-from vlm_dist.models.experts_nf4 import quantise_experts
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora, count_trainable
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.merge import merge_16bit
+from vlm_dist.testing.qwen import QWEN3_PIXELS, QWEN3_ROPE, QWEN3_VISION, qwen
 
 CPU = torch.device("cpu")
 EXPERTS = 8
@@ -198,9 +198,18 @@ def test_what_is_kept_in_16_bit(sparse):
         ModelConfig(name=sparse, keep_16bit=["("])
 
 
-def test_an_expert_that_is_no_multiple_of_a_block_is_refused():
-    with pytest.raises(ModelError, match=r"'a.experts' have \(6, 8\) weights each, no multiple of the 64 .* model.keep_16bit"):
-        quantise_experts(torch.randn(3, 6, 8), "a.experts")
+def test_an_expert_that_is_no_multiple_of_a_block_is_refused(tmp_path):
+    words = (
+        r"'model.language_model.layers.0.mlp.experts.gate_up_proj' have \(14, 40\) weights each, no multiple of the 64 .* model.keep_16bit"
+    )
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 7, "hidden_size": 40}
+    vision, sizes = {**QWEN3_VISION, "out_hidden_size": 40}, {"head_dim": 16, "num_hidden_layers": 3, **experts}
+    processor, model = qwen("Qwen3VLMoe", vision, QWEN3_ROPE, QWEN3_PIXELS, "Qwen3VLVideoProcessor", processor="Qwen3VLProcessor", **sizes)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=words):
+        load(str(tmp_path))
+    assert load(str(tmp_path), keep_16bit=["mlp.experts"])[0].is_loaded_in_4bit
 
 
 def test_sizes_that_config_json_contradicts(sparse, tmp_path):
@@ -244,6 +253,55 @@ def _base_in(form: str, sparse: str, folder: Path) -> str:
     index = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return str(folder)
+
+
+@pytest.fixture(params=["qwen3_vl_moe", "gemma4_moe", "glm4v_moe"])
+def stored_in_4bit(request, checkpoint, tmp_path) -> tuple[str, str]:
+    """A base, and the same with all that loading packs stored packed, by transformers' own `save_pretrained`."""
+    base, folder = checkpoint(request.param), tmp_path / "packed"
+    model, processor, _ = load(base, dtype="bfloat16")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return base, str(folder)
+
+
+def test_experts_stored_in_4bit_are_read_back(stored_in_4bit, tmp_path, monkeypatch):
+    """To the byte, in whichever number type; they are saved again, adapted, and merged; and are told where 16 bit is asked for."""
+    base, folder = stored_in_4bit
+    first, again = load(base, dtype="bfloat16")[0], load(folder, dtype="bfloat16")[0]
+    weights = expert_weights(first)
+    assert weights and weights.keys() == expert_weights(again).keys()
+    for name, weight in expert_weights(again).items():
+        assert torch.equal(weight.view(torch.uint8), weights[name].view(torch.uint8))
+        assert weight.expected == weight.quant_state.shape == weights[name].quant_state.shape
+        unpacked = [functional.dequantize_4bit(one.data, one.quant_state) for one in (weight, weights[name])]
+        assert torch.equal(*unpacked)
+    again.save_pretrained(tmp_path / "twice")
+    stored = [load_file(Path(one) / "model.safetensors") for one in (folder, tmp_path / "twice")]
+    assert stored[0].keys() == stored[1].keys() and all(
+        torch.equal(tensor.view(torch.uint8), stored[1][name].view(torch.uint8)) for name, tensor in stored[0].items()
+    )
+    fine = load(folder)[0]
+    assert {weight.dtype for weight in expert_weights(fine).values()} == {torch.float32}
+
+    monkeypatch.setattr(merge, "_sixteen_bit", lambda _: torch.float32)
+    model, processor = trained(folder, LoraConfig(r=4), tmp_path / "adapter", load_in_4bit=True)
+    merge_16bit(ModelConfig(name=folder), tmp_path / "adapter", processor, tmp_path / "merged", "dequantised", torch.float32)
+    torch.testing.assert_close(logits(load_merged(tmp_path / "merged"), processor), logits(model, processor), rtol=1e-4, atol=2e-4)
+    with pytest.raises(ModelError, match=r"model.load_in_4bit=false: '.*' is quantised \(bitsandbytes, 4 bit\)"):
+        load(folder, load_in_4bit=False)
+
+
+def test_experts_that_were_packed_one_by_one_are_refused(sparse, tmp_path):
+    model, processor, _ = load(sparse)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.experts.0.down_proj.weight"
+    weights |= {name: torch.zeros((8, 1), dtype=torch.uint8), f"{name}.absmax": torch.zeros(1)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"holds each expert by itself in 4 bit \('.*experts.0.down_proj.weight'\).*give the 16-bit"):
+        load(str(tmp_path))
 
 
 def test_every_weight_trains_without_adapters(sparse):

@@ -8,7 +8,8 @@ from PIL import Image
 
 from vlm_dist.data.collate import collate, collate_packed
 from vlm_dist.data.encode import IGNORED, Encoder
-from vlm_dist.data.lengths import Ruler, count_patches
+from vlm_dist.data.encoded import count_patches
+from vlm_dist.data.lengths import Ruler
 from vlm_dist.data.samples import Sample
 from vlm_dist.models.introspect import family_of
 from vlm_dist.models.loss import summed_loss

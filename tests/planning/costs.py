@@ -1,4 +1,4 @@
-"""What a micro-batch of a tiny model of each family costs, into a JSON file: `python -m tests.planning.costs tests/planning/pinned.json` pins it.
+"""What a micro-batch of a tiny model of each family costs, to a file: `python -m tests.planning.costs tests/planning/pinned.json` pins it.
 
 A process of its own, and checkpoints of its own, so that what other tests leave behind is not counted.
 """

@@ -132,8 +132,6 @@ class _Arguments(TorchFunctionMode):
         if func is torch.Tensor.backward:  # what it recomputes needs this mode, too
             with self, self, self.devices.making(True):  # one of the two is used up by torch.autograd.backward
                 return torch.autograd.backward(*args, **{BACKWARD.get(name, name): value for name, value in kwargs.items()})
-        if func is torch.Tensor.pin_memory:
-            return args[0]
         device = kwargs.get("device")
         if device is None or torch.device(device).type not in ("cuda", "cpu"):
             if func is torch.autograd.backward:
@@ -298,6 +296,8 @@ def pretended_card() -> Iterator[None]:
         tensor: Any = torch.Tensor
         for name, get in {"device": device_of, "is_cuda": on_card, "is_cpu": lambda t: device_of(t).type == "cpu"}.items():
             stack.enter_context(mock.patch.object(tensor, name, property(get), create=True))
+        stack.enter_context(mock.patch.object(tensor, "pin_memory", lambda t, *_: t))  # in the stream's thread, too
+        stack.enter_context(mock.patch.object(tensor, "record_stream", lambda *_: None))
         stack.enter_context(mock.patch.object(tensor, "get_device", lambda t: 0 if on_card(t) else -1))
         stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _autocast_here(torch.autocast.__enter__)))
         stack.enter_context(mock.patch.object(torch.autocast, "__exit__", _autocast_gone(torch.autocast.__exit__)))

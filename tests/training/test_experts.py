@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.conftest import losses_of, write_config
+from vlm_dist import load_config, train
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.config_load import parse_config
 from vlm_dist.distributed import Ranks
@@ -12,6 +20,10 @@ from vlm_dist.errors import ModelError
 from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
+from vlm_dist.planning.fits import check_fits
+from vlm_dist.planning.gpus import GPUS, Gpu
+from vlm_dist.planning.plan import make_plan, open_planner, without_experts
+from vlm_dist.training import train as loop
 from vlm_dist.training.experts import ExpertWatch, balance_loss
 from vlm_dist.training.optim import build_optimizer
 
@@ -61,3 +73,45 @@ def test_load_rates_and_what_cannot_be(checkpoint, llava):
     assert ExpertWatch(dense, config).metrics(ALONE, 28) == {}
     with pytest.raises(ModelError, match=r"training.router_aux_loss: this model has no router"):
         ExpertWatch(dense, parse_config(YAML, [f"model.name={llava}", "training.router_aux_loss=0.01"]))
+
+
+@pytest.mark.slow
+def test_adapters_on_experts_where_memory_allows(settings, checkpoint, tmp_path, monkeypatch, caplog, capsys):
+    """Left off on a card that holds a step without them only; told; and a run goes on with what it began with on a larger card."""
+    settings["model"]["name"] = checkpoint("qwen3_vl_moe")
+    settings["lora"]["r_experts"] = 64
+    path = write_config(settings, tmp_path)
+    with open_planner(load_config(path), GPUS["h100"], 1) as planner:
+        totals = [
+            make_plan(replace(planner, config=config), others=False)["own"]["total"]
+            for config in (planner.config, without_experts(planner.config))
+        ]
+        assert totals[0] > totals[1] + 1e6
+        planner.gpu = Gpu("between", sum(totals) // 2, 1e12, 1e11, 1e10)
+        plan = make_plan(planner, others=False)
+        assert plan["own"]["total"] == totals[1] and plan["experts"]["chosen"] == "off"
+        words = (
+            r"lora\.experts=auto: off, by memory \(with adapters on experts a step needs 0\.\d GB, without 0\.\d GB; between has 0\.\d GB\)"
+        )
+        assert re.fullmatch(words, plan["experts"]["why"])
+        assert make_plan(replace(planner, gpu=GPUS["h100"]), others=False)["experts"] == {"chosen": "auto", "why": ""}
+        planner.gpu = replace(planner.gpu, memory=1000)
+        assert make_plan(planner, others=False)["experts"]["why"] == ""  # nothing would help
+
+    def adapted() -> bool:
+        run = tmp_path / "runs" / "tiny"
+        return any(".experts." in name for name in load_file(run / "adapter" / "adapter_model.safetensors"))
+
+    small = Gpu("between", sum(totals) // 2, 1e12, 1e11, 1e10)
+    monkeypatch.setattr(loop, "check_fits", partial(check_fits, gpu=small))
+    train(load_config(path))
+    assert not adapted() and "lora.experts=auto: off, by memory" in caplog.text
+    monkeypatch.setattr(loop, "check_fits", check_fits)  # no card, no limit
+    run = tmp_path / "runs" / "tiny"
+    expected = losses_of(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    (run / "summary.json").unlink()
+    train(load_config(path))
+    assert losses_of(run) == pytest.approx(expected, rel=1e-5) and not adapted()
+    train(load_config(path, ["name=other"]))
+    assert "lora.experts=auto: lora of rank 64 on each" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from vlm_dist.data.preparer import Preparer
 from vlm_dist.data.rows import Slot
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Stream
-from vlm_dist.data.view import patch_size, pictures_as_seen, shows_pictures_whole
+from vlm_dist.data.view import patch_size, pictures_as_seen, shows_pictures_whole, strip, videos_as_seen
 from vlm_dist.inputs.opened import Inputs, inputs_apart
 
 if TYPE_CHECKING:
@@ -111,10 +111,22 @@ def _describe(preparer: Preparer, slot: Slot, encoded: Encoded, warm: Heat | Non
         "supervised": supervised,
         "sizes": [[int(image.shape[-1]), int(image.shape[-2])] if hasattr(image, "shape") else list(image.size) for image in sample.images],
         "pictures": pictures,
+        **({"videos": _videos(preparer, sample, encoded)} if sample.videos else {}),
         "segments": segments,
         "flags": _sample_flags(encoded, sample, segments, pictures, preparer),
         **marked,
     }
+
+
+def _videos(preparer: Preparer, sample: Sample, encoded: Encoded) -> list[dict[str, Any]]:
+    """Of each video its times, and a strip of its frames as the vision tower is shown them; without where they are among the pictures."""
+    config, seen = preparer.encoder.videos.config, videos_as_seen(encoded, preparer.encoder.processor)
+    found = []
+    for number, clip in enumerate(sample.videos):
+        times = [round(float(time), 3) for time in clip.times(config)]
+        url = {"url": _as_url(strip(seen[number], times))} if number < len(seen) else {}
+        found.append({"name": clip.name, "seconds": round(float(clip.duration), 3), "size": list(clip.full_size), "times": times, **url})
+    return found
 
 
 def _marked(preparer: Preparer, sample: Sample, encoded: Encoded, seen: list[Image], pictures: list[dict]) -> dict[str, Any]:
@@ -204,8 +216,8 @@ def _sample_flags(encoded: Encoded, sample: Sample, segments: list[dict], pictur
         words = " ".join(part.get("text", "") for part in message["content"]).split()
         if message["role"] == "system" and words and words[0] not in said:
             flags.append("the chat template leaves the system prompt out")
-    if sample.images and not encoded.picture.any():
-        flags.append("the sample has a picture, the sequence no picture token")
+    if (sample.images or sample.videos) and not encoded.picture.any():
+        flags.append(f"the sample has a {'picture' if sample.images else 'video'}, the sequence no picture token")
     size = [(image.shape[-1], image.shape[-2]) if hasattr(image, "shape") else image.size for image in sample.images]
     if len(pictures) == len(size) and any(max(p["size"]) > ENLARGED * max(s) for p, s in zip(pictures, size, strict=True)):
         shown = ", ".join(f"{s[0]} x {s[1]} to {p['size'][0]} x {p['size'][1]}" for p, s in zip(pictures, size, strict=True))

@@ -229,8 +229,10 @@ def _set_optimizer_state(engine: Any, state: dict[str, Any], updates: int) -> No
         elif entry in ("exp_avg", "exp_avg_sq"):
             safe_set_full_optimizer_state(parameter, value.to(engine.device), entry)
     optimizer = engine.optimizer.optimizer if sharded else engine.optimizer
-    for entries in optimizer.state.values():  # Adam corrects its bias by it; torch keeps a tensor, bitsandbytes an int
-        entries["step"] = torch.tensor(float(updates)) if isinstance(optimizer, torch.optim.AdamW) else updates
+    of_torch, fused = isinstance(optimizer, torch.optim.AdamW), bool(optimizer.defaults.get("fused"))
+    for parameter, entries in optimizer.state.items():  # Adam corrects its bias by it; torch keeps a tensor, bitsandbytes an int
+        there = {"device": parameter.device} if fused else {}  # one launch updates all, and reads it on the device
+        entries["step"] = torch.tensor(float(updates), **there) if of_torch else updates
 
 
 def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:

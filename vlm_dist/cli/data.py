@@ -12,7 +12,7 @@ from vlm_dist.cli.parsers import new_parser
 from vlm_dist.errors import DataError
 
 TASKS = ("caption", "qa", "reading")
-ALL_TASKS = (*TASKS, "boxes")
+ALL_TASKS = (*TASKS, "boxes", "video")
 
 
 def add_parser(commands: Any) -> None:
@@ -21,13 +21,13 @@ def add_parser(commands: Any) -> None:
     synth = new_parser(
         kinds,
         "synth",
-        "Make a synthetic data set with exact answers: coloured shapes to describe, ask about and find, and short texts to read.",
+        "Make a synthetic data set with exact answers: coloured shapes to describe, ask about, find and watch, and short texts to read.",
         "vlm-dist data synth data/synthetic --train 4000 --heldout 200 --tasks caption qa",
     )
     synth.add_argument("out", metavar="FOLDER", type=Path, help="where the shards go")
     synth.add_argument("--train", type=int, default=8000, metavar="N", help="training samples a task (default 8000)")
     synth.add_argument("--heldout", type=int, default=200, metavar="N", help="held-out samples a task (default 200)")
-    synth.add_argument("--tasks", nargs="+", choices=ALL_TASKS, default=list(TASKS), help="what to make (default: all but boxes)")
+    synth.add_argument("--tasks", nargs="+", choices=ALL_TASKS, default=list(TASKS), help="what to make (default: all but boxes and video)")
     synth.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
     synth.add_argument("--size", type=int, default=64, metavar="PIXELS", help="side of the pictures (default 64)")
     synth.add_argument("--format", choices=("jpg", "png", "webp"), default="jpg", help="of the pictures (default jpg)")

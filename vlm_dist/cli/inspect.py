@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
             for picture in sample["pictures"]:
                 del picture["url"]
                 picture.pop("heat", None)
+            for video in sample.get("videos", ()):
+                video.pop("url", None)
         print(json.dumps(found, indent=1))
     else:
         _show(found)

@@ -121,6 +121,8 @@ def _show(plan: dict[str, Any]) -> None:
     console.print(table)
     for line in plan["weights"]:
         console.print(line, markup=False)
+    if plan["experts"]["why"]:
+        console.print(plan["experts"]["why"], markup=False)
     left = gpu["memory"] - max(own["total"], own["loading"])
     if own["fits"]:
         console.print(f"fits: {left / 1e9:.1f} GB to spare", style="green")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from vlm_dist.data.encode import IGNORED, Encoded
+from vlm_dist.data.encoded import IGNORED, Encoded
 from vlm_dist.data.labels import is_per_token
 
 Positions = Callable[[Encoded], Any]
@@ -112,3 +112,36 @@ def _concatenate(tensors: list[Any]) -> Any:
         widths = [width for gap in reversed(missing) for width in (0, gap)]
         padded.append(torch.nn.functional.pad(tensor, widths) if any(missing) else tensor)
     return torch.cat(padded)
+
+
+def with_blank(rows: list[list[Encoded]], blank: Encoded | None, pack: bool, at_the_end: bool) -> list[list[Encoded]]:
+    """The rows of a micro-batch, and what the vision tower lacks in it (`Encoder.lacking`): as a row of its own, or behind the shortest
+    row, where no token looks back from.
+
+    Args:
+        at_the_end: the latter: in a run with videos a picture or a video lacks in almost every micro-batch, and a row would cost one.
+    """
+    if blank is None:
+        return rows
+    if not at_the_end or not rows:
+        return [*rows, [blank]]
+    shortest = min(range(len(rows)), key=lambda number: sum(sample.length for sample in rows[number]))
+    longer = [*rows[shortest], blank] if pack else [_one_behind_the_other(rows[shortest][0], blank)]
+    return [longer if number == shortest else row for number, row in enumerate(rows)]
+
+
+def _one_behind_the_other(first: Encoded, second: Encoded) -> Encoded:
+    """As one sample; what one of them lacks for its tokens is 0."""
+    import torch
+
+    inputs: dict[str, Any] = {}
+    for name in dict.fromkeys([*first.inputs, *second.inputs]):
+        parts = [(one, one.inputs.get(name)) for one in (first, second)]
+        own = next((one, tensor) for one, tensor in parts if tensor is not None)
+        if is_per_token(own[1], own[0].length):
+            both = [tensor if tensor is not None else torch.zeros_like(one.inputs["input_ids"]) for one, tensor in parts]
+            inputs[name] = torch.cat(both, dim=1)
+        else:
+            inputs[name] = _concatenate([tensor for _, tensor in parts if tensor is not None])
+    labels, picture = torch.cat([first.labels, second.labels], dim=1), torch.cat([first.picture, second.picture])
+    return Encoded(first.key, inputs, labels, picture, first.notes)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from vlm_dist.data.bounds import beginning_beyond
 from vlm_dist.data.control_tokens import ControlTokens
-from vlm_dist.data.labels import expanded, is_per_token, weights_of
+from vlm_dist.data.encoded import IGNORED, VIDEO_PIXELS, WEIGHT_UNIT, Encoded, lacking
+from vlm_dist.data.labels import expanded, weights_of
 from vlm_dist.data.messages import as_templates_take_it, joined, says_something
 from vlm_dist.data.placing import Placing
 from vlm_dist.data.run_tokenizer import RunTokenizer
@@ -21,35 +21,17 @@ from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
 from vlm_dist.data.thoughts import with_reasoning_apart
 from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
+from vlm_dist.data.video import Clip, Shown
+from vlm_dist.data.video_ways import VideoWay
 from vlm_dist.errors import BadSample, words_of
-from vlm_dist.upstream.transformers import merge_options_once, resize_as_decoded
+from vlm_dist.upstream.transformers import hasten, wants_token_types
 
 if TYPE_CHECKING:
     from vlm_dist.config import DataConfig
+    from vlm_dist.config_model import VideoConfig
 
-IGNORED = -100  # the label of tokens that are not supervised, as in torch.nn.functional.cross_entropy
-WEIGHT_UNIT = 1_000_000  # a token's weight w is handed on as the whole number (w - 1) x 10^6, so that padding's 0 is weight 1
 Tools = list[Any] | None
-
-
-@dataclass
-class Encoded:
-    """One sample as the model takes it."""
-
-    key: str
-    inputs: dict[str, Any]
-    """Tensors: `input_ids` [1, L], other per-token tensors [1, L], and what the vision tower needs (pixel_values, ...). Where turns have
-    weights other than 0 and 1 also `weights` [1, L], see `WEIGHT_UNIT`."""
-    labels: Any
-    """[1, L] int64."""
-    picture: Any
-    """[L] bool: tokens that stand for a piece of a picture."""
-    notes: set[Note] = field(default_factory=set)
-    """What was changed or left out on the way."""
-
-    @property
-    def length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
+Videos = Sequence[Clip | Shown]
 
 
 class Encoder:
@@ -64,6 +46,7 @@ class Encoder:
         keep_tokens: control tokens that stay what they are where they stand in a text.
         split_tokens: further tokens that become plain text there.
         boxes: how objects are written, a name of conventions.py; auto: as the model does.
+        video: which frames of videos are shown; None: videos are refused.
     """
 
     def __init__(
@@ -75,6 +58,7 @@ class Encoder:
         keep_tokens: Sequence[str] = (),
         split_tokens: Sequence[str] = (),
         boxes: str = "auto",
+        video: VideoConfig | None = None,
     ):
         import torch
 
@@ -84,22 +68,24 @@ class Encoder:
         self.train_on = train_on
         self.tally = Tally()
         self.placing = Placing(processor, boxes)
-        self._picture_ids = torch.tensor([number for number in processor.image_token_ids if number is not None])
-        self._wants_types = "mm_token_type_ids" in processor.model_input_names
+        self.videos = VideoWay(processor, video)
+        placeholders = [*processor.image_token_ids, *(processor.video_token_ids if self.videos.is_own else ())]
+        self._picture_ids = torch.tensor([number for number in placeholders if number is not None])
+        self._wants_types = wants_token_types(processor)
         self._tokens = ControlTokens(processor, self._render, keep_tokens, split_tokens)
         markup = processor.tokenizer.convert_tokens_to_ids(sorted(self._tokens.pictures))
         self._markup_ids = torch.tensor([*markup, *self._picture_ids.tolist()], dtype=torch.long)
         self._habits: tuple[str, Habits] | None = None
         self._quick = copy.copy(processor)
         self._quick.tokenizer = RunTokenizer(processor.tokenizer, processor.tokenizer.convert_ids_to_tokens(self._picture_ids.tolist()))
-        merge_options_once(self._quick)
-        resize_as_decoded(self._quick)
+        hasten(self._quick)
 
     @classmethod
     def of(cls, processor: Any, config: DataConfig) -> Self:
         """As a configuration says."""
         return cls(
-            processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens, config.boxes
+            processor, config.max_seq_length, config.on_too_long, config.train_on, config.keep_tokens, config.split_tokens, config.boxes,
+            config.video,
         )  # fmt: skip
 
     @property
@@ -121,12 +107,12 @@ class Encoder:
         """Tokens and labels of a whole conversation.
 
         Raises:
-            BadSample: nothing is supervised, the sample is too long (picture tokens are never cut), or the chat template or the
-                processor refuses it.
+            BadSample: nothing is supervised, the sample is too long (picture tokens are never cut), or template or processor refuse it.
         """
         import torch
 
-        messages, notes = self._plain_text(self.placing.written(sample.messages, sample.objects, sample.sizes))
+        given = self.placing.written(sample.messages, sample.objects, sample.sizes)
+        messages, notes = self._plain_text(self.written(given, sample.videos))
         if sample.objects:
             notes -= {("kept", token) for token in self.placing.convention.tokens}
         tools = self._tokens.in_values(sample.tools, notes)
@@ -134,7 +120,7 @@ class Encoder:
         bounded = self._bounded(text)
         notes |= left_out(messages, text, tools)
         turns = self._learnt(messages, self._turns(messages, text, tools), notes)
-        inputs, picture, offsets, replacements = self._process(bounded, sample.images)
+        inputs, picture, offsets, replacements = self._process(bounded, sample.images, sample.videos, given)
         labels = inputs["input_ids"].clone()
         counts = [float(messages[turn.number].get("weight", 1.0)) for turn in turns]
         weights = weights_of(offsets, replacements, [turn[1:] for turn in turns], counts)
@@ -148,31 +134,57 @@ class Encoder:
         return encoded
 
     def encode_prompt(
-        self, messages: list[dict], images: list[Any], key: str = "", *, tools: Tools = None, reasoning: bool = False
-    ) -> Encoded:
+        self, messages: list[dict], images: list[Any], key: str = "", *, tools: Tools = None, reasoning: bool = False,
+        videos: Videos = (),
+    ) -> Encoded:  # fmt: skip
         """Tokens of a conversation that the assistant is to continue; no labels.
 
         Args:
+            videos: clips, or what is shown of them already.
             reasoning: leave it to the model to think first, where the chat template begins a thought; else the prompt ends as in
                 training on answers without reasoning: behind an empty one.
 
         Raises:
             BadSample: the chat template or the processor refuses it.
         """
-        plain, notes = self._plain_text(messages)
+        plain, notes = self._plain_text(self.written(messages, videos))
         if self.habits.takes_reasoning if reasoning else self.habits.opens_thought:
             text = prompt_before_answer(plain, partial(self._render, tools=tools), reasoning)
         else:
             text = self._render(plain, tools=tools, add_generation_prompt=True)
-        inputs, picture, _, _ = self._process(text, images)
+        inputs, picture, _, _ = self._process(text, images, videos, messages)
         return Encoded(key, inputs, inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORED), picture, notes)
 
-    def blank(self) -> Encoded:
-        """A blank picture and no label. It joins a batch that has no picture, so that every rank runs the vision tower in every
-        batch: else ZeRO's collectives would differ between ranks (DeepSpeed#7170)."""
+    def blank(self, kinds: Sequence[str] = ("pixel_values",)) -> Encoded:
+        """A blank picture, or video, or both, and no label; see `lacking`."""
         from PIL import Image
 
-        return self.encode_prompt([{"role": "user", "content": [{"type": "image"}]}], [Image.new("RGB", (56, 56))])
+        pictures = [Image.new("RGB", (56, 56))] * ("pixel_values" in kinds)
+        videos = [self.videos.blank()] * (VIDEO_PIXELS in kinds)
+        content = [{"type": "image"}] * len(pictures) + [{"type": "video"}] * len(videos)
+        return self.encode_prompt([{"role": "user", "content": content}], pictures, videos=videos)
+
+    def lacking(self, samples: Sequence[Encoded]) -> Encoded | None:
+        """What joins a batch that has no picture, or in a run with videos no video, so that every rank runs the vision tower as often in
+        every batch: else ZeRO's collectives would differ between ranks (DeepSpeed#7170). None: nothing lacks."""
+        missing = lacking(samples, self._kinds)
+        return self.blank(missing) if missing else None
+
+    @cached_property
+    def _kinds(self) -> tuple[str, ...]:
+        """The tensors that the vision tower is run on, once for each."""
+        if not self.videos.is_own:
+            return ("pixel_values",)
+        return ("pixel_values", VIDEO_PIXELS) if VIDEO_PIXELS in self.blank((VIDEO_PIXELS,)).inputs else ("pixel_values",)
+
+    def written(self, messages: list[dict], videos: Videos) -> list[dict]:
+        """A conversation as the chat template gets it.
+
+        Raises:
+            BadSample: there are videos, and this model, or this run, takes none.
+        """
+        self.videos.check([one for one in videos if isinstance(one, Clip)])
+        return self.videos.written(messages, videos)
 
     def count_text(self, messages: list[dict], tools: Tools = None, **options: Any) -> int:
         """Tokens of a conversation in which a picture is one placeholder.
@@ -227,14 +239,17 @@ class Encoder:
                 made[-1]["tool_calls"] = self._tokens.in_values(message["tool_calls"], notes)
         return made, notes
 
-    def _process(self, text: str, images: list[Any]) -> tuple[dict[str, Any], Any, Any, list[dict]]:
+    def _process(self, text: str, images: list[Any], videos: Videos, messages: list[dict]) -> tuple[dict[str, Any], Any, Any, list[dict]]:
         """The processor's tensors; which tokens are picture; each token's (start, end) in the expanded text; where that was expanded."""
         import torch
 
+        shown = [one if isinstance(one, Shown) else one.shown(self.videos.config) for one in videos]
+        images = self.videos.pictures(messages, images, [one.frames for one in shown])
         try:
             batch = self._quick(
                 text=[text],
                 images=[images] if images else None,
+                **self.videos.arguments(shown),
                 return_tensors="pt",
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
@@ -282,15 +297,4 @@ class Encoder:
         limit = self.max_seq_length
         if self.on_too_long == "refuse" or encoded.picture[limit:].any():
             self._refuse(f"{encoded.length} tokens ({int(encoded.picture.sum())} of them picture)")
-        length = encoded.length
-        cut = {name: tensor[:, :limit] if is_per_token(tensor, length) else tensor for name, tensor in encoded.inputs.items()}
-        notes = encoded.notes | {("cut", "too long")}
-        return Encoded(encoded.key, cut, encoded.labels[:, :limit], encoded.picture[:limit], notes)
-
-
-def count_labels(sample: Encoded) -> float:
-    """Supervised tokens after the shift by one, each as much as its weight: a whole number where all weights are 0 or 1."""
-    supervised = sample.labels[:, 1:] != IGNORED
-    if "weights" not in sample.inputs:
-        return int(supervised.sum())
-    return float((1 + sample.inputs["weights"][:, 1:][supervised].double() / WEIGHT_UNIT).sum())
+        return encoded.cut(limit)

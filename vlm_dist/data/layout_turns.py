@@ -25,7 +25,9 @@ CONTENT_KEYS = ("content", "value", "text", "parts", "message")
 CALLS = ("function_call", "tool_call", "tool_calls")  # speakers whose words are a call
 ASKED, SAID = ("user", "human", "question", "query", "prompt", "q"), ("assistant", "gpt", "answer", "response", "completion", "a")
 IMAGE_PARTS = ("image", "image_url", "input_image", "img", "picture")
+VIDEO_PARTS = ("video", "video_url", "input_video")
 TEXT_PARTS = ("text", "input_text", "output_text")
+UNNAMED_PARTS = ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData")  # what a part without a type is known by
 NUMBERED_MARKER = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
 _QWEN_OR_LLAVA = r"<img>(?P<path>[^<>\n]{1,4096})</img>|<image>"
 _MARKERS_WITHOUT_NUMBERS = re.compile(_QWEN_OR_LLAVA)
@@ -116,14 +118,18 @@ class Turns:
             return {"type": "text", "text": self._text(part, role)}
         kind = part.get("type") if isinstance(part, dict) else None
         if kind is None and isinstance(part, dict):
-            kind = next((key for key in ("text", *IMAGE_PARTS, "inline_data", "inlineData") if is_present(part.get(key))), None)
+            kind = next(
+                (key for key in ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData") if is_present(part.get(key))), None
+            )
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
             return {"type": "text", "text": part["text"]}
         if kind in (*IMAGE_PARTS, "inline_data", "inlineData"):
             own = {key: value for key, value in part.items() if key not in ("type", "text")}
             self._place(source_of(own.get("inline_data") or own.get("inlineData") or own))
             return {"type": "image"}
-        raise BadSample(f"json: a part of type {shown(kind)}; expected image, or text with 'text'")
+        if kind in VIDEO_PARTS:
+            return {"type": "video"}
+        raise BadSample(f"json: a part of type {shown(kind)}; expected image, video, or text with 'text'")
 
     def _settle(self, column: list[Any]) -> None:
         """The pictures of each place: the column's where it has one for each, else the place's own, else the column's next."""

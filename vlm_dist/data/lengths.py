@@ -1,12 +1,16 @@
-"""How long a sample will be, before any picture is decoded: what packing needs to know of samples that it may not choose."""
+"""How long a sample will be, before any picture or video is decoded: what packing needs to know of samples that it may not choose."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vlm_dist.data.encode import Encoder
+from vlm_dist.data.encoded import count_patches
 from vlm_dist.data.pictures import Size
+from vlm_dist.data.video import Clip
+from vlm_dist.data.video_lengths import VideoRuler
 from vlm_dist.upstream.transformers import picture_token_rule
 
 PROBES = ((64, 48), (640, 360))  # (width, height) on which a processor's own rule is compared with what the processor does
@@ -31,13 +35,24 @@ class Ruler:
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
         self._told = picture_token_rule(encoder.processor)
+        self._videos = VideoRuler(encoder)
         self._picture = lru_cache(100_000)(self._by_rule if self._rule_is_right() else self._by_trying)
 
-    def measure(self, messages: list[dict[str, Any]], sizes: list[Size], tools: list[Any] | None = None) -> Length:
-        """A conversation about pictures of these sizes (width, height)."""
-        pictures = [self._picture(size, len(sizes) > 1) for size in sizes]
-        text = self.encoder.count_text(messages, tools)
-        return Length(text + sum(one.tokens for one in pictures), sum(one.patches for one in pictures))
+    def measure(
+        self, messages: list[dict[str, Any]], sizes: list[Size], tools: list[Any] | None = None, videos: Sequence[Clip] = ()
+    ) -> Length:
+        """A conversation about pictures of these sizes (width, height) and these videos.
+
+        Raises:
+            BadSample: there are videos, and this model or this run takes none; or the text cannot be encoded.
+        """
+        ways = self.encoder.videos
+        shown = [[one.size(ways.config)] * len(one.times(ways.config)) for one in videos]
+        text = self.encoder.count_text(self.encoder.written(messages, videos), tools)
+        sizes = ways.pictures(messages, sizes, shown)
+        parts = [self._picture(size, len(sizes) > 1) for size in sizes]
+        parts += [Length(*self._videos.measure(one)) for one in videos] if ways.is_own else []
+        return Length(text + sum(one.tokens for one in parts), sum(one.patches for one in parts))
 
     def _by_trying(self, size: Size, among_others: bool) -> Length:
         """Some processors cut a picture into fewer tiles when it is one of several."""
@@ -71,12 +86,3 @@ class Ruler:
             for lengths in seen.values()
             for length, number in zip(lengths, told, strict=True)
         )
-
-
-def count_patches(inputs: dict[str, Any]) -> int:
-    """Pieces that the vision tower computes for a processor's tensors: rows of patches where the processor cuts them (Qwen, Gemma 4),
-    else squares of 14 x 14 pixels."""
-    pixels = inputs.get("pixel_values")
-    if pixels is None:
-        return 0
-    return pixels.numel() // pixels.shape[-1] if pixels.ndim <= 3 else pixels.numel() // (pixels.shape[-3] * 14 * 14)

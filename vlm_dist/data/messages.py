@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from vlm_dist.data.layout_turns import ROLES
@@ -16,12 +17,14 @@ WEIGHTS = ("weight", "loss", "train")
 LARGEST_WEIGHT = 1000.0
 WEIGHT_DIGITS = 6  # what is smaller is nothing
 PICTURE_PARTS = ("image", "image_url", "input_image")
+VIDEO_PARTS = ("video", "video_url", "input_video")
+MARKERS, MARKERS_OF_ANSWERS = re.compile("(<image>|<video>)"), re.compile("(<image>)")  # an answer about a web page may say <video>
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_messages(turns: Any) -> list[dict[str, Any]]:
-    """A list of turns -> messages: `role`, `content` (parts of type image, or text with `text`), and where the turn has them `weight`
-    and what `HANDED_ON` names.
+    """A list of turns -> messages: `role`, `content` (parts of type image or video, or text with `text`), and where the turn has them
+    `weight` and what `HANDED_ON` names.
 
     Raises:
         BadSample: it is no list of turns, or a turn has an unknown role or part, or an impossible weight.
@@ -31,8 +34,8 @@ def read_messages(turns: Any) -> list[dict[str, Any]]:
     return [_message(turn) for turn in turns]
 
 
-def check_messages(messages: list[dict[str, Any]], num_pictures: int, found: str = "") -> None:
-    """Place the pictures that the text does not place, and see that messages and pictures agree.
+def check_messages(messages: list[dict[str, Any]], num_pictures: int, found: str = "", num_videos: int = 0) -> None:
+    """Place the pictures and videos that the text does not place, and see that messages agree with them.
 
     Args:
         found: what the sample consists of, for the error message.
@@ -40,10 +43,11 @@ def check_messages(messages: list[dict[str, Any]], num_pictures: int, found: str
     Raises:
         BadSample: they do not, or no assistant speaks.
     """
-    _place_pictures(messages, num_pictures)
-    asked = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if asked != num_pictures:
-        raise BadSample(f"the text speaks of {asked} pictures, the sample has {num_pictures}{found}")
+    for kind, words, count in (("video", "videos", num_videos), ("image", "pictures", num_pictures)):
+        _place(messages, kind, count)
+        asked = sum(part["type"] == kind for message in messages for part in message["content"])
+        if asked != count:
+            raise BadSample(f"the text speaks of {asked} {words}, the sample has {count}{found}")
     if not any(message["role"] == "assistant" for message in messages):
         raise BadSample("no assistant turn to learn from")
     if not any(message["role"] == "assistant" and says_something(message) for message in messages):
@@ -129,7 +133,7 @@ def _message(turn: Any) -> dict[str, Any]:
 
 def _parts(content: Any, key: str, assistant: Any) -> list[dict[str, str]]:
     if isinstance(content, str):
-        return _split_markers(text_of(content))
+        return _split_markers(text_of(content), MARKERS_OF_ANSWERS if assistant else MARKERS)
     if content is None and assistant and (assistant.get("tool_calls") or assistant.get("reasoning_content")):
         return []
     if not isinstance(content, list):
@@ -167,13 +171,13 @@ def _weight(turn: dict[str, Any]) -> float:
     return round(product, WEIGHT_DIGITS)
 
 
-def _split_markers(text: str) -> list[dict[str, str]]:
-    """LLaVA writes `<image>` in the text where a picture stands."""
+def _split_markers(text: str, markers: re.Pattern[str]) -> list[dict[str, str]]:
+    """LLaVA writes `<image>` in the text where a picture stands, and `<video>` where a video does."""
     parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split("<image>")):
-        if number:
-            parts.append({"type": "image"})
-        if piece.strip():
+    for piece in markers.split(text):
+        if markers.fullmatch(piece):
+            parts.append({"type": piece[1:-1]})
+        elif piece.strip():
             parts.append({"type": "text", "text": piece.strip("\n")})
     return parts
 
@@ -184,15 +188,17 @@ def _part(part: Any) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind in PICTURE_PARTS:
         return {"type": "image"}
+    if isinstance(kind, str) and kind in VIDEO_PARTS:
+        return {"type": "video"}
     if isinstance(part, dict) and isinstance(part.get("text"), str) and (kind is None or kind in TEXT_PARTS):
         return {"type": "text", "text": text_of(part["text"])}
-    raise BadSample(f"json: a part of type {str(kind)[:60]!r}; expected image, or text with 'text'")
+    raise BadSample(f"json: a part of type {str(kind)[:60]!r}; expected image, video, or text with 'text'")
 
 
-def _place_pictures(messages: list[dict[str, Any]], count: int) -> None:
-    """Pictures that the text does not place stand at the start of the first user turn, as most data sets mean it; where no user speaks,
-    of the first turn."""
-    placed = any(part["type"] == "image" for message in messages for part in message["content"])
+def _place(messages: list[dict[str, Any]], kind: str, count: int) -> None:
+    """Pictures or videos that the text does not place stand at the start of the first user turn, as most data sets mean it; where no user
+    speaks, of the first turn."""
+    placed = any(part["type"] == kind for message in messages for part in message["content"])
     turns = [message for role in ("user", "assistant") for message in messages if message["role"] == role]
     if count and not placed and turns:
-        turns[0]["content"][:0] = [{"type": "image"} for _ in range(count)]
+        turns[0]["content"][:0] = [{"type": kind} for _ in range(count)]

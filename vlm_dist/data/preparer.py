@@ -65,7 +65,7 @@ class Preparer:
             slot.raw = self.read(draw)
             found = outline(slot.raw, draw=slot.raw["__draw__"], **self._options)
             messages = self.encoder.placing.written(found.messages, found.objects, found.sizes)
-            length = self.ruler.measure(messages, found.sizes, found.tools)
+            length = self.ruler.measure(messages, found.sizes, found.tools, found.videos)
             if length.tokens > self.config.max_seq_length:
                 self.encoder.check_length(length.tokens)
                 length = length._replace(tokens=self.config.max_seq_length)

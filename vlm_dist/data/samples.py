@@ -2,8 +2,8 @@
 
 Five forms are read (docs/data.md): `KEY.json` with "messages", with LLaVA's "conversations", with "captions" (several of one picture) or
 with "objects" alone, and `KEY.txt` (a caption, as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`,
-`KEY.1.jpg`, ... . Members are read from memory and never unpickled. Members and keys that nothing reads are noted (tally.py), not passed
-over in silence.
+`KEY.1.jpg`, ...; of videos see clips.py. Members are read from memory and never unpickled. Members and keys that nothing reads are noted
+(tally.py), not passed over in silence.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vlm_dist.data.boxes import Marked, Orientation, are_objects, read_objects
+from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
 from vlm_dist.data.layout_turns import looks_like_turns
 from vlm_dist.data.layouts import canonical
 from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
 from vlm_dist.data.placing import asked_for, check_placeholders, placeholders_of, size_of
 from vlm_dist.data.tally import Note
+from vlm_dist.data.video import Clip
 from vlm_dist.errors import BadSample
 
 NO_OBJECTS = "no list of {bbox | point | polygon, label}"
@@ -37,7 +39,7 @@ METADATA = {
 
 @dataclass
 class Sample:
-    """One conversation about some pictures."""
+    """One conversation about some pictures and videos."""
 
     key: str
     shard: str
@@ -53,6 +55,8 @@ class Sample:
     """What of the sample nothing reads."""
     objects: list[Marked] = field(default_factory=list)
     """What is marked in the pictures; where the text has placeholders, `Placing.written` puts them there."""
+    videos: list[Clip] = field(default_factory=list)
+    """In order of appearance, not yet decoded."""
 
     @property
     def sizes(self) -> list[Size]:
@@ -68,6 +72,7 @@ class Outline(NamedTuple):
     """(width, height) of each picture."""
     tools: list[Any] | None
     objects: list[Marked]
+    videos: list[Clip]
 
 
 def parse_sample(
@@ -86,12 +91,14 @@ def parse_sample(
     record = _canonical(raw)
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
-    check_messages(messages, len(members), members_found(raw))
+    videos = clips_of(raw, record, max_image_pixels)
+    check_messages(messages, len(members), members_found(raw), len(videos))
     decode = decode_pixels if as_pixels else decode_picture
     images = [decode(raw[member], member, max_image_pixels) for member in members]
     meta = {key: value for key, value in record.items() if key not in ("messages", "images")}
     objects = _objects(raw, record, messages, [size_of(image) for image in images])
-    return Sample(str(raw["__key__"]), raw.get("__url__", ""), messages, images, meta, _tools(record), notes_of(raw, record), objects)
+    place = str(raw["__key__"]), raw.get("__url__", "")
+    return Sample(*place, messages, images, meta, _tools(record), notes_of(raw, record), objects, videos)
 
 
 def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> Outline:
@@ -103,9 +110,10 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
     record = _canonical(raw)
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
-    check_messages(messages, len(members), members_found(raw))
+    videos = clips_of(raw, record, max_image_pixels)
+    check_messages(messages, len(members), members_found(raw), len(videos))
     sizes = [picture_size(raw[member], member, max_image_pixels) for member in members]
-    return Outline(messages, sizes, _tools(record), _objects(raw, record, messages, sizes))
+    return Outline(messages, sizes, _tools(record), _objects(raw, record, messages, sizes), videos)
 
 
 def open_record(raw: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +146,8 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
     record = open_record(raw)
     if not record or ("messages" not in record and "conversations" not in record and any(name in raw for name in TEXT_MEMBERS)):
         return record
+    if has_videos(raw):  # which members hold, and no name or address
+        record = {key: value for key, value in record.items() if key not in ("video", "videos")}
     try:
         return canonical(record)
     except BadSample as reason:
@@ -152,7 +162,7 @@ def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, 
         return about_objects
     caption = _one_of(record["captions"], raw["__key__"], draw) if "captions" in record else _caption(raw)
     return [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": caption_prompt}]},
+        {"role": "user", "content": [*([] if has_videos(raw) else [{"type": "image"}]), {"type": "text", "text": caption_prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": caption}]},
     ]
 
@@ -202,7 +212,8 @@ def members_found(raw: dict[str, Any]) -> str:
     """A sample's members in words, and the rule that made them one sample."""
     members = [name for name in raw if not name.startswith("__")]
     shown = ", ".join(members[:8]) + (f" and {len(members) - 8} more" if len(members) > 8 else "")
-    dots = "; a name's key ends at its first dot" if any(not PICTURE_MEMBER.fullmatch(name) and "." in name for name in members) else ""
+    is_dotted = any("." in name and not PICTURE_MEMBER.fullmatch(name) and not is_of_video(name) for name in members)
+    dots = "; a name's key ends at its first dot" if is_dotted else ""
     return f" (the files of '{raw.get('__key__', '')}': {shown or 'none'}{dots})"
 
 
@@ -222,8 +233,9 @@ def _tools(record: dict[str, Any]) -> list[Any] | None:
 def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     """Members, keys, and keys of turns that nothing reads."""
     members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
-    notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name)}
-    notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in METADATA and value is not None}
+    notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name) and not is_of_video(name)}
+    known = METADATA | VIDEO_KEYS if has_videos(raw) else METADATA
+    notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in known and value is not None}
     if (objects := record.get("objects")) and not are_objects(objects):
         notes.add(("key", f"objects ({NO_OBJECTS})"))
     elif not objects and (found := next((one for one in PLACEHOLDERS if one.encode() in raw.get("json", b"")), None)):

@@ -19,11 +19,11 @@ from functools import partial
 from typing import Any
 
 from vlm_dist.config import DataConfig
-from vlm_dist.data.collate import Positions, collate, collate_packed
+from vlm_dist.data.collate import Positions, collate, collate_packed, with_blank
 from vlm_dist.data.dataset import Dataset, open_datasets
-from vlm_dist.data.encode import Encoded, Encoder, count_labels
+from vlm_dist.data.encode import Encoder
+from vlm_dist.data.encoded import Encoded, count_labels, count_patches
 from vlm_dist.data.lanes import Lane, Order
-from vlm_dist.data.lengths import count_patches
 from vlm_dist.data.preparer import Preparer, Workers
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.rows import MeasuredRows, PlainRows, Rows, Slot, until_done
@@ -79,6 +79,8 @@ class Stream:
     """Several samples a row; data.packing with an architecture that can."""
     positions: Positions | None = None
     """With packing: a sample's position ids, where they are not simply 0, 1, 2, ..."""
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """Done with a micro-batch in the background."""
     _step: int = 0
     _state: dict[int, dict[str, Any]] = field(default_factory=dict)
     _ready: queue.Queue | None = None
@@ -242,8 +244,8 @@ class Stream:
     def _collate(self, rows: list[list[Encoded | None]], lanes: dict[int, dict]) -> Step:
         import torch
 
-        step = Step([], Counts(), [], [0] * len(self.datasets), lanes)
-        counts, pad = step.counts, self.encoder.processor.tokenizer.pad_token_id
+        step, pad = Step([], Counts(), [], [0] * len(self.datasets), lanes), self.encoder.processor.tokenizer.pad_token_id
+        counts = step.counts
         for start in range(0, len(rows), self.micro_batch):
             kept = [[sample for sample in row if sample is not None] for row in rows[start : start + self.micro_batch]]
             samples = list(itertools.chain(*kept))
@@ -254,16 +256,11 @@ class Stream:
                 number = int(sample.inputs["datasets"][0, 0]) if "datasets" in sample.inputs else 0
                 step.labels[number] += count_labels(sample)
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
-            if not any("pixel_values" in sample.inputs for sample in samples):
-                kept.append([self.encoder.blank()])
-            kept = [row for row in kept if row]
-            if self.pack:
-                batch = collate_packed(kept, pad, self.positions)
-            else:
-                batch = collate(list(itertools.chain(*kept)), pad)
+            kept = with_blank([row for row in kept if row], self.encoder.lacking(samples), self.pack, self.encoder.videos.is_on)
+            batch = collate_packed(kept, pad, self.positions) if self.pack else collate(list(itertools.chain(*kept)), pad)
             if len(self.datasets) > 1:
                 batch["num_datasets"] = torch.tensor(len(self.datasets))
-            step.micro_batches.append(batch)
+            step.micro_batches.append(self.finish(batch) if self.finish else batch)
             counts.slots += batch["input_ids"].numel()
         counts.labels = sum(step.labels)
         return step

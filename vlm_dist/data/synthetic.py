@@ -1,13 +1,13 @@
 """Pictures whose right answers are known by construction: coloured shapes in the four corners, and short texts to read.
 
-Three tasks share the scenes' pictures: `caption` (say everything), `qa` (what colour, how many, where) and `boxes` (where in pixels);
-a fourth, `reading`, has a word or a number. Which split a scene belongs to is a hash of the scene itself, so that train and held-out
-shards never share one, whatever the seed and the size. A sample is a pure function of (seed, split, task, number).
+Three tasks share the scenes' pictures: `caption` (say everything), `qa` (what colour, how many, where) and `boxes` (where in pixels); a
+fourth, `reading`, has a word or a number; a fifth, `video`, has shapes that move (synthetic_video.py). Which split a scene belongs to is a
+hash of the scene itself, so that train and held-out shards never share one, whatever the seed and the size. A sample is a pure function of
+(seed, split, task, number).
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import random
@@ -17,27 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_dist.data.shards import write_shards
+from vlm_dist.data.synthetic_shapes import COLOURS, SCALE, SHAPES, background, draw_shape, split_of
+from vlm_dist.data.synthetic_video import video_sample
 from vlm_dist.errors import DataError
 from vlm_dist.run_dir import write_text
 
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (42, 157, 62),
-    "blue": (40, 90, 220),
-    "yellow": (245, 205, 40),
-    "purple": (140, 50, 170),
-    "orange": (245, 130, 30),
-}
-SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 COUNTS = ("zero", "one", "two", "three")
 WORDS = ("cat", "dog", "sun", "map", "red", "box", "key", "cup", "hat", "tea", "bus", "pen", "ice", "owl", "jam", "fig")
 TASKS = ("caption", "qa", "reading")
 """Those that are made unless others are asked for."""
-BOXES = "boxes"
-SCALE = 4  # shapes are drawn so many times larger and reduced: smooth edges
+BOXES, VIDEO = "boxes", "video"
 SPLITS = ("train", "heldout")
-HELDOUT_SHARE = 0.15
 CAPTION_PROMPT = "Describe the picture."
 READING_PROMPT = "What is written in the picture?"
 
@@ -56,12 +47,6 @@ def random_scene(rng: random.Random) -> tuple[Shape, ...]:
     places = rng.sample(list(PLACES), rng.choice((1, 2, 2, 3)))
     places.sort(key=lambda place: (PLACES[place][1], PLACES[place][0]))
     return tuple(Shape(place, rng.choice(list(COLOURS)), rng.choice(SHAPES)) for place in places)
-
-
-def split_of(scene: object) -> str:
-    """The split that a scene (its shapes, or the text to read) belongs to, by a hash of the scene alone."""
-    digest = hashlib.sha256(repr(scene).encode()).digest()
-    return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < HELDOUT_SHARE else "train"
 
 
 def caption(scene: tuple[Shape, ...]) -> str:
@@ -90,7 +75,7 @@ def draw_scene(scene: tuple[Shape, ...], size: int, rng: random.Random, objects:
     """
     from PIL import Image, ImageDraw
 
-    picture = Image.new("RGB", (size * SCALE, size * SCALE), _background(rng))
+    picture = Image.new("RGB", (size * SCALE, size * SCALE), background(rng))
     draw = ImageDraw.Draw(picture)
     cell = size * SCALE / 2
     for s in scene:
@@ -99,10 +84,10 @@ def draw_scene(scene: tuple[Shape, ...], size: int, rng: random.Random, objects:
         slack = cell / 2 - radius
         x = (column + 0.5) * cell + rng.uniform(-slack, slack) * 0.9
         y = (row + 0.5) * cell + rng.uniform(-slack, slack) * 0.9
-        _draw_shape(draw, s.shape, x, y, radius, COLOURS[s.colour])
+        draw_shape(draw, s.shape, x, y, radius, COLOURS[s.colour])
         if objects is not None:
             alone = Image.new("L", picture.size)
-            _draw_shape(ImageDraw.Draw(alone), s.shape, x, y, radius, 255)
+            draw_shape(ImageDraw.Draw(alone), s.shape, x, y, radius, 255)
             objects.append({"bbox": [edge / SCALE for edge in alone.getbbox() or ()], "label": f"{s.colour} {s.shape}"})
     return picture.reduce(SCALE)
 
@@ -111,7 +96,7 @@ def draw_text(text: str, size: int, rng: random.Random):
     """A short text in dark letters on a light ground, size x size pixels."""
     from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.new("RGB", (size, size), _background(rng))
+    picture = Image.new("RGB", (size, size), background(rng))
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=round(size * rng.uniform(0.34, 0.42)))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -133,6 +118,9 @@ def samples(
     for number in range(count):
         rng = random.Random(f"{seed}/{split}/{task}/{number}")
         objects: list[dict] = []
+        if task == VIDEO:
+            yield _video_sample(rng, split, size, f"{task}-{split}-{number:07d}")
+            continue
         if task == BOXES:
             picture, asked, objects = _boxes_sample(rng, split, size)
         else:
@@ -192,6 +180,14 @@ def synthesise(
     return made
 
 
+def _video_sample(rng: random.Random, split: str, size: int, key: str) -> dict:
+    """A whole sample: the clip, one question and its answer."""
+    clip, (kind, asked, answer) = video_sample(rng, split, size + size % 2)
+    content = [{"type": "video"}, {"type": "text", "text": asked}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return {"__key__": key, "mp4": clip, "json": json.dumps({"messages": messages, "task": VIDEO, "kind": kind}).encode()}
+
+
 def _scene_of(rng: random.Random, split: str) -> tuple[Shape, ...]:
     while True:
         scene = random_scene(rng)
@@ -245,26 +241,6 @@ def _encode_picture(picture, image_format: str) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image_format], quality=92)
     return buffer.getvalue()
-
-
-def _background(rng: random.Random) -> tuple[int, int, int]:
-    grey = rng.randrange(190, 256)
-    red, green, blue = (max(0, min(255, grey + rng.randrange(-12, 13))) for _ in range(3))
-    return red, green, blue
-
-
-def _draw_shape(draw, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int] | int) -> None:
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-    elif shape == "square":
-        side = r * 0.88
-        draw.rectangle((x - side, y - side, x + side, y + side), fill=colour)
-    elif shape == "triangle":
-        draw.polygon([(x, y - r), (x - r, y + r * 0.85), (x + r, y + r * 0.85)], fill=colour)
-    else:
-        arm = r * 0.34
-        draw.rectangle((x - r, y - arm, x + r, y + arm), fill=colour)
-        draw.rectangle((x - arm, y - r, x + arm, y + r), fill=colour)
 
 
 def _article(word: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.config_model import VideoConfig
 from vlm_dist.data.dataset import open_dataset
 from vlm_dist.data.samples import Sample, parse_sample
 from vlm_dist.data.storage import Storage
@@ -187,11 +188,12 @@ def _read_shard(
             try:
                 raw = dataset.raw(number)
                 sample = parse_sample(raw, max_image_pixels=max_image_pixels, caption_prompt=caption_prompt)
+                seen = _Seen(shard, sample.key, *_digests(sample), _last_answer(sample))
                 tally.add(sample.notes if encoder is None else encoder.encode(sample).notes)
             except BadSample as reason:
                 problems.append(Problem(shard, str(raw["__key__"]), str(reason)))
             else:
-                samples.append(_Seen(shard, sample.key, *_digests(sample), _last_answer(sample)))
+                samples.append(seen)
     except (DataError, OSError) as error:
         problems.append(Problem(shard, "", str(error)))
     return samples, problems, tally.to_dict()
@@ -203,13 +205,19 @@ def _last_answer(sample: Sample) -> str:
 
 
 def _digests(sample: Sample) -> tuple[bytes, bytes]:
-    """Of the decoded pictures, and of the conversation."""
+    """Of the decoded pictures and frames of videos, and of the conversation.
+
+    Raises:
+        BadSample: a video is damaged.
+    """
     said = [sample.messages, sample.objects] if sample.objects else sample.messages
     text = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=DIGEST_BYTES).digest()
-    if not sample.images:
+    if not sample.images and not sample.videos:
         return text, text
     pictures = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for image in sample.images:
         pictures.update(f"{image.width} x {image.height}".encode())
         pictures.update(image.tobytes())
+    for clip in sample.videos:
+        pictures.update(clip.shown(VideoConfig()).frames.numpy().tobytes())
     return pictures.digest(), text

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlm_dist.data.encode import Encoded
+from vlm_dist.data.encoded import VIDEO_PIXELS, Encoded
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+A_ROW = 8  # frames of a strip
 
 
 def pictures_as_seen(encoded: Encoded, processor: Any) -> list[Image]:
@@ -20,6 +23,36 @@ def pictures_as_seen(encoded: Encoded, processor: Any) -> list[Image]:
         values = _before_normalising(pixels, processor.image_processor).clamp(0, 255).round().byte()
         found.append(Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()))
     return found
+
+
+def videos_as_seen(encoded: Encoded, processor: Any) -> list[list[Image]]:
+    """The frames of each video that went the processor's own road; those that became pictures are among `pictures_as_seen`."""
+    from PIL import Image
+
+    pixels = encoded.inputs.get(VIDEO_PIXELS)
+    if pixels is None:
+        return []
+    own = processor.video_processor
+    grids = encoded.inputs.get("video_grid_thw")
+    clips = list(pixels) if grids is None else _frames_from_patches(pixels, grids.tolist(), own)
+    shown = [_before_normalising(frames, own).clamp(0, 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy() for frames in clips]
+    return [[Image.fromarray(frame) for frame in frames] for frames in shown]
+
+
+def strip(frames: Sequence[Image], times: Sequence[float], height: int = 96) -> Image:
+    """Frames side by side, `A_ROW` at most, each with its second below."""
+    from PIL import Image, ImageDraw
+
+    width = max(1, round(frames[0].width * height / frames[0].height))
+    rows, columns = -(-len(frames) // A_ROW), min(len(frames), A_ROW)
+    made = Image.new("RGB", (columns * (width + 2), rows * (height + 14)), "white")
+    draw = ImageDraw.Draw(made)
+    for number, frame in enumerate(frames):
+        x, y = number % A_ROW * (width + 2), number // A_ROW * (height + 14)
+        made.paste(frame.resize((width, height)), (x, y))
+        second = times[min(number, len(times) - 1)]  # what fills up a step of two frames is the last one again
+        draw.text((x + 2, y + height + 2), f"{second:.1f} s", fill="black")
+    return made
 
 
 def shows_pictures_whole(encoded: Encoded, seen: list[Image], count: int) -> bool:
@@ -101,13 +134,18 @@ def _tiles(inputs: dict[str, Any], image_processor: Any) -> list[torch.Tensor]:
 
 
 def _from_patches(rows: torch.Tensor, grids: list[list[int]], image_processor: Any) -> list[torch.Tensor]:
-    """Qwen2-VL's order of patches (time, height, width, then inside each merged square; channel, frame, row, column of a pixel)."""
+    return [frames[0] for frames in _frames_from_patches(rows, grids, image_processor)]
+
+
+def _frames_from_patches(rows: torch.Tensor, grids: list[list[int]], image_processor: Any) -> list[torch.Tensor]:
+    """Qwen2-VL's order of patches (time, height, width, then inside each merged square; channel, frame, row, column of a pixel) -> of each
+    picture or video [T, 3, H, W]."""
     side, frames, merge = image_processor.patch_size, image_processor.temporal_patch_size, image_processor.merge_size
     found, start = [], 0
     for time, height, width in grids:
         count = time * height * width
         cut = rows[start : start + count].reshape(time, height // merge, width // merge, merge, merge, 3, frames, side, side)
-        found.append(cut.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(time, frames, 3, height * side, width * side)[0, 0])
+        found.append(cut.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(time * frames, 3, height * side, width * side))
         start += count
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,7 +69,7 @@ class Inputs:
     @cached_property
     def encoder(self) -> Encoder:
         """Cuts nothing: for counting what samples take, not for training on them."""
-        return Encoder(self.processor, max_seq_length=2**31)
+        return Encoder(self.processor, max_seq_length=2**31, video=self.config.data.video)
 
     @cached_property
     def stream_encoder(self) -> NotingEncoder:
@@ -101,12 +101,15 @@ class Inputs:
             problem = problem or f"{(slot.raw or {}).get('__key__', 'the first')}: {slot.problem}"
         raise DataError(f"data.train: none of the first {count} samples can be used; {problem}")
 
-    def stream(self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None) -> Stream:
+    def stream(
+        self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None,
+        finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> Stream:  # fmt: skip
         """The training samples of one rank; see `Stream`."""
         config = self.config
         batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
         place = {"rank": rank, "world_size": world_size}
-        rows = {"epochs": epochs, "pack": self.packs, "positions": positions}
+        rows = {"epochs": epochs, "pack": self.packs, "positions": positions, "finish": finish}
         return Stream(self.datasets, config.data, self.stream_encoder, self.quarantine, config.seed, **batch, **place, **rows)
 
 

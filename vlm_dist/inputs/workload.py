@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_dist.config import Config
 from vlm_dist.data.collate import collate
@@ -14,6 +14,7 @@ from vlm_dist.data.lengths import Length, Ruler
 from vlm_dist.data.pictures import Size
 from vlm_dist.data.samples import outline
 from vlm_dist.data.stream import Stream
+from vlm_dist.data.video import Clip, grey_clip
 from vlm_dist.errors import BadSample, ConfigError, DataError
 
 MEASURED = 200  # samples that are looked at
@@ -29,6 +30,27 @@ class Workload:
     """(width, height) of each."""
     why: str
     """Where these numbers come from, in words."""
+    videos: tuple[Clip, ...] = ()
+    """As long and as large as those that were met."""
+
+
+class Showing(NamedTuple):
+    """What one sample shows."""
+
+    sizes: tuple[Size, ...]
+    """(width, height) of each picture."""
+    videos: tuple[Clip, ...] = ()
+
+    def encoded(self, encoder: Encoder) -> Encoded:
+        """Blank ones, as a prompt.
+
+        Raises:
+            BadSample: of a shape that the processor does not take.
+        """
+        from PIL import Image
+
+        images = [Image.new("RGB", size) for size in self.sizes]
+        return encoder.encode_prompt(_question(len(images), len(self.videos)), images, videos=self.videos)
 
 
 def assumed(config: Config, encoder: Encoder, size: Size, count: int) -> Workload:
@@ -54,61 +76,59 @@ def measured(config: Config, encoder: Encoder, stream: Stream, pack: bool) -> Wo
     Raises:
         DataError: none of the first samples can be used.
     """
-    from PIL import Image
-
     lengths: list[Length] = []
-    pictures: tuple[Size, ...] = BLANK
+    shown = Showing(BLANK)
     most, problem = -1, ""
     for slot in itertools.islice(stream.measured(), min(MEASURED, stream.num_samples)):
         if slot.length is None or slot.raw is None:
             problem = problem or f"{(slot.raw or {}).get('__key__', 'the first')}: {slot.problem}"
             continue
         if slot.length.patches > most:
-            sizes = _sizes(slot.raw, config)
+            found = _shown(slot.raw, config)
             try:
-                encoder.encode_prompt(_question(len(sizes)), [Image.new("RGB", size) for size in sizes])
+                found.encoded(encoder)
             except BadSample as reason:  # of a shape that the processor does not take
                 problem = problem or f"{slot.raw['__key__']}: {reason}"
                 continue
-            most, pictures = slot.length.patches, sizes
+            most, shown = slot.length.patches, found
         lengths.append(slot.length)
     if not lengths:
         raise DataError(f"data.train: none of the first samples can be used; {problem}; `vlm-dist inspect` lists them")
     longest = max(length.tokens for length in lengths)
     if not pack:
-        return Workload(longest, pictures, f"the longest and the most pictures of {len(lengths)} samples")
+        return Workload(longest, shown.sizes, f"the longest and the most pictures of {len(lengths)} samples", shown.videos)
     why = f"packed rows, as full as may be of the pictures of the sample with most patches of {len(lengths)}"
-    return Workload(config.data.max_seq_length, _filled(config, encoder, pictures), why)
+    filled = _filled(config, encoder, shown)
+    return Workload(config.data.max_seq_length, filled.sizes, why, filled.videos)
 
 
 def micro_batch(encoder: Encoder, workload: Workload, rows: int, tokens: int | None = None) -> dict[str, Any]:
     """The tensors of so many such rows, every token of text supervised."""
-    from PIL import Image
-
-    images = [Image.new("RGB", size) for size in workload.pictures]
-    encoded = encoder.encode_prompt(_question(len(images)), images)
+    encoded = Showing(workload.pictures, workload.videos).encoded(encoder)
     return collate([_lengthened(encoded, max(tokens or workload.tokens, encoded.length))] * rows, encoder.processor.tokenizer.pad_token_id)
 
 
-def _filled(config: Config, encoder: Encoder, pictures: tuple[Size, ...]) -> tuple[Size, ...]:
-    """Pictures of a row, again and again, while tokens and patches last."""
-    one = Ruler(encoder).measure(_question(len(pictures)), list(pictures))
+def _filled(config: Config, encoder: Encoder, shown: Showing) -> Showing:
+    """What a sample shows, again and again, while tokens and patches of a row last."""
+    one = Ruler(encoder).measure(_question(len(shown.sizes), len(shown.videos)), list(shown.sizes), None, shown.videos)
     times = max(1, config.data.max_seq_length // one.tokens)
     if config.data.max_patches is not None:
         times = max(1, min(times, config.data.max_patches // max(1, one.patches)))
-    return pictures * times
+    return Showing(shown.sizes * times, shown.videos * times)
 
 
-def _sizes(raw: dict[str, Any], config: Config) -> tuple[Size, ...]:
+def _shown(raw: dict[str, Any], config: Config) -> Showing:
     try:
-        sizes = outline(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt).sizes
+        found = outline(raw, max_image_pixels=config.data.max_image_pixels, caption_prompt=config.data.caption_prompt)
     except BadSample:
-        return BLANK
-    return tuple(sizes) or BLANK
+        return Showing(BLANK)
+    videos = tuple(grey_clip(clip) for clip in found.videos)
+    return Showing(tuple(found.sizes) or (() if videos else BLANK), videos)
 
 
-def _question(pictures: int) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": "?"}]}]
+def _question(pictures: int, videos: int = 0) -> list[dict[str, Any]]:
+    parts = [{"type": "image"}] * pictures + [{"type": "video"}] * videos
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
 
 
 def _lengthened(encoded: Encoded, tokens: int) -> Encoded:

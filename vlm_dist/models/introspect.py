@@ -11,12 +11,14 @@ from vlm_dist.upstream.transformers import takes_pictures, writes_text
 
 PROJECTOR = re.compile(r"(projector|projection|connector|merger|aligner|adapter|adaptor|resampler|abstractor|embed_vision|mm_proj)")
 
+POOLS = re.compile(r"PoolingHead$")  # SigLIP's; a vision-language model takes the patches
+
 
 def find_family(model_type: str, hf_config: Any, trust_remote_code: bool = False) -> Family:
     """The row of an architecture: from the table, or read off its module names (no weights are needed).
 
     Raises:
-        ModelError: it is no vision-language model, or its parts have uncommon names; says what is missing.
+        ModelError: it is no vision-language model, cannot be built here, or its parts have uncommon names; says what is missing.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
@@ -26,8 +28,12 @@ def find_family(model_type: str, hf_config: Any, trust_remote_code: bool = False
     brings_code = trust_remote_code and "AutoModelForImageTextToText" in getattr(hf_config, "auto_map", {})
     if not brings_code and not takes_pictures(hf_config):
         raise ModelError(f"model: {_what_it_is(model_type, hf_config)}; give a vision-language one, such as {', '.join(sorted(FAMILIES))}")
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(hf_config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a model's code raises whatever it likes where a package or a setting is missing
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"model: architecture '{model_type}' cannot be built from its config.json here: {what[:300]}") from error
     return infer_family(model, model_type)
 
 
@@ -60,7 +66,8 @@ def infer_family(model: Any, model_type: str) -> Family:
             f"model: architecture '{model_type}' has no row in vlm_dist/families.py, and its {' and '.join(missing)} has no common name; "
             "add a row (one line; docs/models.md says how)"
         )
-    return Family(model_type, vision, tuple(sorted(projector)), language, head=head)
+    unused = tuple(name for name, module in model.named_modules() if name.startswith(vision + ".") and POOLS.search(type(module).__name__))
+    return Family(model_type, vision, tuple(sorted(projector)), language, head=head, unused=unused)
 
 
 def _what_it_is(model_type: str, hf_config: Any) -> str:

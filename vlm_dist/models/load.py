@@ -146,7 +146,7 @@ def load_weights(
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
-    from vlm_dist.models.experts_nf4 import experts_in_4bit
+    from vlm_dist.models.experts_nf4 import experts_in_4bit, let_save
 
     dtype = choose_dtype(config.dtype, device)
     if dtype == torch.float16 and family.overflows_in_float16:
@@ -180,6 +180,7 @@ def load_weights(
     _check_kept(config, model)
     if config.load_in_4bit:
         keep_nf4_layout(model)
+        let_save(model)
     model.loaded_as = config.model_copy(update={"name": name})  # pyright: ignore[reportArgumentType]  (what a merge needs to know)
     return model
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 IGNORED = -100  # as in torch.nn.functional.cross_entropy
 
-OURS = ("labels", "datasets", "num_datasets", "weights")  # what the model does not take
+OURS = ("labels", "datasets", "num_datasets", "weights", "supervised_rows", "picture_tokens")  # what the model does not take
 WEIGHT_UNIT = 1_000_000  # of `weights`, as vlm_dist.data.encode writes them
 
 if TYPE_CHECKING:
@@ -23,8 +23,17 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     Args:
         model: takes the batch without `labels`, and `loss_labels`, or `logits_to_keep` as a 1-D tensor of positions.
         batch: `input_ids`, `labels` [B, T] and whatever else the model takes; of a mixture `datasets` [B, T], the data set that each
-            token comes from, and `num_datasets`, a scalar; where turns have weights `weights` [B, T], (w - 1) x 10^6.
+            token comes from, and `num_datasets`, a scalar; where turns have weights `weights` [B, T], (w - 1) x 10^6; what was worked
+            out ahead (models/ahead.py).
     """
+    places = getattr(model, "picture_places", None)
+    if places is None:
+        return _summed(model, batch)
+    with places.counted(batch.get("picture_tokens")):
+        return _summed(model, batch)
+
+
+def _summed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     import torch
 
     labels_BT = batch["labels"]
@@ -32,7 +41,8 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     if getattr(model, "gives_summed_loss", False):
         if "weights" in batch:
             return _by_weight(model, inputs, batch)
-        return model(**inputs, loss_labels=_split(labels_BT, batch), use_cache=False).loss
+        rows = {"supervised_rows": batch["supervised_rows"]} if "supervised_rows" in batch else {}
+        return model(**inputs, loss_labels=_split(labels_BT, batch), **rows, use_cache=False).loss
     next_BT = labels_BT[:, 1:]
     positions_P = (next_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     if len(positions_P) == 0:  # a blank row: any position will do, none counts

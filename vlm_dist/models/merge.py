@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 Onto = Literal["original", "dequantised"]
-NF4_STATISTICS = re.compile(r"\.weight\.(absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.\w+)$")
+NF4_STATISTICS = re.compile(r"\.(weight|experts\.\w+)\.(absmax|nested_absmax|nested_quant_map|quant_map|quant_state\.\w+)$")
 
 
 def merge_16bit(
@@ -155,6 +155,8 @@ class Layers:
         name, converted = self._model_name(key)
         path, _, leaf = name.rpartition(".")
         module, whole = self._find(path)
+        if name in self.experts.shapes and exact:
+            return self._merge_experts(name, module, tensor.float())
         if name in self.experts.shapes:
             return self.experts.part(key, name, lambda weight: self._merge_experts(name, module, weight))
         if isinstance(whole, ModulesToSaveWrapper):

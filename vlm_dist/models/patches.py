@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,3 +51,14 @@ def bind(module: Any, function: Callable, **settings: Any) -> Callable:
         return function(module, *arguments, **settings, **options)
 
     return forward
+
+
+def with_names(module: Any, names: dict[str, Any]) -> Callable:
+    """A copy of one object's forward that finds other things under these names of its own module."""
+    own = vars(module).get("forward")
+    forward: Any = own.__func__ if isinstance(own, types.MethodType) else type(module).forward
+    ours = types.FunctionType(
+        forward.__code__, {**forward.__globals__, **names}, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return types.MethodType(ours, module)

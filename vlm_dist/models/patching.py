@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -18,11 +17,14 @@ import torch
 import vlm_kernels
 from vlm_dist.config import Kernel
 from vlm_dist.errors import ConfigError
-from vlm_dist.models.patches import Patches, bind
+from vlm_dist.models.patches import Patches, bind, with_names
 from vlm_dist.models.patching_loss import patch_linear_cross_entropy, patch_supervised_rows
-from vlm_dist.models.patching_vision import patch_patch_embedding, patch_vision_windows
+from vlm_dist.models.patching_nf4 import patch_nf4_lora_linear
+from vlm_dist.models.patching_vision import patch_patch_embedding, patch_picture_places, patch_vision_windows
 from vlm_dist.upstream.deepspeed import gathered
 from vlm_kernels import reference
+from vlm_kernels.geglu import geglu_gradients
+from vlm_kernels.swiglu import swiglu_gradients
 
 ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
 """What helps where the kernels run as PyTorch."""
@@ -128,9 +130,14 @@ def _mlp(model: Any, patches: Patches) -> None:
             patches.kept["mlp"] = f"{type(module).__name__} with {type(module.act_fn).__name__} computes something else"
             continue
         patches.put("mlp", module, "forward", bind(module, _mlp_forward, gate=gate))
+        patches.put("mlp", module, "gate", (gate, GATES[gate]))
+        patches.counts["mlp"] -= 1
 
 
 def _mlp_forward(module: Any, x: torch.Tensor, *, gate: Callable) -> torch.Tensor:
+    whole = vars(module).get("reads_with")
+    if whole is not None and (z := whole.of(x)) is not None:
+        return z
     return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
@@ -150,7 +157,7 @@ def _gate_of(module: Any, dtype: torch.dtype) -> Callable | None:
     module.eval()  # dropout would make two calls differ
     try:
         with torch.no_grad():
-            for gate in (vlm_kernels.swiglu, _geglu_tanh, _geglu_exact):
+            for gate in GATES:
                 if torch.allclose(gate(probe, torch.ones_like(probe)), module.act_fn(probe), rtol=1e-6, atol=1e-6):
                     if device.type == "meta":  # no numbers to compare
                         return gate
@@ -171,22 +178,28 @@ def _geglu_exact(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return vlm_kernels.geglu(gate, up, tanh=False)
 
 
+GATES: dict[Callable, Callable] = {
+    vlm_kernels.swiglu: swiglu_gradients,
+    _geglu_tanh: geglu_gradients,
+    _geglu_exact: partial(geglu_gradients, tanh=False),
+}
+"""Gates, and what gives their gradients and their result again."""
+
+
 def _rope(model: Any, patches: Patches) -> None:
-    """Attention forwards that call `apply_rotary_pos_emb` get a copy of themselves that calls ours."""
+    """Attention forwards that call a function of ROTATIONS get a copy of themselves that calls ours."""
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
-        rotate = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
-        if rotate is None or "apply_rotary_pos_emb" not in forward.__code__.co_names:
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        name = next((name for name in ROTATIONS if name in names), None)
+        rotate = getattr(forward, "__globals__", {}).get(name)
+        if name is None or rotate is None:
             continue
-        if forward is not type(module).forward or not _is_plain_rope(rotate):
+        ours, is_plain = ROTATIONS[name]
+        if forward is not type(module).forward or not is_plain(rotate):
             patches.kept["rope"] = f"{type(module).__name__} rotates in another way"
             continue
-        ours = types.FunctionType(
-            forward.__code__, {**forward.__globals__, "apply_rotary_pos_emb": _rotate}, forward.__name__, forward.__defaults__,
-            forward.__closure__,
-        )  # fmt: skip
-        ours.__kwdefaults__ = forward.__kwdefaults__
-        patches.put("rope", module, "forward", types.MethodType(ours, module))
+        patches.put("rope", module, "forward", with_names(module, {name: ours}))
 
 
 def _rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> tuple:
@@ -204,40 +217,28 @@ def _is_plain_rope(rotate: Callable) -> bool:
     return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(rotate(q, k, cos, sin), reference.rope(q, k, cos, sin), strict=True))
 
 
-def _nf4_lora_linear(model: Any, patches: Patches) -> None:
-    from peft.tuners.lora.bnb import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            if module.lora_variant or any(module.lora_bias.values()):
-                patches.kept["nf4_lora_linear"] = "DoRA and biases in the adapter keep PEFT's own code"
-                continue
-            patches.put("nf4_lora_linear", module, "forward", bind(module, _nf4_forward), reads=partial(_nf4_reads, module))
+def _rotate_patches(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+    """q, k [N, H, D] of a vision tower, whose patches are one sequence; cos, sin [N, D]."""
+    turned = vlm_kernels.rope(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
+    return tuple(one.squeeze(0).transpose(0, 1) for one in turned)
 
 
-def _nf4_reads(module: Any) -> list[torch.nn.Parameter]:
-    layers = [module.base_layer, *module.lora_A.values(), *module.lora_B.values()]
-    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+def _is_plain_rope_of_patches(rotate: Callable) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k, half = (torch.randn(shape, generator=generator, device="cpu").bfloat16() for shape in ((3, 4, 8), (3, 4, 8), (3, 4)))
+    cos, sin = (torch.cat((f(half), f(half)), -1) for f in (torch.cos, torch.sin))
+    if list(inspect.signature(rotate).parameters) != ["q", "k", "cos", "sin"]:
+        return False
+    expected = rotate(q, k, cos, sin)
+    wide = (tensor.float() for tensor in (q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None]))
+    return all(torch.equal(a, b[0].transpose(0, 1).bfloat16()) for a, b in zip(expected, reference.rope(*wide), strict=True))
 
 
-def _nf4_forward(module: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-    base = module.base_layer
-    dtype = base.compute_dtype or x.dtype
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    kind = x.device.type
-    of_adapters = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    fits = all((of_adapters or module.lora_A[name].weight.dtype) == dtype for name in names)
-    if arguments or options or module.merged or not fits:
-        return type(module).forward(module, x, *arguments, **options)
-    adapters: tuple = () if module.disable_adapters else tuple(
-        (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]) for name in names
-    )  # fmt: skip
-    dropouts = {getattr(module.lora_dropout[name], "p", 0.0) for name in names} if module.training and adapters else {0.0}
-    if len(dropouts) > 1:
-        return type(module).forward(module, x)
-    weight = base.weight
-    y = vlm_kernels.nf4_lora_linear(x.to(dtype), weight, weight.quant_state, base.bias, adapters=adapters, dropout=dropouts.pop())
-    return y.to(x.dtype)
+ROTATIONS: dict[str, tuple[Callable, Callable]] = {
+    "apply_rotary_pos_emb": (_rotate, _is_plain_rope),
+    "apply_rotary_pos_emb_vision": (_rotate_patches, _is_plain_rope_of_patches),
+}
+"""Functions of transformers' attention: ours, and whether one of that name computes the same."""
 
 
 PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {
@@ -245,9 +246,10 @@ PATCHERS: dict[Kernel, Callable[[Any, Patches], None]] = {
     "rms_norm": _rms_norm,
     "mlp": _mlp,
     "rope": _rope,
-    "nf4_lora_linear": _nf4_lora_linear,
+    "nf4_lora_linear": patch_nf4_lora_linear,
     "linear_cross_entropy": patch_linear_cross_entropy,
     "supervised_rows": patch_supervised_rows,
     "vision_windows": patch_vision_windows,
     "patch_embedding": patch_patch_embedding,
+    "picture_places": patch_picture_places,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,15 +64,21 @@ def _head_is_plain(model: Any, softcap: float) -> bool:
     return torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
-def _head_forward(module: Any, input: torch.Tensor, labels: torch.Tensor | None = None, *, softcap: float) -> torch.Tensor:
+def _head_forward(
+    module: Any, input: torch.Tensor, labels: torch.Tensor | None = None, rows: torch.Tensor | None = None, *, softcap: float
+) -> torch.Tensor:
     """The head itself computes the loss where labels are given, so that ZeRO-3 gathers its weight around this call."""
     if labels is None:
         return torch.nn.functional.linear(input, module.weight, module.bias)
-    return vlm_kernels.linear_cross_entropy(input, module.weight, labels, bias=module.bias, softcap=softcap)[0]
+    return vlm_kernels.linear_cross_entropy(input, module.weight, labels, bias=module.bias, softcap=softcap, rows=rows)[0]
 
 
-def _loss_forward(model: Any, *arguments: Any, loss_labels: torch.Tensor | None = None, original: Callable, **options: Any) -> Any:
-    """The model's own forward; with `loss_labels` [B, T] the summed loss of the next token instead of logits, with [D, B, T] D of them."""
+def _loss_forward(
+    model: Any, *arguments: Any, loss_labels: torch.Tensor | None = None, supervised_rows: torch.Tensor | None = None, original: Callable,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The model's own forward; with `loss_labels` [B, T] the summed loss of the next token instead of logits, with [D, B, T] D of them.
+    `supervised_rows` [P]: where the labels of any of them are, if that is known."""
     rows = vars(model).get("supervised_rows")
     if loss_labels is None:
         if rows is not None:
@@ -79,10 +86,11 @@ def _loss_forward(model: Any, *arguments: Any, loss_labels: torch.Tensor | None 
         return original(*arguments, **options)
     labels = torch.nn.functional.pad(loss_labels[..., 1:], (0, 1), value=reference.IGNORED).flatten(-2)
     if rows is not None:
-        rows.choose((labels != reference.IGNORED).view(-1, labels.shape[-1]).any(0))
+        of_any = (labels != reference.IGNORED).view(-1, labels.shape[-1]).any(0) if supervised_rows is None else None
+        rows.choose(supervised_rows if of_any is None else of_any.nonzero().squeeze(1), labels.shape[-1])
     hidden, head = model.base_model(*arguments, **options).last_hidden_state.flatten(0, 1), model.get_output_embeddings()
     if labels.ndim == 1:
-        return SummedLoss(loss=head(hidden, labels=labels))
+        return SummedLoss(loss=head(hidden, labels=labels, rows=supervised_rows))
     return SummedLoss(loss=torch.stack([head(hidden, labels=one) for one in labels]))
 
 
@@ -94,9 +102,9 @@ class _Rows:
         self.chosen: torch.Tensor | None = None
         self.total = 0
 
-    def choose(self, supervised: torch.Tensor | None) -> None:
-        self.chosen = None if supervised is None else supervised.nonzero().squeeze(1)
-        self.total = 0 if supervised is None else len(supervised)
+    def choose(self, rows: torch.Tensor | None, total: int = 0) -> None:
+        """These of so many rows; None: all."""
+        self.chosen, self.total = rows, total
         self.layer.gradient_checkpointing = False  # it would be recomputed at once; and then other rows may be chosen
 
     def apply(self, forward: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -117,8 +125,13 @@ def patch_supervised_rows(model: Any, patches: Patches) -> None:
     if not vars(model).get("gives_summed_loss") or None in parts or getattr(layer, "hidden_size_per_layer_input", 0):
         patches.kept["supervised_rows"] = "needs linear_cross_entropy and a last layer with q_proj, o_proj and mlp"
         return
+    if len(inspect.signature(parts[-1].forward).parameters) > 1:  # ERNIE-4.5-VL's wants to know which tokens are a picture's
+        patches.kept["supervised_rows"] = f"{type(parts[-1]).__name__} takes more than the rows"
+        return
     rows = _Rows(layer)
     patches.put("supervised_rows", model, "supervised_rows", rows)
+    if (together := vars(parts[0]).get("reads_with")) is not None:  # keys and values are of all rows
+        patches.put("supervised_rows", parts[0], "reads_with", together.without(parts[0]))
     for part in parts:
         patches.put("supervised_rows", part, "forward", bind(part, _rows_forward, rows=rows, original=part.forward))
     patches.counts["supervised_rows"] = 1

@@ -7,14 +7,14 @@ a picture of 4,096 patches 64 calls a layer. Windows of equal length are one bat
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from vlm_dist.models.patches import Patches, bind
+from vlm_dist.models.patches import Patches, bind, with_names
 from vlm_dist.upstream.deepspeed import gathered
 from vlm_dist.upstream.transformers import attention_of
 
@@ -31,11 +31,7 @@ def patch_vision_windows(model: Any, patches: Patches) -> None:
         if "flash" in attention_of(module.config):
             patches.kept["vision_windows"] = "flash-attention takes them at once"
             continue
-        ours = types.FunctionType(
-            forward.__code__, {**forward.__globals__, **REPLACED}, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        ours.__kwdefaults__ = forward.__kwdefaults__
-        patches.put("vision_windows", module, "forward", types.MethodType(ours, module))
+        patches.put("vision_windows", module, "forward", with_names(module, REPLACED))
 
 
 def attend_in_windows(
@@ -46,22 +42,35 @@ def attend_in_windows(
 
     Args:
         query, key, value: [1, H, N, D]: N patches, H heads.
-        cu_seq_lens_q: [W + 1]: where each of W windows begins, and N.
+        cu_seq_lens_q: [W + 1]: where each of W windows begins, and N; on the CPU the device is not waited for.
 
     Returns:
         [1, N, H, D], and None for the weights.
     """
-    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff().tolist()
-    distinct = sorted(set(lengths) - {0})
-    states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [N, H, D]
-    if len(distinct) == 1:
-        return _attend(states, distinct[0], scaling, dropout)[None], None
+    states = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]  # [N, H, D]
+    windows = _windows_of(cu_seq_lens_q, query.device)
+    if len(windows) == 1:
+        return _attend(states, windows[0][0], scaling, dropout)[None], None
     result = torch.empty_like(states[2], memory_format=torch.contiguous_format)
-    for length in distinct:
-        chosen = torch.tensor([number for number, one in enumerate(lengths) if one == length], device=starts.device)
-        places = (starts[chosen, None] + torch.arange(length, device=starts.device)).flatten()
+    for length, places in windows:
         result = result.index_copy(0, places, _attend([tensor[places] for tensor in states], length, scaling, dropout))
     return result[None], None
+
+
+def _windows_of(starts: torch.Tensor, device: torch.device) -> list[tuple[int, torch.Tensor]]:
+    """Each length of windows and, where there are several, the places of its patches; worked out once for all layers of a batch."""
+    if (known := getattr(starts, "windows", None)) is not None:
+        return known
+    on_host = starts.cpu()
+    lengths = on_host.diff()
+    distinct = [length for length in lengths.unique().tolist() if length]
+    found = [(length, torch.empty(0)) for length in distinct]
+    if len(distinct) > 1:
+        chosen = [on_host[:-1][lengths == length] for length in distinct]
+        places = [(begin[:, None] + torch.arange(length)).flatten() for begin, length in zip(chosen, distinct, strict=True)]
+        found = [(length, one.to(device, non_blocking=True)) for length, one in zip(distinct, places, strict=True)]
+    starts.windows = found  # pyright: ignore[reportAttributeAccessIssue]
+    return found
 
 
 def _attend(states: list[torch.Tensor], length: int, scaling: float, dropout: float) -> torch.Tensor:
@@ -69,6 +78,65 @@ def _attend(states: list[torch.Tensor], length: int, scaling: float, dropout: fl
     query, key, value = (tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in states)
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     return attended.transpose(1, 2).flatten(0, 1)
+
+
+class PicturePlaces:
+    """Which tokens stand for pictures, told by their ids alone; that they are as many as the features is checked by their number, which
+    the batch brings along."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.original = model.get_placeholder_mask
+        self.tokens: int | None = None
+
+    @contextmanager
+    def counted(self, tokens: torch.Tensor | None) -> Iterator[None]:
+        """Inside, a micro-batch has so many; None: it has to be counted."""
+        self.tokens = None if tokens is None else int(tokens)
+        try:
+            yield
+        finally:
+            self.tokens = None
+
+    def __call__(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, *features: Any, **named: Any) -> Any:
+        of_pictures = features[0] if features else named.get("image_features")
+        if self.tokens is None or input_ids is None or of_pictures is None or self.tokens * inputs_embeds.shape[-1] != of_pictures.numel():
+            return self.original(input_ids, inputs_embeds, *features, **named)  # says what does not fit
+        return self.places(input_ids)
+
+    def places(self, input_ids: torch.Tensor) -> Any:
+        """Masks [B, T, 1], as the original gives them."""
+        pictures = (input_ids == self.model.config.image_token_id).unsqueeze(-1)
+        video = getattr(self.model.config, "video_token_id", None)
+        return pictures if video is None else (pictures, (input_ids == video).unsqueeze(-1))
+
+
+def patch_picture_places(model: Any, patches: Patches) -> None:
+    """transformers checks on the device that pictures' tokens and features are equally many, and waits for the answer three times."""
+    owner = next((module for module in model.modules() if hasattr(module, "get_placeholder_mask")), None)
+    if owner is None or getattr(owner.config, "image_token_id", None) is None:
+        return
+    places = PicturePlaces(owner)
+    if not _same_places(places, owner.config):
+        patches.kept["picture_places"] = "its pictures' tokens are found in another way"
+        return
+    patches.put("picture_places", owner, "get_placeholder_mask", places)
+    patches.put("picture_places", model, "picture_places", places)
+    patches.counts["picture_places"] = 1
+
+
+def _same_places(places: PicturePlaces, config: Any) -> bool:
+    token = config.image_token_id
+    ids = torch.tensor([[token, token + 1, token], [token + 1, token, token - 1]], device="cpu")
+    with torch.device("cpu"), torch.no_grad():
+        try:
+            expected = places.original(ids, torch.zeros(2, 3, 4), torch.zeros(1, 3, 4))
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            return False
+    found = places.places(ids)
+    if not isinstance(found, tuple):
+        return isinstance(expected, torch.Tensor) and torch.equal(expected, found)
+    return isinstance(expected, tuple) and len(expected) == 2 and all(map(torch.equal, expected, found))
 
 
 def patch_patch_embedding(model: Any, patches: Patches) -> None:

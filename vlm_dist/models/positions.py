@@ -22,7 +22,7 @@ def position_rule(model: Any) -> Callable[[Any], torch.Tensor] | None:
         import torch
 
         ids = sample.inputs["input_ids"]
-        grids = {name: sample.inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        grids = {name: sample.inputs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
         types = sample.inputs.get("mm_token_type_ids", torch.zeros_like(ids))
         rope, _ = owner.get_rope_index(ids, mm_token_type_ids=types, attention_mask=torch.ones_like(ids), **grids)
         return torch.cat([torch.arange(ids.shape[1]).view(1, -1), rope[:, 0].to(ids.dtype)])

@@ -14,8 +14,10 @@ from vlm_dist.planning.counts import nbytes_of
 
 def _head_and_loss(shapes: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     """vlm_kernels.linear_cross_entropy: how many rows are supervised is read off the labels; a chunk of logits exists for a moment."""
-    hidden, weight, bias, labels, *_, with_grad, with_dw = args
+    hidden, weight, bias, labels, *_, with_grad, with_dw, known = args
     rows = int((labels >= 0).sum())
+    if known is None:
+        shapes.wait("nonzero")
     products = 1 + with_grad + with_dw
     shapes.launch(func, 2 * rows * weight.numel() * products, nbytes_of(weight) * products + 2 * rows * hidden.shape[1])
     shapes.use(workspace_bytes(rows, weight, "cuda" if shapes.on_gpu else "cpu"), briefly=True)

@@ -13,11 +13,13 @@ import torch
 from vlm_dist.config import Config
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
+from vlm_dist.models.ahead import ahead_rule, stays_on_host
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.planning.counts import Count, Operation
 from vlm_dist.planning.parts import Parts
-from vlm_dist.planning.shapes import Shapes, counting
+from vlm_dist.planning.shapes import counting
 from vlm_dist.planning.twin import autocast, build_twin
+from vlm_dist.upstream.torch import disable_modes
 
 LAUNCH = 5e-6
 """Seconds that PyTorch takes to launch an operation. Assumed."""
@@ -95,12 +97,15 @@ def count_micro_batch(
     with counting(on_gpu=on_gpu, part=parts.now) as shapes:
         model = build_twin(config, hf_config, family, dtype, shapes)
         _weigh(model, counted)
-        inputs = {name: _fake(tensor, shapes) for name, tensor in batch.items()}
+        with disable_modes():
+            batch = ahead_rule(model)(batch)
+        inputs = {name: shapes.without_data(given) if isinstance(given, torch.Tensor) else given for name, given in batch.items()}
         if accumulates:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros(parameter.shape) if parameter.requires_grad else None
-        for tensor in inputs.values():
-            shapes.hold(tensor)
+        for name, given in inputs.items():
+            if isinstance(given, torch.Tensor):
+                (shapes.leave_on_host if stays_on_host(name, inputs) else shapes.hold)(given)
         count = shapes.count
         count.mark()
         before, held = count.live, shapes.held
@@ -147,10 +152,6 @@ def quant_state_bytes(state: Any) -> int:
     inner = [getattr(state, name) for name in STATISTICS]
     outer = [state.state2.absmax, state.state2.code] if state.state2 is not None else []
     return sum(tensor.numel() * tensor.element_size() for tensor in [*inner, *outer] if isinstance(tensor, torch.Tensor))
-
-
-def _fake(tensor: torch.Tensor, shapes: Shapes) -> torch.Tensor:
-    return shapes.fake.from_tensor(tensor) if tensor.is_floating_point() else tensor
 
 
 @contextmanager

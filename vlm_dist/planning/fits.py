@@ -9,7 +9,7 @@ from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError, UserError
 from vlm_dist.inputs.opened import Inputs
 from vlm_dist.planning.gpus import Gpu
-from vlm_dist.planning.plan import make_plan, new_planner
+from vlm_dist.planning.plan import make_plan, new_planner, without_experts
 
 UNSURE = 0.1  # a plan that is over by less is tried
 logger = logging.getLogger(__name__)
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 def check_fits(inputs: Inputs, ranks: Ranks, gpu: Gpu | None = None) -> None:
     """Before anything is loaded: refuse what the card of this rank cannot hold, as `health.on_too_large` says. Nothing on a CPU.
+
+    Where lora.experts is left open and only adapters on experts are too much, `inputs.config` is without them from then on.
 
     Raises:
         MachineError: a step would need more memory than the card has.
@@ -26,18 +28,23 @@ def check_fits(inputs: Inputs, ranks: Ranks, gpu: Gpu | None = None) -> None:
     config = inputs.config
     if config.health.on_too_large == "ignore" or config.model.name is None or (gpu is None and ranks.device.type != "cuda"):
         return  # a model that is yet to be made is only rehearsed
-    problem = None
+    problem, why = None, ""
     if ranks.is_first:
         card = gpu or Gpu(torch.cuda.get_device_name(ranks.device), torch.cuda.mem_get_info(ranks.device)[1], 1.0, 1.0, 1.0)
         try:
-            own = make_plan(new_planner(inputs, card, ranks.world_size), others=False)["own"]
+            plan = make_plan(new_planner(inputs, card, ranks.world_size), others=False)
         except UserError as error:
             logger.warning("%s", error)  # what cannot be counted may train all the same; what is wrong is told where it is used
         else:
+            own, why = plan["own"], plan["experts"]["why"]
             most = max(own["total"], own["loading"])
             if most > card.memory:
                 problem = _too_large(own, card), most > (1 + UNSURE) * card.memory
-    problem = ranks.gather(problem)[0]
+    problem, why = ranks.gather((problem, why))[0]
+    if why:
+        inputs.config = without_experts(config)
+        if ranks.is_first:
+            logger.warning("%s; lora.experts=lora insists", why)
     if problem is None:
         return
     words, surely = problem

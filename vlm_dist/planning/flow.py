@@ -41,7 +41,7 @@ def data_flow(config: Config, hf_config: Any, family: Family, batch: dict[str, A
     stages = [Stage(f"processor: {name}", "", tuple(batch[name].shape)) for name in ("pixel_values", "input_ids") if name in batch]
     with counting(on_gpu=False) as shapes:
         model = build_twin(config, hf_config, family, torch.float32, shapes)
-        inputs = {name: shapes.fake.from_tensor(value) if value.is_floating_point() else value for name, value in batch.items()}
+        inputs = {name: shapes.without_data(value) for name, value in batch.items()}
         inputs.pop("labels", None)
         with torch.no_grad(), _listening(model, family, stages):
             model(**inputs, use_cache=False)

@@ -41,7 +41,7 @@ class Planner:
 
     def count(self, config: Config, rows: int, tokens: int | None = None) -> Counted:
         """One micro-batch of so many rows."""
-        key = _mode_of(config), rows, tokens or self.workload.tokens
+        key = _mode_of(config), rows, tokens or self.workload.tokens, experts_of(config)
         if key not in self._counted:
             self._counted[key] = self._count(config, rows, tokens)
         return self._counted[key]
@@ -142,7 +142,9 @@ def open_planner(config: Config, gpu: Gpu, gpus: int, **options: Any) -> Iterato
 
 
 def make_plan(planner: Planner, *, others: bool = True) -> dict[str, Any]:
-    """The configuration's own settings, and with `others` what else would fit."""
+    """The configuration's own settings, and with `others` what else would fit. Where lora.experts is left open, "experts" says what
+    memory allows: "off" (then all of the plan is without adapters on experts), and why."""
+    planner, why = settle_experts(planner)
     config, gpu = planner.config, planner.gpu
     rows = config.training.micro_batch
     own = planner.describe(config, rows, planner.count(config, rows))
@@ -154,11 +156,43 @@ def make_plan(planner: Planner, *, others: bool = True) -> dict[str, Any]:
         "row": {"tokens": planner.workload.tokens, "pictures": list(planner.workload.pictures), "why": planner.workload.why},
         "own": own,
         "weights": weights_in_16bit(planner),
+        "experts": {"chosen": experts_of(config), "why": why},
     }
     if others:
         plan["choices"] = list(planner.choices())
         plan["longest_row"] = planner.longest_row(config)
     return plan
+
+
+def settle_experts(planner: Planner) -> tuple[Planner, str]:
+    """Adapters on experts that lora.experts: auto would make, left off where a step with them does not fit the card and one without them
+    does; and why, in words."""
+    from vlm_dist.planning.twin import adapts_experts
+
+    config, gpu, rows = planner.config, planner.gpu, planner.config.training.micro_batch
+    if experts_of(config) != "auto":
+        return planner, ""
+    whole = planner.describe(config, rows, planner.count(config, rows))
+    if whole["fits"] or not adapts_experts(config, planner.inputs.hf_config, planner.inputs.family, torch_dtype(config)):
+        return planner, ""
+    off = without_experts(config)
+    less = planner.describe(off, rows, planner.count(off, rows))
+    if not less["fits"]:
+        return planner, ""
+    sizes = [max(plan["total"], plan["loading"]) / 1e9 for plan in (whole, less)]
+    words = f"with adapters on experts a step needs {sizes[0]:.1f} GB, without {sizes[1]:.1f} GB; {gpu.name} has {gpu.memory / 1e9:.1f} GB"
+    return replace(planner, config=off), f"lora.experts=auto: off, by memory ({words})"
+
+
+def experts_of(config: Config) -> str:
+    """lora.experts; off where there are no adapters."""
+    return config.lora.experts if config.lora is not None else "off"
+
+
+def without_experts(config: Config) -> Config:
+    """The same with lora.experts: off."""
+    assert config.lora is not None
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"experts": "off"})})
 
 
 def weights_in_16bit(planner: Planner) -> list[str]:

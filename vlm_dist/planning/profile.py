@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from vlm_dist.config import Config
-from vlm_dist.data.lengths import count_patches
+from vlm_dist.data.encoded import count_patches
 from vlm_dist.inputs.workload import micro_batch
 from vlm_dist.planning.count import Counted, count_micro_batch, seconds_of
 from vlm_dist.planning.gpus import Gpu

@@ -44,6 +44,8 @@ FREE = {
     unsafe_view.overloadpacket, torch.ops.prim.device,
 }  # fmt: skip
 """What launches nothing: questions to a tensor, other views of it, memory that is not yet written."""
+IN_PLACE = {aten.addmm_: aten.addmm}
+"""Products that torch's table of FLOPs has under another name."""
 READS = {
     aten.nonzero,
     aten.unique_consecutive,
@@ -64,6 +66,7 @@ class Tally(TorchDispatchMode):
         self.part = part
         self._held: dict[int, tuple[int, str]] = {}
         self._kept = 0
+        self._on_host: set[int] = set()
 
     @property
     def held(self) -> Counter[str]:
@@ -78,8 +81,12 @@ class Tally(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = self.perform(func, args, kwargs, given)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if given and all(map(self.is_on_host, given)):
+            for tensor in made:
+                self.leave_on_host(tensor)
+            return result
         if waits(func, args, kwargs):
-            self.count.waits[f"{self.part()} {func.overloadpacket.__name__}".strip()] += 1
+            self.wait(func.overloadpacket.__name__)
         if not func.is_view and func.overloadpacket not in FREE:
             self._add_work(func, args, kwargs, result, [*given, *made])
         for tensor in made:
@@ -88,6 +95,21 @@ class Tally(TorchDispatchMode):
 
     def perform(self, func: Any, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> Any:
         return func(*args, **kwargs)
+
+    def wait(self, name: str) -> None:
+        """The host waits for the device's answer to this."""
+        self.count.waits[f"{self.part()} {name}".strip()] += 1
+
+    def leave_on_host(self, tensor: torch.Tensor) -> None:
+        """What is made of this tensor and others like it is the host's affair: no launch, no wait, none of the device's memory."""
+        storage = tensor.untyped_storage()
+        key = storage_key(storage)
+        if key not in self._on_host:
+            self._on_host.add(key)
+            weakref.finalize(storage, self._on_host.discard, key)
+
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        return storage_key(tensor.untyped_storage()) in self._on_host
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Count a tensor's memory until nothing holds it."""
@@ -113,7 +135,7 @@ class Tally(TorchDispatchMode):
         self.count.live -= self._held.pop(key)[0]
 
     def _add_work(self, func: Any, args: tuple, kwargs: dict, result: Any, tensors: list[torch.Tensor]) -> None:
-        flops = flop_registry.get(func.overloadpacket)
+        flops = flop_registry.get(IN_PLACE.get(func.overloadpacket, func.overloadpacket))
         number = flops(*args, **kwargs, out_val=result) if flops else ATTENTION.get(func, _none)(args)
         moved = sum(nbytes_of(tensor) for tensor in tensors)
         if moved:
@@ -143,6 +165,13 @@ class Shapes(Tally):
         rule = RULES.get(name)
         return rule(self, func, args, kwargs) if rule else self.run(func, _with_places(func, args), kwargs)
 
+    def without_data(self, tensor: torch.Tensor) -> Any:
+        """Of a batch's tensor the shape; integers as they are, and a list of numbers (seconds of a video's grid) as Python's: models read
+        both."""
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.tolist() if tensor.ndim == 1 else self.fake.from_tensor(tensor)
+
     def made(self, make: Callable[[], Any]) -> Any:
         """Fake tensors that `make` constructs."""
         with self.fake:
@@ -169,8 +198,8 @@ class _AsOnGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.tolist:  # of tensors on the CPU no dispatcher hears
-            self.shapes.count.waits[f"{self.shapes.part()} tolist".strip()] += 1
+        if func is torch.Tensor.tolist and not self.shapes.is_on_host(args[0]):  # of tensors on the CPU no dispatcher hears
+            self.shapes.wait("tolist")
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         if self.on_gpu and func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):

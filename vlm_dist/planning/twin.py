@@ -12,7 +12,7 @@ from vlm_dist.config import Config
 from vlm_dist.families import Family
 from vlm_dist.models.adapters import find_adapter, put_on_shapes
 from vlm_dist.models.checkpointing import checkpoint_gradients
-from vlm_dist.models.experts import expert_weights, use_our_experts
+from vlm_dist.models.experts import expert_weights, of_experts, use_our_experts
 from vlm_dist.models.experts_nf4 import is_quantised
 from vlm_dist.models.held import weights_in_words
 from vlm_dist.models.load import kept_in_16bit, nf4_config
@@ -43,6 +43,13 @@ def weights_of_twin(config: Config, hf_config: Any, family: Family, dtype: torch
     with torch.device("meta"):
         model = skeleton(config, hf_config, family, dtype)
     return weights_in_words(model, str(dtype).removeprefix("torch."))
+
+
+def adapts_experts(config: Config, hf_config: Any, family: Family, dtype: torch.dtype) -> bool:
+    """Whether the model has experts, and they would get adapters."""
+    with torch.device("meta"):
+        model = skeleton(config, hf_config, family, dtype)
+    return any(of_experts(name) and parameter.requires_grad for name, parameter in model.named_parameters())
 
 
 @contextmanager
@@ -99,7 +106,8 @@ def _give_shapes(model: Any, dtype: torch.dtype) -> None:
                 elif getattr(parameter, "packs", False):
                     made[id(parameter)] = _packed(parameter.shape, dtype)
                 else:
-                    number = torch.empty(parameter.shape, dtype=torch.float32 if trains else parameter.dtype)
+                    loaded = dtype if isinstance(module, Linear4bit) else parameter.dtype  # a new layer's bias is in float32
+                    number = torch.empty(parameter.shape, dtype=torch.float32 if trains else loaded)
                     made[id(parameter)] = torch.nn.Parameter(number, requires_grad=trains)
             own_parameters(module)[name] = made[id(parameter)]
         for name, buffer in own_buffers(module).items():

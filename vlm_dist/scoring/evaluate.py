@@ -132,8 +132,8 @@ def evaluate(
                 refused.append((number, str(reason)))
         prompts = [prompt for _, _, prompt in asked]
         together = ranks.world_size > 1
-        if together and not any("pixel_values" in prompt.inputs for prompt in prompts):
-            prompts.append(encoder.blank())  # each rank runs every part of the model as often as the others
+        if together and (blank := encoder.lacking(prompts)) is not None:
+            prompts.append(blank)  # each rank runs every part of the model as often as the others
         if prompts:
             inputs = collate(prompts, encoder.processor.tokenizer.pad_token_id, side="left")
             options = {"synced_gpus": True} if together else {}
@@ -160,7 +160,7 @@ def _prompt(encoder: Encoder, sample: Sample) -> Encoded:
         raise BadSample("no question stands before the answer")
     thinks = has_reasoning(sample.messages[len(question)])
     question = encoder.placing.written(sample.messages, sample.objects, sample.sizes)[: len(question)]
-    return encoder.encode_prompt(question, sample.images, sample.key, tools=sample.tools, reasoning=thinks)
+    return encoder.encode_prompt(question, sample.images, sample.key, tools=sample.tools, reasoning=thinks, videos=sample.videos)
 
 
 def _check_objects(metrics: dict[str, Metric], samples: list[Sample]) -> None:

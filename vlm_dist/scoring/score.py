@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist import distributed
-from vlm_dist.config import DataConfig, EvaluationConfig
+from vlm_dist.config import DataConfig, EvaluationConfig, VideoConfig
 from vlm_dist.config_load import load_config, refuse_without_secrets
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.heldout import read_heldout
@@ -80,4 +80,4 @@ def _settings(run: RunDir, source: str, data: list[str] | None) -> tuple[DataCon
         )
     if data is None:
         raise ConfigError(f"{source}: is no run, so it names no held-out shards; give some with --data")
-    return DataConfig(train=data, heldout=data, max_seq_length=2**31), EvaluationConfig()
+    return DataConfig(train=data, heldout=data, max_seq_length=2**31, video=VideoConfig()), EvaluationConfig()

@@ -8,6 +8,7 @@ from typing import Any
 from vlm_dist.config import EvaluationConfig
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.samples import Sample
+from vlm_dist.data.video import grey_clip
 from vlm_dist.distributed import Ranks
 from vlm_dist.scoring.evaluate import ALONE, Evaluation, Watch, evaluate
 
@@ -22,7 +23,7 @@ def evaluate_whole(
     eyes."""
     found = evaluate(model, encoder, samples, config, ranks, watch)
     answered = set(found.numbers)
-    shown = [number for number, sample in enumerate(samples) if sample.images and number in answered]
+    shown = [number for number, sample in enumerate(samples) if (sample.images or sample.videos) and number in answered]
     if not config.without_pictures or not shown:
         return found
     blind = evaluate(model, encoder, [greyed(samples[number]) for number in shown], config, ranks, watch)
@@ -43,7 +44,7 @@ def without_pictures_in_words(scores: dict[str, Any]) -> str:
 
 
 def greyed(sample: Sample) -> Sample:
-    """The same with pictures of the same sizes that show nothing."""
+    """The same with pictures and videos of the same sizes that show nothing."""
     from PIL import Image
 
     return replace(
@@ -52,4 +53,5 @@ def greyed(sample: Sample) -> Sample:
             image.new_full(image.shape, GREY) if hasattr(image, "new_full") else Image.new("RGB", image.size, (GREY,) * 3)
             for image in sample.images
         ],
+        videos=[grey_clip(clip, GREY) for clip in sample.videos],
     )

@@ -216,7 +216,7 @@ def _merge(
         data = made.config.data
         with suppress(DataError):  # the shards are gone: the probe's pictures serve instead
             heldout = read_heldout(data, samples, Quarantine(made.run.quarantine, data.max_bad_fraction))
-    cases = [(question_of(sample), sample.images) for sample in heldout] or None
+    cases = [(question_of(sample), sample.images) for sample in heldout if not sample.videos] or None
     answers = _answers(heldout, processor, made.config.data) if made.config is not None else []
     return export_merged(model, processor, base, out, adapter=made.adapter, onto=onto, cases=cases, answers=answers, dtype=dtype)
 

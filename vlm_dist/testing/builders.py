@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vlm_dist.testing.glm import glm4v, glm4v_moe
 from vlm_dist.testing.parts import CLIP, small_text, small_tokenizer, template
 from vlm_dist.testing.qwen import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen3_vl_moe
-from vlm_dist.testing.sparse import glm4v_moe, qwen3_5_moe
+from vlm_dist.testing.sparse import qwen3_5_moe
 
 
 def _clip_images() -> Any:
@@ -56,7 +57,7 @@ def llava_onevision() -> tuple[Any, Any]:
     images = hf.LlavaOnevisionImageProcessor(size={"height": 32, "width": 32}, image_grid_pinpoints=grids)
     processor = hf.LlavaOnevisionProcessor(
         images, tokenizer, hf.LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32}), num_image_tokens=4,
-        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4", chat_template=template("<image>"),
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4", chat_template=template("<image>", "<video>"),
     )  # fmt: skip
     config = hf.LlavaOnevisionConfig(
         vision_config=hf.SiglipVisionConfig(**CLIP), text_config=hf.Qwen2Config(**small_text(len(ids))), image_token_index=ids["<image>"],
@@ -120,8 +121,8 @@ def gemma3() -> tuple[Any, Any]:
     return processor, hf.Gemma3ForConditionalGeneration(config)
 
 
-def gemma4(**changes: Any) -> tuple[Any, Any]:
-    """Pictures of up to 70 tokens, sliding-window and full attention, per-layer inputs off; no audio."""
+def gemma4(layers: int = 2, **changes: Any) -> tuple[Any, Any]:
+    """Pictures of up to 70 tokens, sliding-window and full attention in turns, per-layer inputs off; no audio."""
     import transformers as hf
 
     names = {
@@ -141,9 +142,10 @@ def gemma4(**changes: Any) -> tuple[Any, Any]:
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
         "head_dim": 16, "position_embedding_size": 256,
     }  # fmt: skip
+    kinds = ["sliding_attention", "full_attention"] * (layers // 2)
     text = hf.Gemma4TextConfig(
-        **small_text(len(ids)), head_dim=16, sliding_window=64, layer_types=["sliding_attention", "full_attention"],
-        vocab_size_per_layer_input=len(ids), hidden_size_per_layer_input=0, **changes,
+        **small_text(len(ids), num_hidden_layers=layers), head_dim=16, sliding_window=64, layer_types=kinds,
+        vocab_size_per_layer_input=len(ids), **{"hidden_size_per_layer_input": 0, **changes},
     )  # fmt: skip
     config = hf.Gemma4Config(
         text_config=text, vision_config=vision, boi_token_id=ids["<|image>"], eoi_token_id=ids["<image|>"],
@@ -213,7 +215,11 @@ def internvl() -> tuple[Any, Any]:
     tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
     images = hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}, max_patches=1)
     processor = hf.InternVLProcessor(
-        images, tokenizer, hf.InternVLVideoProcessor(), image_seq_length=1, chat_template=template("<IMG_CONTEXT>")
+        images,
+        tokenizer,
+        hf.InternVLVideoProcessor(size={"height": 32, "width": 32}),
+        image_seq_length=1,
+        chat_template=template("<IMG_CONTEXT>", "<video>"),
     )
     vision = {**CLIP, "image_size": [32, 32], "patch_size": [16, 16]}
     config = hf.InternVLConfig(
@@ -240,7 +246,7 @@ def mini_vlm() -> tuple[Any, Any]:
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     builder.__name__: builder
     for builder in (
-        gemma3, gemma4, gemma4_moe, glm4v_moe, idefics3, internvl, llava, llava_next, llava_onevision, mini_vlm, mistral3, mllama, pixtral,
-        qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe, smolvlm,
+        gemma3, gemma4, gemma4_moe, glm4v, glm4v_moe, idefics3, internvl, llava, llava_next, llava_onevision,
+        mini_vlm, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe, smolvlm,
     )
 }  # fmt: skip

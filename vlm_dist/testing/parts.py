@@ -27,13 +27,14 @@ def train_tokenizer(special: list[str], *, pad: str, eos: str, bos: str | None =
     )
 
 
-def turns(start: str, end: str, picture: str, *, before: str = "", assistant: str = "assistant") -> str:
+def turns(start: str, end: str, picture: str, *, video: str = "", before: str = "", assistant: str = "assistant") -> str:
     """A chat template: START + role + newline + content + END for each turn, `before` once at the beginning."""
+    videos = f"{{% elif part.type == 'video' %}}{video}" if video else ""
     role = f"{{{{ '{assistant}' if message.role == 'assistant' else message.role }}}}"
     return (
         f"{before}{{% for message in messages %}}{start}{role}\n"
         "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-        f"{{% if part.type == 'image' %}}{picture}{{% else %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}{end}\n"
+        f"{{% if part.type == 'image' %}}{picture}{videos}{{% else %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}{end}\n"
         "{% endfor %}"
         f"{{% if add_generation_prompt %}}{start}{assistant}\n{{% endif %}}"
     )
@@ -65,6 +66,6 @@ def small_tokenizer(*pictures: str, **settings: Any) -> tuple[Any, dict[str, int
     return tokenizer, tokenizer.get_vocab()
 
 
-def template(picture: str) -> str:
-    """A chat template for `small_tokenizer`, with `picture` where a picture stands."""
-    return turns("<turn>", "</s>", picture, before="<s>")
+def template(picture: str, video: str = "") -> str:
+    """A chat template for `small_tokenizer`, with `picture` where a picture and `video` where a video stands."""
+    return turns("<turn>", "</s>", picture, video=video, before="<s>")

@@ -10,7 +10,8 @@ QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vi
 QWEN_BEFORE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"  # as Qwen's own
 )
-QWEN_TEMPLATE = turns("<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>", before=QWEN_BEFORE)
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+QWEN_TEMPLATE = turns("<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>", video=QWEN_VIDEO, before=QWEN_BEFORE)
 
 
 def qwen(
@@ -21,7 +22,7 @@ def qwen(
     tokenizer = train_tokenizer(QWEN, pad="<|endoftext|>", eos="<|im_end|>")
     ids = tokenizer.get_vocab()
     made = getattr(hf, processor or f"{name}Processor")(
-        hf.Qwen2VLImageProcessor(**images), tokenizer, getattr(hf, video)(), chat_template=QWEN_TEMPLATE
+        hf.Qwen2VLImageProcessor(**images), tokenizer, getattr(hf, video)(**images), chat_template=QWEN_TEMPLATE
     )
     special = {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}

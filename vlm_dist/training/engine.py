@@ -18,6 +18,7 @@ from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError, UserError
 from vlm_dist.families import Family
 from vlm_dist.models.experts_lora import gather_with_experts
+from vlm_dist.models.patching_nf4 import keep_apart
 from vlm_dist.training.optim import build_optimizer
 from vlm_dist.upstream.deepspeed import forget_autocast, shape_of, skip_shared_memory_op, widen
 
@@ -44,6 +45,7 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
     )
     gather_with_experts(model)
     if engine.zero_optimization_stage() == 3:
+        keep_apart(model)
         _announce_reads(model)
     engine.train()
     return engine

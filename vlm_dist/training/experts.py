@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.checkpoints.form import find_checkpoints
 from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import ModelError
 from vlm_dist.models.experts import expert_modules
 from vlm_dist.models.loss import IGNORED
+from vlm_dist.run_dir import RunDir, read_json
 from vlm_dist.upstream.transformers import routers_with_logits
 
 if TYPE_CHECKING:
@@ -93,6 +95,21 @@ class ExpertWatch:
     def _heard(self, logits: torch.Tensor) -> None:
         if self._watching:
             self._logits.append(logits)
+
+
+def as_begun(config: Config, run: RunDir, ranks: Ranks) -> Config:
+    """lora.experts: auto as the newest checkpoint of the run has it, so that a run goes on with its adapters on whatever card. Every rank
+    must call it."""
+    if config.lora is None or config.lora.experts != "auto":
+        return config
+    adapter = None
+    if ranks.is_first and (checkpoints := find_checkpoints(run.checkpoints)):
+        adapter = read_json(checkpoints[0] / "adapter_config.json")
+    adapter = ranks.gather(adapter)[0]
+    if adapter is None:
+        return config
+    chosen = "lora" if adapter.get("target_parameters") else "off"
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"experts": chosen})})
 
 
 def balance_weight(model: Any, config: Config) -> float:

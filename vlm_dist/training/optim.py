@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family, *, on_cpu: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over the trainable parameters; bitsandbytes' 8-bit form keeps its moments in
     one byte each (Dettmers et al. 2021, arXiv:2110.02861). Biases, norms and other one-dimensional weights do not decay. Each group
-    carries `lr_scale`: its side's learning rate relative to optim.lr. With `on_cpu` it is DeepSpeed's AdamW for offloaded weights, which is
-    compiled when it is first used."""
+    carries `lr_scale`: its side's learning rate relative to optim.lr. On a GPU torch's updates all weights in a few launches. With
+    `on_cpu` it is DeepSpeed's AdamW for offloaded weights, which is compiled when it is first used."""
     import torch
 
     rates = {"vision": config.lr_vision, "projector": config.lr_projector, "language": config.lr_language}
@@ -41,7 +41,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family,
         return AdamW8bit(groups, **settings)
     if on_cpu:
         return _cpu_adam(groups, settings)
-    return torch.optim.AdamW(groups, **settings)
+    on_gpu = all(parameter.is_cuda for params in members.values() for parameter in params)
+    return torch.optim.AdamW(groups, **settings, fused=on_gpu or None)
 
 
 def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:

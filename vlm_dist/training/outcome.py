@@ -9,22 +9,26 @@ import math
 import statistics
 import time
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlm_dist.config import Config
+from vlm_dist.config import Config, VideoConfig
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.stream import Counts, Step, Stream
 from vlm_dist.disk import again, why
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import CheckpointError, DataError
+from vlm_dist.errors import BadSample, CheckpointError, DataError
 from vlm_dist.redaction import redacted_tree
 from vlm_dist.run_dir import DECISIVE_SECTIONS, RunDir, read_json, read_jsonl, write_json, write_text
 from vlm_dist.training.log import Log, StepTimer
 from vlm_dist.training.prepare import Loaded
 from vlm_dist.training.progress import Progress
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 logger = logging.getLogger(__name__)
 THUMBNAIL = 128  # pixels on the longer side
+STRIP = VideoConfig(min_frames=4, max_frames=4, max_pixels=THUMBNAIL**2)
 
 
 def config_hash(config: Config) -> str:
@@ -144,6 +148,25 @@ def peak_memory(ranks: Ranks) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _small(sample: Sample) -> Image | None:
+    """Of a sample its first picture, or a strip of its first video."""
+    from torchvision.transforms.functional import to_pil_image
+
+    from vlm_dist.data.view import strip
+
+    if sample.images:
+        picture = sample.images[0].copy()
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        return picture
+    if not sample.videos:
+        return None
+    try:
+        shown = sample.videos[0].shown(STRIP)
+    except BadSample:  # damaged between the frames that were answered about
+        return None
+    return strip([to_pil_image(frame) for frame in shown.frames], shown.times, THUMBNAIL // 2)
+
+
 def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], numbers: list[int], heldout: list[Sample]) -> None:
     """samples/PHASE.jsonl, one answer a line, and a thumbnail of each sample's first picture.
 
@@ -155,11 +178,10 @@ def write_answers(run: RunDir, phase: str, rows: list[dict[str, Any]], numbers: 
     lines = []
     for row, number in zip(rows, numbers, strict=True):
         sample = heldout[number]
-        name = f"{number:05d}.png" if sample.images else None
-        if name:  # one of an earlier start may be of other held-out samples
-            picture = sample.images[0].copy()
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
-            picture.save(thumbnails / name)
+        picture = _small(sample)
+        name = f"{number:05d}.png" if picture is not None else None
+        if picture is not None:  # one of an earlier start may be of other held-out samples
+            picture.save(thumbnails / f"{number:05d}.png")
         lines.append(json.dumps({**row, "thumbnail": f"thumbnails/{name}" if name else None, "number": number}, ensure_ascii=False) + "\n")
     write_text(run.samples / f"{phase}.jsonl", "".join(lines))
 

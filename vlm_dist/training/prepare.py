@@ -119,7 +119,9 @@ def open_training_stream(inputs: Inputs, model: Any, ranks: Ranks) -> Stream:
     Raises:
         DataError: no shard, a damaged shard, or no sample in any.
     """
+    from vlm_dist.models.load import choose_dtype
     from vlm_dist.models.positions import position_rule
+    from vlm_dist.training.placing import made_ready
 
     config = inputs.config
     if config.data.packing and not inputs.packs and ranks.is_first:
@@ -129,4 +131,5 @@ def open_training_stream(inputs: Inputs, model: Any, ranks: Ranks) -> Stream:
             inputs.family.model_type,
         )
     positions = position_rule(model) if inputs.packs else None
-    return inputs.stream(ranks.rank, ranks.world_size, epochs=config.training.epochs, positions=positions)
+    finish = made_ready(model, ranks.device, choose_dtype(config.model.dtype, ranks.device))
+    return inputs.stream(ranks.rank, ranks.world_size, epochs=config.training.epochs, positions=positions, finish=finish)

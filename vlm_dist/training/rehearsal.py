@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from vlm_dist.data.lengths import count_patches
+from vlm_dist.data.encoded import count_patches
 from vlm_dist.deepspeed_config import zero_stage
 from vlm_dist.distributed import Ranks
 from vlm_dist.inputs.opened import Inputs
 from vlm_dist.inputs.workload import micro_batch
+from vlm_dist.models.ahead import ahead_rule, placed
 from vlm_dist.models.generate import autocast
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.modes import buffers_kept
@@ -34,8 +35,8 @@ def rehearse(inputs: Inputs, loaded: Loaded, ranks: Ranks) -> str:
     if not wanted or stage > WHOLE or config.engine.offload != "none":
         return ""
     rows = config.training.micro_batch
-    batch = {name: tensor.to(ranks.device) for name, tensor in micro_batch(inputs.encoder, inputs.workload, rows).items()}
     model = loaded.model.to(ranks.device)
+    batch = placed(ahead_rule(model)(micro_batch(inputs.encoder, inputs.workload, rows)), ranks.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()

@@ -23,10 +23,12 @@ from vlm_dist.scoring.evaluate import check_metrics
 from vlm_dist.training import outcome
 from vlm_dist.training.audit import FirstStep
 from vlm_dist.training.engine import set_learning_rate, take_step
+from vlm_dist.training.experts import as_begun
 from vlm_dist.training.health import StopRequest, out_of_memory, poisoned_unless_finite
 from vlm_dist.training.log import StepTimer
 from vlm_dist.training.lost import let_speak, lost_rank
 from vlm_dist.training.optim import learning_rate
+from vlm_dist.training.placing import on_device
 from vlm_dist.training.prepare import load_trainable, open_training_stream
 from vlm_dist.training.progress import is_due
 from vlm_dist.training.rehearsal import rehearse
@@ -78,6 +80,7 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
     try:
         inputs = open_inputs(config, run, ranks)
         inputs.check_first_samples()
+        inputs.config = as_begun(inputs.config, run, ranks)
         check_fits(inputs, ranks)
         with waiting(f"loading {inputs.source}"):
             loaded = load_trainable(inputs, ranks)
@@ -155,10 +158,10 @@ def _compute(session: Session, step: Step, num_labels: float, timer: StepTimer) 
     engine, ranks, scale, experts = session.engine, session.ranks, session.scale, session.experts
     experts.begin()
     losses, grad_norm = [], 0.0
-    for batch in step.micro_batches:
+    for batch, there in zip(step.micro_batches, on_device(step.micro_batches, ranks.device), strict=True):
         session.watchdog.beat("computing")
         with timer.forward(), experts.forward():
-            loss = summed_loss(engine, {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in batch.items()})
+            loss = summed_loss(engine, there)
         part = poisoned_unless_finite(loss.sum() + experts.balance(batch))
         part = part * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
         engine.backward(scale.apply(part), scale_wrt_gas=False)

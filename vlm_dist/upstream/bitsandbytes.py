@@ -30,14 +30,15 @@ def compute_in(model: Any, dtype: torch.dtype) -> None:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for parameter in model.parameters():
-        if not isinstance(parameter, Params4bit) and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+        if not isinstance(parameter, Params4bit):
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        elif parameter.quant_state is not None:
+            parameter.quant_state.dtype = dtype
+            if parameter.dtype != dtype and parameter.nbytes % dtype.itemsize == 0:
+                parameter.data = parameter.data.flatten().view(dtype).unsqueeze(1)
+                parameter.quant_storage = dtype
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
-            weight: Any = layer.weight
-            if weight.quant_state is not None:
-                weight.quant_state.dtype = dtype
-            if weight.dtype != dtype and weight.nbytes % dtype.itemsize == 0:
-                weight.data = weight.data.flatten().view(dtype).unsqueeze(1)
-                layer.quant_storage = weight.quant_storage = dtype
+            layer.quant_storage = layer.weight.dtype

@@ -22,6 +22,7 @@ NAMES = (
     "transformers.PretrainedConfig._attn_implementation",
     "transformers.modeling_layers.GradientCheckpointingLayer",
     "transformers.core_model_loading.set_param_for_module",
+    "transformers.core_model_loading.revert_weight_conversion",
     "transformers.modeling_utils.caching_allocator_warmup",
     "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts._apply_gate",
@@ -119,6 +120,19 @@ def weight_by_weight(placed: Callable[[Any, str], None]) -> Iterator[None]:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = in_threads
 
 
+def wants_token_types(processor: Any) -> bool:
+    """Whether the model is to be told which tokens are pictures'; PaddleOCR-VL's processor does not name that among what it gives."""
+    names = processor.model_input_names
+    by_grid = getattr(processor, "return_mm_token_type_ids", False) and "image_grid_thw" in names
+    return "mm_token_type_ids" in names or by_grid
+
+
+def hasten(processor: Any) -> None:
+    """The same answers in less time; its attributes must not change afterwards."""
+    merge_options_once(processor)
+    resize_as_decoded(processor)
+
+
 def merge_options_once(processor: Any) -> None:
     """Let a processor sort its options by what they are for (text, pictures) once for each set of them, not for every sample, which takes
     as long as tokenising. Its attributes must not change afterwards."""
@@ -192,6 +206,11 @@ def nf4_quantiser(kind: type) -> Iterator[None]:
         yield
     finally:
         auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = of_library
+
+
+def forget_conversions(model: Any, which: Callable[[Any], bool]) -> None:
+    """Let `save_pretrained` store what these rules of loading made under the model's own names, not change it back."""
+    model._weight_conversions = [rule for rule in model._weight_conversions if not which(rule)]
 
 
 def routers_with_logits(model: Any) -> list[tuple[Any, int]]:

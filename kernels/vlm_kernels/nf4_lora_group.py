@@ -1,0 +1,229 @@
+"""4-bit linear layers with low-rank adapters that read the same input, in one autograd function: Q, K and V; gate and up.
+
+    y_i = x W_i^T + b_i + s_i * (m_i x) A_i^T B_i^T        as nf4_lora_linear, for each i
+
+    shapes    x [M, K], W_i [N_i, K] in 4 bit, A_i [r_i, K], B_i [N_i, r_i]; N, r: the sums
+    saved     what x can be made of again (a norm's input), or x; and h = [(m_i x) A_i^T] [M, r]
+    bytes     each W_i once to 16 bit, side by side in one buffer for the backward pass: one product there, and no sum of dx
+    FLOPs     those of nf4_lora_linear
+    backward  G = [dy_i B_i];  dx = [dy_i] W + s G A,  dA = s G^T x,  dB_i = s dy_i^T h_i
+
+Adapters are copied to the number type of x in one launch a call, their gradients back in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from vlm_kernels.common import Source, source_of
+from vlm_kernels.nf4_dequantize import nf4_dequantize
+from vlm_kernels.nf4_lora_linear import draw_seed, dropped
+
+
+class Layer(NamedTuple):
+    """One of them."""
+
+    codes: torch.Tensor
+    """Packed weight of a bitsandbytes `Linear4bit`."""
+    state: Any
+    """Its `QuantState`, of shape (N, K)."""
+    bias: torch.Tensor | None
+    """[N], frozen."""
+    A: torch.Tensor
+    """[r, K]."""
+    B: torch.Tensor
+    """[N, r]."""
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.B.shape[0]
+
+
+class Copies:
+    """Adapters in the number type of a computation, written anew at each call. The A's lie behind one another, then the B's."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._views: list[torch.Tensor] = []
+
+    def of(self, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        key = (tuple(factor.shape for factor in factors), dtype, factors[0].device)
+        if key != self._key:
+            self._key, self._views = key, side_by_side(factors, dtype)
+        torch._foreach_copy_(self._views, list(factors))
+        return self._views
+
+
+def side_by_side(like: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Room for tensors of these shapes in one piece of memory."""
+    sizes = [tensor.numel() for tensor in like]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=like[0].device)
+    return [part.view(tensor.shape) for part, tensor in zip(flat.split(sizes), like, strict=True)]
+
+
+def stacked(views: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Neighbours of `side_by_side` with equal rows [n_i, K], as one [n, K]."""
+    first = views[0]
+    return first.as_strided((sum(len(view) for view in views), first.shape[1]), first.stride())
+
+
+def given_back(gradients: list[torch.Tensor], factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Neighbours of `side_by_side` in the number type of the factors, by one copy."""
+    dtype = factors[0].dtype
+    if gradients[0].dtype == dtype:
+        return gradients
+    sizes = [gradient.numel() for gradient in gradients]
+    wide = gradients[0].as_strided((sum(sizes),), (1,)).to(dtype)
+    return [part.view(factor.shape) for part, factor in zip(wide.split(sizes), factors, strict=True)]
+
+
+@dataclass
+class Reading:
+    """What layers make of one input."""
+
+    layers: Sequence[Layer]
+    p: float
+    seeds: Sequence[int]
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """[N, K]: their weights above one another."""
+        if len(self.layers) == 1:
+            return nf4_dequantize(self.layers[0].codes, self.layers[0].state, dtype)
+        widths = [layer.width for layer in self.layers]
+        W = torch.empty((sum(widths), self.layers[0].A.shape[1]), dtype=dtype, device=self.layers[0].codes.device)
+        for layer, part in zip(self.layers, W.split(widths), strict=True):
+            nf4_dequantize(layer.codes, layer.state, out=part)
+        return W
+
+    def down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """h [M, r]."""
+        if not self.p:
+            return x @ A.T
+        parts = A.split([layer.rank for layer in self.layers])
+        return torch.cat([dropped(x, self.p, seed) @ part.T for seed, part in zip(self.seeds, parts, strict=True)], dim=1)
+
+    def up(self, ys: Sequence[torch.Tensor], h: torch.Tensor, Bs: Sequence[torch.Tensor]) -> None:
+        """Add each adapter's part to y_i."""
+        for layer, y, part, B in zip(self.layers, ys, self.by_rank(h), Bs, strict=True):
+            y.addmm_(part, B.T, alpha=layer.scale)
+
+    def backward(
+        self, dys: Sequence[torch.Tensor], dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, As: Sequence[torch.Tensor],
+        Bs: Sequence[torch.Tensor], dAs: Sequence[torch.Tensor], dBs: Sequence[torch.Tensor], needs_x: bool,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """Writes dA_i and dB_i.
+
+        Args:
+            dys, dy: the gradients [M, N_i], and all of them side by side [M, N].
+
+        Returns:
+            dx, if it is needed.
+        """
+        G = torch.empty_like(h)
+        for layer, one, g, part, B, dB in zip(self.layers, dys, self.by_rank(G), self.by_rank(h), Bs, dBs, strict=True):
+            torch.mm(one, B, out=g)
+            dB.addmm_(one.T, part, beta=0, alpha=layer.scale)
+        dx = dy @ self.dequantized(dy.dtype) if needs_x else None
+        scales = {layer.scale for layer in self.layers}
+        if not self.p and len(scales) == 1:
+            scale = scales.pop()
+            stacked(dAs).addmm_(G.T, x, beta=0, alpha=scale)
+            return dx.addmm_(G, stacked(As), alpha=scale) if dx is not None else None
+        for number, (g, A, dA) in enumerate(zip(self.by_rank(G), As, dAs, strict=True)):
+            self.write_dA(dA, g, x, number)
+            if dx is not None:
+                self.add_through(dx, g, A, number)
+        return dx
+
+    def write_dA(self, dA: torch.Tensor, g: torch.Tensor, x: torch.Tensor, number: int) -> None:
+        """Of one layer, from g [M, r_i]."""
+        dA.addmm_(g.T, dropped(x, self.p, self.seeds[number]), beta=0, alpha=self.layers[number].scale)
+
+    def add_through(self, dx: torch.Tensor, g: torch.Tensor, A: torch.Tensor, number: int) -> None:
+        """Add what comes through one layer's adapter."""
+        scale = self.layers[number].scale
+        if self.p:
+            dx.add_(dropped(g @ A, self.p, self.seeds[number]), alpha=scale)
+        else:
+            dx.addmm_(g, A, alpha=scale)
+
+    def by_rank(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return h.split([layer.rank for layer in self.layers], dim=1)
+
+
+def biases_of(layers: Sequence[Layer], dtype: torch.dtype) -> torch.Tensor | None:
+    """[N], if they have any."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    parts = [layer.codes.new_zeros(layer.width, dtype=dtype) if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _Group(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, source: Source | None, reading: Reading, copies: Copies, *factors):
+        count = len(reading.layers)
+        narrow = copies.of(factors, x.dtype)
+        As, Bs = narrow[:count], narrow[count:]
+        ys = []
+        for layer in reading.layers:
+            W = nf4_dequantize(layer.codes, layer.state, x.dtype)
+            ys.append(torch.nn.functional.linear(x, W, biases_of([layer], x.dtype)))
+        h = reading.down(x, stacked(As))
+        reading.up(ys, h, Bs)
+        ctx.make, kept = source or (None, (x,))
+        ctx.save_for_backward(h, *kept)
+        ctx.reading, ctx.narrow, ctx.factors = reading, narrow, factors
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        h, *kept = ctx.saved_tensors
+        reading, count = ctx.reading, len(ctx.reading.layers)
+        gradients = side_by_side(ctx.factors, h.dtype)
+        x = ctx.make(*kept).reshape(len(h), -1) if ctx.make else kept[0]
+        sides = ctx.narrow[:count], ctx.narrow[count:], gradients[:count], gradients[count:]
+        dx = reading.backward(dys, torch.cat(dys, dim=1) if count > 1 else dys[0], x, h, *sides, ctx.needs_input_grad[0])
+        back = given_back(gradients, ctx.factors)
+        return dx, None, None, None, *(one if needed else None for one, needed in zip(back, ctx.needs_input_grad[4:], strict=True))
+
+
+def nf4_lora_group(x: torch.Tensor, layers: Sequence[Layer], copies: Copies, *, dropout: float = 0.0) -> tuple[torch.Tensor, ...]:
+    """4-bit linear layers that read the same input, each with one LoRA adapter, in the dtype of x.
+
+    Args:
+        x: [..., K].
+        copies: one for these layers, kept between calls.
+        dropout: probability of dropping an element of an adapter's input, each layer's apart.
+
+    Returns:
+        y_i [..., N_i] of each.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    check_layers("nf4_lora_group", x.shape[-1], layers)
+    rows = x.reshape(-1, x.shape[-1])
+    reading = Reading(layers, dropout, [draw_seed(dropout) for _ in layers])
+    factors = [layer.A for layer in layers] + [layer.B for layer in layers]
+    with torch.autocast(x.device.type, enabled=False):
+        ys = _Group.apply(rows, source_of(x), reading, copies, *factors)
+    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+
+def check_layers(name: str, width: int, layers: Sequence[Layer]) -> None:
+    """
+    Raises:
+        ValueError: their shapes do not fit an input of this width.
+    """
+    if any(tuple(layer.state.shape) != (layer.width, width) or layer.A.shape != (layer.B.shape[1], width) for layer in layers):
+        raise ValueError(f"{name}: adapters and weights {[tuple(layer.state.shape) for layer in layers]} must fit x [..., {width}]")

@@ -1,0 +1,87 @@
+"""Newcomers of transformers 5 that have no row in the table: read off their modules they train; what stops others is told in a line."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import transformers as hf
+
+from tests.models import untabled
+from tests.models.test_families import SAMPLES, TEXT_ONLY, batch
+from vlm_dist.config import LoraConfig, ModelConfig
+from vlm_dist.data.collate import collate
+from vlm_dist.data.encode import Encoder
+from vlm_dist.errors import ModelError
+from vlm_dist.families import FAMILIES
+from vlm_dist.models.experts import expert_modules
+from vlm_dist.models.experts_lora import experts_in_words
+from vlm_dist.models.generate import generate
+from vlm_dist.models.load import load_model, read_model_config
+from vlm_dist.models.lora import add_lora
+from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.patching import patch_model
+
+CPU = torch.device("cpu")
+COUNTS_OVER_THE_BATCH = ("hunyuan_vl",)  # an axis of its positions is a picture's number in the whole batch (transformers 5.23)
+
+
+NAMES = ["cohere2_vision", "ernie4_5_vl_moe", "gemma4_shared", "granite4_vision", "hunyuan_vl", "lfm2_vl", "paddleocr_vl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_newcomers_train(tmp_path, name):
+    assert name not in FAMILIES
+    torch.manual_seed(0)
+    processor, model = getattr(untabled, name)()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, processor, family = load_model(ModelConfig(name=str(tmp_path)), str(tmp_path), CPU)
+    assert len(expert_modules(model)) == (4 if "moe" in name else 0)  # a layer has one set for text and one for pictures
+    model = add_lora(model, family, LoraConfig(r=4))
+    for parameter in model.parameters():  # lora_B starts at zero, which hides lora_A's gradient
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    encoder, samples = Encoder(processor, 1024), [*SAMPLES, TEXT_ONLY]
+    with torch.no_grad():
+        together = summed_loss(model.eval(), batch(encoder, samples))
+        alone = sum(summed_loss(model, batch(encoder, [sample])) for sample in samples)
+    difference = float((together - alone).abs())
+    assert (1e-4 < difference < 1) if name in COUNTS_OVER_THE_BATCH else difference < 1e-3
+    patches = patch_model(model, "auto")
+    assert ("supervised_rows" in patches.kept) == (name in ("ernie4_5_vl_moe", "gemma4_shared", "lfm2_vl"))
+    with torch.no_grad():
+        torch.testing.assert_close(summed_loss(model, batch(encoder, samples)), together, rtol=1e-5, atol=1e-3)
+    summed_loss(model.train(), batch(encoder, samples)).backward()
+    starved = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert all("layers.2.mlp.vision_moe." in name for name in starved)  # what a picture's tokens become in the last layer nothing reads
+    prompt = collate([encoder.encode_prompt(SAMPLES[0].messages[:1], SAMPLES[0].images)], processor.tokenizer.pad_token_id, "left")
+    assert isinstance(generate(model, processor, prompt, 3)[0], str)
+
+
+@pytest.mark.parametrize("config", [hf.FastVlmConfig(), hf.PerceptionLMConfig()], ids=lambda config: config.model_type)
+def test_towers_of_timm_are_told_where_timm_is_not(tmp_path, config):
+    """One line; without it, a traceback of transformers."""
+    if importlib.util.find_spec("timm"):
+        pytest.skip("timm is here")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=rf"architecture '{config.model_type}' cannot be built from its config.json here: .*pip install timm"
+    ) as e:
+        read_model_config(ModelConfig(name=str(tmp_path)), str(tmp_path))
+    assert "\n" not in str(e.value)
+
+
+def test_experts_of_llama4_stay_as_they_are_and_this_is_told():
+    """They have no implementation by name in transformers 5.23."""
+    text = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "vocab_size": 99}
+    vision = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    with torch.device("meta"):
+        model = hf.Llama4ForConditionalGeneration(hf.Llama4Config(text_config=text, vision_config=vision))
+    words = experts_in_words(model, LoraConfig())
+    assert words.startswith("experts: those of this architecture cannot be read (language_model.model.layers.0.feed_forward.experts.")
+    assert words.endswith("they stay in 16 bit and have no adapter")

@@ -1,0 +1,126 @@
+"""Tiny models of architectures that have no row in the table of families, with their processors: (processor, model)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers as hf
+
+from vlm_dist.testing.builders import gemma4
+from vlm_dist.testing.parts import CLIP, small_text, small_tokenizer, template
+
+
+def hunyuan_vl() -> tuple[Any, Any]:
+    names = {"image_token": "<img>", "image_start_token": "<img_start>", "image_end_token": "<img_end>"}
+    tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
+    images = hf.HunYuanVLImageProcessor(size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128})
+    processor = hf.HunYuanVLProcessor(images, tokenizer, chat_template=template("<img_start><img><img_end>"))
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]}
+    config = hf.HunYuanVLConfig(
+        text_config=small_text(len(ids), head_dim=16, rope_parameters=rope, tie_word_embeddings=False),
+        vision_config={
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "out_hidden_size": 64,
+            "max_image_size": 128, "min_image_size": 64,
+        },
+        image_token_id=ids["<img>"], image_start_token_id=ids["<img_start>"], image_end_token_id=ids["<img_end>"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return processor, hf.HunYuanVLForConditionalGeneration(config)
+
+
+def granite4_vision() -> tuple[Any, Any]:
+    tokenizer, ids = small_tokenizer("<image>")
+    grids = [[64, 128], [128, 64], [128, 128]]
+    images = hf.LlavaNextImageProcessor(size={"height": 64, "width": 64}, crop_size={"height": 64, "width": 64}, image_grid_pinpoints=grids)
+    processor = hf.Granite4VisionProcessor(
+        images, tokenizer, patch_size=16, vision_feature_select_strategy="full", chat_template=template("<image>"), downsample_rate="1/2"
+    )
+    text = small_text(len(ids), num_hidden_layers=3)
+    vision = hf.SiglipVisionConfig(**{**CLIP, "image_size": 64})
+    config = hf.Granite4VisionConfig(
+        vision_config=vision, text_config=text, image_token_index=ids["<image>"], vision_feature_select_strategy="full",
+        vision_feature_layer=-1, image_grid_pinpoints=grids, downsample_rate="1/2", deepstack_layer_map=[[0, 0], [-1, 1]],
+        spatial_target_layers=[0, 0, 1, 1],
+    )  # fmt: skip
+    return processor, hf.Granite4VisionForConditionalGeneration(config)
+
+
+def ernie4_5_vl_moe() -> tuple[Any, Any]:
+    names = {
+        "image_token": "<|IMAGE_PLACEHOLDER|>", "image_start_token": "<|IMAGE_START|>", "image_end_token": "<|IMAGE_END|>",
+        "video_token": "<|VIDEO_PLACEHOLDER|>", "video_start_token": "<|VIDEO_START|>", "video_end_token": "<|VIDEO_END|>",
+    }  # fmt: skip
+    tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
+    images = hf.Ernie4_5_VLMoeImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
+    processor = hf.Ernie4_5_VLMoeProcessor(
+        images,
+        tokenizer,
+        hf.Ernie4_5_VLMoeVideoProcessor(draw_on_frames=False),
+        chat_template=template("<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"),
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+    text = small_text(
+        len(ids), rope_parameters=rope, moe_intermediate_size=[64, 32], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1,
+        num_hidden_layers=3,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config = hf.Ernie4_5_VLMoeConfig(
+        text_config=text, vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4},
+        image_token_id=ids[names["image_token"]], image_start_token_id=ids[names["image_start_token"]],
+        image_end_token_id=ids[names["image_end_token"]], video_token_id=ids[names["video_token"]],
+        video_start_token_id=ids[names["video_start_token"]], video_end_token_id=ids[names["video_end_token"]], tie_word_embeddings=False,
+    )  # fmt: skip
+    return processor, hf.Ernie4_5_VLMoeForConditionalGeneration(config)
+
+
+def cohere2_vision() -> tuple[Any, Any]:
+    """Tiles of 32 x 32; a layer with a sliding window and one without."""
+    names = {
+        "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>",
+        "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    }  # fmt: skip
+    tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
+    images = hf.Cohere2VisionImageProcessor(size={"height": 32, "width": 32}, patch_size=2, max_patches=2)
+    processor = hf.Cohere2VisionProcessor(images, tokenizer, chat_template=template("<|IMG_PATCH|>"))
+    text = hf.Cohere2Config(**small_text(len(ids)), sliding_window=64, layer_types=["sliding_attention", "full_attention"], logit_scale=1.0)
+    config = hf.Cohere2VisionConfig(
+        vision_config=hf.SiglipVisionConfig(**{**CLIP, "patch_size": 8}), text_config=text, image_token_id=ids["<|IMG_PATCH|>"],
+        alignment_intermediate_size=128,
+    )  # fmt: skip
+    return processor, hf.Cohere2VisionForConditionalGeneration(config)
+
+
+def lfm2_vl() -> tuple[Any, Any]:
+    """Pictures of their own shape without tiles; a layer with a short convolution and one with attention."""
+    names = {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
+    tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
+    images = hf.Lfm2VlImageProcessor(
+        do_image_splitting=False, min_image_tokens=2, max_image_tokens=8, encoder_patch_size=16, tile_size=64, max_num_patches=64
+    )
+    processor = hf.Lfm2VlProcessor(images, tokenizer, chat_template=template("<image>"))
+    vision = hf.Siglip2VisionConfig(**{**{k: v for k, v in CLIP.items() if k != "image_size"}, "num_patches": 64})
+    text = hf.Lfm2Config(
+        **small_text(len(ids)), layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, tie_word_embeddings=True
+    )
+    config = hf.Lfm2VlConfig(vision_config=vision, text_config=text, image_token_id=ids["<image>"], projector_hidden_size=128)
+    return processor, hf.Lfm2VlForConditionalGeneration(config)
+
+
+def paddleocr_vl() -> tuple[Any, Any]:
+    names = {"image_token": "<|IMAGE_PLACEHOLDER|>"}
+    tokenizer, ids = small_tokenizer("<|IMAGE_START|>", *names.values(), "<|IMAGE_END|>", "<|video_pad|>", extra_special_tokens=names)
+    images = hf.PaddleOCRVLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
+    processor = hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=template("<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"))
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56}
+    config = hf.PaddleOCRVLConfig(
+        text_config=small_text(len(ids), head_dim=16, rope_parameters=rope, tie_word_embeddings=False), vision_config=vision,
+        image_token_id=ids["<|IMAGE_PLACEHOLDER|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|IMAGE_START|>"],
+        vision_end_token_id=ids["<|IMAGE_END|>"], tie_word_embeddings=False,
+    )  # fmt: skip
+    return processor, hf.PaddleOCRVLForConditionalGeneration(config)
+
+
+def gemma4_shared() -> tuple[Any, Any]:
+    """Gemma 4 whose last two layers take keys and values of the first two, with inputs of each layer, as its smaller models have."""
+    return gemma4(layers=4, num_kv_shared_layers=2, hidden_size_per_layer_input=16)
