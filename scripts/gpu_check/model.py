@@ -94,3 +94,17 @@ def batch_of(config: Config, processor: Any, rows: int, device: str, *, dry: boo
     encoder = Encoder(processor, 100_000)
     side = 56 if dry else 896
     return {name: tensor.to(device) for name, tensor in micro_batch(encoder, assumed(config, encoder, (side, side), 1), rows).items()}
+
+
+def packed_batch_of(config: Config, processor: Any, model: Any, device: str, *, dry: bool) -> dict[str, torch.Tensor]:
+    """One row of data.max_seq_length tokens: four samples one behind the other, with a picture of a quarter of the patches each."""
+    from vlm_dist.data.collate import collate_packed
+    from vlm_dist.data.encode import Encoder
+    from vlm_dist.inputs.workload import assumed, row_of
+    from vlm_dist.models.positions import position_rule
+
+    encoder = Encoder(processor, 100_000)
+    side = 28 if dry else 448
+    one = row_of(encoder, assumed(config, encoder, (side, side), 1), config.data.max_seq_length // 4)
+    batch = collate_packed([[one] * 4], processor.tokenizer.pad_token_id, position_rule(model))
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,5 +1,5 @@
-"""Training steps of Qwen2.5-VL-7B (random weights, NF4, adapters of rank 16): {1 row recomputed, 1 row, 4 rows} x kernels {off, auto},
-and the same steps by TRL, TRL with Liger-Kernel and Unsloth, where they can be imported.
+"""Training steps of Qwen2.5-VL-7B (random weights, NF4, adapters of rank 16): {1 row recomputed, 1 row, 4 rows, 4 samples
+packed into a row} x kernels {off, auto}, and the same steps by TRL, TRL with Liger-Kernel and Unsloth, where they can be imported.
 
 tokens/s: tokens of the rows, pictures' included, over the median step. MFU: FLOPs of the forward and backward pass as `vlm-dist plan`
 counts them, over time and the card's dense bfloat16 peak.
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import batch_of, configuration, random_model, trainable
+from model import batch_of, configuration, packed_batch_of, random_model, trainable
 from part import Part
 
 STEPS, WARM = 15, 5
-ROWS = {"1 row, recomputed": (1, True), "1 row": (1, False), "4 rows": (4, True)}
+PACKED = "4 samples in a row"
+ROWS = {"1 row, recomputed": (1, True), "1 row": (1, False), "4 rows": (4, True), PACKED: (1, False)}
 
 
 def timed(part: Part, step: Callable[[], Any]) -> dict[str, float]:
@@ -63,14 +64,18 @@ def flops_of_a_row(part: Part, folder: Path, processor: Any) -> int:
     return part.results["flops_of_a_row"]
 
 
-def ours(part: Part, folder: Path, rows: int, kernels: str, recomputed: bool) -> dict[str, Any]:
+def ours(part: Part, folder: Path, label: str, kernels: str) -> dict[str, Any]:
     from vlm_dist.models.generate import autocast
     from vlm_dist.models.loss import summed_loss
 
+    rows, recomputed = ROWS[label]
     model, processor, family = random_model(folder, part.device, dry=part.dry)
     config = configuration(folder, dry=part.dry, kernels=kernels)
     model, patches = trainable(model, family, config, kernels, checkpointing=recomputed)
-    batch = batch_of(config, processor, rows, part.device, dry=part.dry)
+    if label == PACKED:
+        batch = packed_batch_of(config, processor, model, part.device, dry=part.dry)
+    else:
+        batch = batch_of(config, processor, rows, part.device, dry=part.dry)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=not part.dry)
     labels = int((batch["labels"] != -100).sum())
 
@@ -84,6 +89,8 @@ def ours(part: Part, folder: Path, rows: int, kernels: str, recomputed: bool) ->
     found: dict[str, Any] = timed(part, step)
     found["tokens_per_s"] = batch["input_ids"].numel() / found["step_s"]
     found["kernels"] = str(patches)
+    if label == PACKED:  # attention within samples alone: other FLOPs
+        return found
     found["flops"] = rows * flops_of_a_row(part, folder, processor)
     if peak := peak_flops():
         found["mfu"] = found["flops"] / found["step_s"] / peak
@@ -133,11 +140,14 @@ def by_trl(part: Part, folder: Path, rows: int, recomputed: bool, *, liger: bool
 
 def contenders(part: Part) -> Iterator[tuple[str, Callable[[Path], dict[str, Any]] | str]]:
     """What is measured, or why it is not."""
-    chosen = ["1 row"] if part.dry else list(ROWS)
+    chosen = ["1 row", PACKED] if part.dry else list(ROWS)
     for label in chosen:
         rows, recomputed = ROWS[label]
         for kernels in ("auto", "off"):
-            yield f"ours, kernels {kernels}, {label}", lambda f, r=rows, k=kernels, c=recomputed: ours(part, f, r, k, c)
+            yield f"ours, kernels {kernels}, {label}", lambda f, r=label, k=kernels: ours(part, f, r, k)
+        if label == PACKED:
+            yield f"TRL, {label}", "TRL packs no samples with pictures"
+            continue
         has_trl = importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")
         yield f"TRL, {label}", (lambda f, r=rows, c=recomputed: by_trl(part, f, r, c, liger=False)) if has_trl else "trl is not installed"
         has_liger = has_trl and importlib.util.find_spec("liger_kernel") and not part.dry

@@ -104,8 +104,13 @@ def measured(config: Config, encoder: Encoder, stream: Stream, pack: bool) -> Wo
 
 def micro_batch(encoder: Encoder, workload: Workload, rows: int, tokens: int | None = None) -> dict[str, Any]:
     """The tensors of so many such rows, every token of text supervised."""
+    return collate([row_of(encoder, workload, tokens)] * rows, encoder.processor.tokenizer.pad_token_id)
+
+
+def row_of(encoder: Encoder, workload: Workload, tokens: int | None = None) -> Encoded:
+    """One such row, of `tokens` tokens or more where its pictures take more; every token of text supervised."""
     encoded = Showing(workload.pictures, workload.videos).encoded(encoder)
-    return collate([_lengthened(encoded, max(tokens or workload.tokens, encoded.length))] * rows, encoder.processor.tokenizer.pad_token_id)
+    return _lengthened(encoded, max(tokens or workload.tokens, encoded.length))
 
 
 def _filled(config: Config, encoder: Encoder, shown: Showing) -> Showing:
