@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vlm_kernels.common import INTERPRETED, Compilation
+from vlm_kernels.common import AMPERE, INTERPRETED, Compilation
 
 OTHERS = ("aot", "common", "nf4_gated_mlp", "nf4_lora_group", "reference")  # the two are made of other files' kernels
 KERNELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in OTHERS))
 """One file is one kernel."""
 KIB = 1024
 SHARED_LIMIT = {  # bytes of shared memory that one block may use; CUDA C++ Programming Guide, and AMD's CDNA3 ISA guide for gfx942
+    "cuda:70": 96 * KIB, "cuda:75": 64 * KIB,
     "cuda:80": 163 * KIB, "cuda:86": 99 * KIB, "cuda:89": 99 * KIB, "cuda:90": 227 * KIB, "cuda:100": 227 * KIB, "cuda:120": 99 * KIB,
     "hip:gfx942": 64 * KIB,
 }  # fmt: skip
@@ -66,11 +67,17 @@ class Row:
 
 
 def compile_all(targets: Sequence[str] = tuple(SHARED_LIMIT), kernels: Sequence[str] = KERNELS) -> Iterator[Row]:
-    """Compile; equal compilations of different shapes are made once and reported for each."""
+    """Compile; equal compilations of different shapes are made once and reported for each. What a launcher does not start on a target is
+    left out."""
     for target in targets:
         done: dict[str, Row] = {}
+        capability = int(target[5:]) if target.startswith("cuda:") else AMPERE
         for name in kernels:
             for case in importlib.import_module(f"vlm_kernels.{name}").compilations():
+                if capability < case.least:
+                    continue
+                if capability < AMPERE:  # has no bfloat16, so models are in float16 there
+                    case = replace(case, pointers={argument: kind.replace("bf16", "fp16") for argument, kind in case.pointers.items()})
                 key = repr((case.kernel.fn.__qualname__, name, case.pointers, case.constants, case.num_warps, case.options))
                 if key not in done:
                     done[key] = compile_one(name, case, target)

@@ -30,6 +30,8 @@ class Compilation:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     options: dict[str, Any] = field(default_factory=dict)
+    least: int = 0
+    """NVIDIA's compute capability, times ten, below which the launcher takes another way."""
 
 
 _counting = False  # a plain global: torch.compile reads it without breaking the graph
@@ -50,6 +52,19 @@ def as_on_gpu() -> Iterator[None]:
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Whether a tensor goes to the Triton kernel; else to the PyTorch path."""
     return tensor.is_cuda or INTERPRETED or is_counted(tensor)
+
+
+AMPERE = 80
+"""Compute capability, times ten, from which Triton multiplies tiles on tensor cores; on older cards it does so element by element, with
+the tiles in local memory."""
+
+
+def multiplies_tiles(tensor: torch.Tensor) -> bool:
+    """Whether a kernel with `tl.dot` is of use where a tensor lies; else PyTorch's own product."""
+    if not tensor.is_cuda:
+        return True
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor >= AMPERE
 
 
 def is_counted(tensor: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@
     backward  g = s dy B;  dx = dy W + m (g A),  dA = g^T (m x),  dB = s dy^T h
 
 A large batch dequantises W to a buffer and multiplies by cuBLAS; up to SMALL rows (generation) go through one kernel that dequantises
-tile by tile: W is then read in 4 bit and never written.
+tile by tile: W is then read in 4 bit and never written. Cards before Ampere (compute capability 8.0) take the first way for all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlm_kernels.common import INTERPRETED, Compilation, is_counted, runs_kernel, triton_type
+from vlm_kernels.common import AMPERE, INTERPRETED, Compilation, is_counted, multiplies_tiles, runs_kernel, triton_type
 from vlm_kernels.nf4_dequantize import block_scale, nf4_dequantize
 
 SMALL = 16
@@ -119,7 +119,8 @@ class _NF4LoraLinear(torch.autograd.Function):
 def _base(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
     """x W^T."""
     N, K = state.shape
-    if not runs_kernel(x) or is_counted(x) or len(x) > SMALL or K % state.blocksize or state.blocksize > TILE["BLOCK_K"] or x.numel() == 0:
+    fits = x.numel() > 0 and len(x) <= SMALL and K % state.blocksize == 0 and state.blocksize <= TILE["BLOCK_K"]
+    if not fits or not runs_kernel(x) or is_counted(x) or not multiplies_tiles(x):
         return torch.nn.functional.linear(x, nf4_dequantize(codes, state, x.dtype))
     nested = state.state2 if state.nested else None
     more = (nested.code, nested.absmax, state.offset) if nested is not None else (state.code, state.code, state.code)
@@ -180,6 +181,7 @@ def compilations() -> Iterator[Compilation]:
                         "SCALE_TABLE": "*fp32", "OUTER": "*fp32", "OFFSET": "*fp32", "Y": bf16, "M": "i32", "N": "i32",
                         "K": "i32", "x_stride": "i32"}  # fmt: skip
             constants = {"BLOCKSIZE": 64, "OUTER_BLOCK": 256, "NESTED": nested, **TILE, "INTERPRETED_DOT": False}
-            yield Compilation(_small_batch_kernel, f"{K} to {N}", pointers, constants, options={"enable_fp_fusion": False})
+            options = {"enable_fp_fusion": False}
+            yield Compilation(_small_batch_kernel, f"{K} to {N}", pointers, constants, options=options, least=AMPERE)
     pointers = {"X": bf16, "Y": bf16, "seed": "i32", "n": "i64", "p": "fp32"}
     yield Compilation(_dropout_kernel, "any input", pointers, {"BLOCK": 1024})

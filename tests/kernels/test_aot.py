@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 
 from tests.conftest import ROOT, child_environment
 from vlm_kernels import aot
-from vlm_kernels.common import Compilation
+from vlm_kernels.common import Compilation, multiplies_tiles
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -37,6 +39,16 @@ def test_every_kernel_for_every_target():
         row for row in rows if row["target"] == "cuda:89" and row["kernel"].split(".")[0] in ("rms_norm", "layer_norm", "swiglu", "geglu")
     ]
     assert wide and all("128" in row["loads"] and "128" in row["stores"] for row in wide)
+
+    older = [row for row in rows if row["target"] in ("cuda:70", "cuda:75")]
+    assert older and not any(row["kernel"] == "nf4_lora_linear.small_batch" for row in older)  # its launcher takes the product there
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
+def test_tiles_are_multiplied_where_tensor_cores_do_it(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert multiplies_tiles(SimpleNamespace(is_cuda=True, device="cuda:0")) is expected
+    assert multiplies_tiles(torch.empty(1))
 
 
 @triton.jit
