@@ -49,6 +49,7 @@ DEVELOPMENT = [
     "moto[s3]>=5",
     "flask>=3",
     "flask-cors>=6",
+    "timm>=1.0.20",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -59,6 +60,15 @@ def _resnet_sizes() -> dict:
     return {"embedding_size": 16, "layer_type": "basic", **STAGES}
 
 
+def timm_model(architecture: str, crop: str, **arguments: Any) -> Any:
+    pictures = {
+        "input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "crop_pct": 0.875,
+        "crop_mode": crop,
+    }  # fmt: skip
+    config = hf.TimmWrapperConfig(architecture=architecture, num_labels=0, model_args=arguments, pretrained_cfg=pictures)
+    return hf.TimmWrapperModel(config)
+
+
 ENCODERS = {
     "vit": lambda: (hf.ViTModel(hf.ViTConfig(**SIZES)), hf.ViTImageProcessor(size=SIZE)),
     "vit224": lambda: (hf.ViTModel(hf.ViTConfig(**{**SIZES, "image_size": 224})), hf.ViTImageProcessor()),
@@ -95,4 +105,7 @@ ENCODERS = {
         hf.SwinModel(hf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)),
         hf.ViTImageProcessor(size=SIZE),
     ),
+    "timm": lambda: (timm_model("resnet10t", "center"),),  # its pictures' settings lie in its own config.json
+    "timm_vit": lambda: (timm_model("vit_tiny_patch16_224", "squash", depth=2, img_size=32),),
+    "timm_border": lambda: (timm_model("resnet10t", "border"),),
 }  # fmt: skip

@@ -31,8 +31,11 @@ PICTURE = Image.new("RGB", (50, 40), "red")
 
 @pytest.mark.parametrize(
     ("sees", "tokens", "width"),
-    [("resnet", 16, 24), ("resnet_backbone", 16, 24), ("convnext", 16, 24), ("efficientnet", 1, 320), ("swin", 16, 32), ("dinov3", 7, 64)],
-)
+    [
+        ("resnet", 16, 24), ("resnet_backbone", 16, 24), ("convnext", 16, 24), ("efficientnet", 1, 320), ("swin", 16, 32),
+        ("dinov3", 7, 64), ("timm", 1, 512), ("timm_vit", 5, 192),
+    ],
+)  # fmt: skip
 def test_an_encoder_of_maps_or_sequences(vision, language, tmp_path, sees, tokens, width):
     """What its code gives without weights is what the model then takes, and gradients reach the projector."""
     parts = compose(vision(sees), language("llama"), tmp_path / "model")
@@ -46,6 +49,22 @@ def test_an_encoder_of_maps_or_sequences(vision, language, tmp_path, sees, token
     assert model.projector.projection[-1].weight.grad.any()
     original = hf.AutoModel.from_pretrained(vision(sees)).state_dict()
     assert all(torch.equal(original[name], tensor) for name, tensor in model.vision_encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["timm", "timm_vit"])
+def test_pictures_for_an_encoder_of_timm_are_as_timm_makes_them(vision, language, name):
+    """Up to the rounding of resized pixels to whole numbers; sizes whose crop has one centre."""
+    own, stored = hf.AutoImageProcessor.from_pretrained(vision(name)), read_parts(vision(name), language("llama")).images
+    pixels = torch.randint(0, 255, (7, 10, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for size in ((32, 32), (36, 36), (90, 54), (200, 180)):
+        picture = Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.BICUBIC)
+        made, expected = (processor(picture, return_tensors="pt")["pixel_values"] for processor in (stored, own))
+        torch.testing.assert_close(made, expected, rtol=0, atol=1.01 / 255 / 0.2)
+
+
+def test_an_encoder_of_timm_that_wants_borders_is_told(vision, language):
+    with pytest.raises(ModelError, match=r"timm_border' wants pictures of 32 x 32, crop_mode=border; an encoder of timm needs square"):
+        read_parts(vision("timm_border"), language("llama"))
 
 
 def test_a_map_goes_row_by_row():

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers as hf
 
+from tests.conftest import ROOT, child_environment
 from tests.models import untabled
 from tests.models.test_families import SAMPLES, TEXT_ONLY, batch
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
-from vlm_dist.errors import ModelError
 from vlm_dist.families import FAMILIES
 from vlm_dist.models.experts import expert_modules
 from vlm_dist.models.experts_lora import experts_in_words
 from vlm_dist.models.generate import generate
-from vlm_dist.models.load import load_model, read_model_config
+from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.patching import patch_model
@@ -27,7 +28,17 @@ CPU = torch.device("cpu")
 COUNTS_OVER_THE_BATCH = ("hunyuan_vl",)  # an axis of its positions is a picture's number in the whole batch (transformers 5.23)
 
 
-NAMES = ["cohere2_vision", "ernie4_5_vl_moe", "gemma4_shared", "granite4_vision", "hunyuan_vl", "lfm2_vl", "paddleocr_vl"]
+NAMES = [
+    "cohere2_vision",
+    "ernie4_5_vl_moe",
+    "fast_vlm",
+    "gemma4_shared",
+    "granite4_vision",
+    "hunyuan_vl",
+    "lfm2_vl",
+    "paddleocr_vl",
+    "perception_lm",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,17 +74,29 @@ def test_newcomers_train(tmp_path, name):
     assert isinstance(generate(model, processor, prompt, 3)[0], str)
 
 
-@pytest.mark.parametrize("config", [hf.FastVlmConfig(), hf.PerceptionLMConfig()], ids=lambda config: config.model_type)
-def test_towers_of_timm_are_told_where_timm_is_not(tmp_path, config):
+WITHOUT_TIMM = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "timm" else found(name, *more)
+import transformers
+from vlm_dist.config import ModelConfig
+from vlm_dist.models.load import read_model_config
+folder, name = sys.argv[1:]
+getattr(transformers, name)().save_pretrained(folder)
+read_model_config(ModelConfig(name=folder), folder)
+"""
+
+
+@pytest.mark.parametrize("name", ["FastVlmConfig", "PerceptionLMConfig"])
+def test_towers_of_timm_are_told_where_timm_is_not(tmp_path, name):
     """One line; without it, a traceback of transformers."""
-    if importlib.util.find_spec("timm"):
-        pytest.skip("timm is here")
-    config.save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match=rf"architecture '{config.model_type}' cannot be built from its config.json here: .*pip install timm"
-    ) as e:
-        read_model_config(ModelConfig(name=str(tmp_path)), str(tmp_path))
-    assert "\n" not in str(e.value)
+    command = [sys.executable, "-c", WITHOUT_TIMM, str(tmp_path), name]
+    done = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=300, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("vlm_dist.errors.ModelError: ")
+    assert (
+        f"architecture '{getattr(hf, name).model_type}' cannot be built from its config.json here: " in last and "pip install timm" in last
+    )
 
 
 def test_experts_of_llama4_stay_as_they_are_and_this_is_told():

@@ -124,3 +124,36 @@ def paddleocr_vl() -> tuple[Any, Any]:
 def gemma4_shared() -> tuple[Any, Any]:
     """Gemma 4 whose last two layers take keys and values of the first two, with inputs of each layer, as its smaller models have."""
     return gemma4(layers=4, num_kv_shared_layers=2, hidden_size_per_layer_input=16)
+
+
+def fast_vlm() -> tuple[Any, Any]:
+    tokenizer, ids = small_tokenizer("<image>")
+    images = hf.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    processor = hf.LlavaProcessor(
+        images, tokenizer, patch_size=32, vision_feature_select_strategy="full", chat_template=template("<image>")
+    )  # fmt: skip
+    vision = hf.TimmWrapperConfig(
+        architecture="fastvit_t8", num_labels=0, hidden_size=768, model_args={"inference_mode": True, "layers": [1, 1, 1, 1]}
+    )
+    config = hf.FastVlmConfig(text_config=small_text(len(ids)), vision_config=vision, image_token_id=ids["<image>"])
+    return processor, hf.FastVlmForConditionalGeneration(config)
+
+
+def perception_lm() -> tuple[Any, Any]:
+    names = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
+    images = hf.PerceptionLMImageProcessor(vision_input_type="vanilla", tile_size=64, size={"height": 64, "width": 64})
+    processor = hf.PerceptionLMProcessor(
+        hf.PerceptionLMVideoProcessor(), images, tokenizer, patch_size=16, chat_template=template("<|image|>"), pooling_ratio=2
+    )  # fmt: skip
+    vision = hf.TimmWrapperConfig(
+        architecture="vit_pe_core_tiny_patch16_384", num_labels=0,
+        model_args={"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [64, 64], "global_pool": "",
+                    "use_post_transformer_norm": False,
+                    "init_values": 0.1, "ref_feat_shape": [4, 4]},
+    )  # fmt: skip
+    config = hf.PerceptionLMConfig(
+        text_config=small_text(len(ids)), vision_config=vision, vision_use_cls_token=True, projector_pooling_ratio=2,
+        image_token_id=ids["<|image|>"], video_token_id=ids["<|video|>"],
+    )  # fmt: skip
+    return processor, hf.PerceptionLMForConditionalGeneration(config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
 from vlm_dist.errors import ModelError
 from vlm_dist.models.mini_vlm import (
@@ -74,7 +75,7 @@ def read_parts(vision: str, language: str) -> Parts:
     """
     vision_config = _load(AutoConfig, vision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    images = _load(AutoImageProcessor, vision)
+    images = _storable(_load(AutoImageProcessor, vision), vision)
     images.do_convert_rgb = True  # ViT's fails on a grey picture
     text_config = _load(AutoConfig, language)
     if not writes_text(text_config):
@@ -115,6 +116,35 @@ def compose(vision: str, language: str, out: Path, *, seed: int = 0) -> Parts:
     processor = MiniVLMProcessor(parts.images, parts.tokenizer, parts.image_tokens, chat_template=parts.chat_template)
     processor.save_pretrained(out)
     return parts
+
+
+def _storable(images: Any, name: str) -> Any:
+    """An image processor that a checkpoint can hold. Transformers' wrapper of timm's transforms is stored nowhere, so the same resizing,
+    crop and normalisation stand as CLIPImageProcessor's settings.
+
+    Raises:
+        ModelError: timm's transforms add borders, which those settings cannot.
+    """
+    if type(images).__name__ != "TimmWrapperImageProcessor":
+        return images
+    from PIL import Image
+
+    told = images.data_config
+    height, width = told["input_size"][-2:]
+    tall, wide = (math.floor(side / told["crop_pct"]) for side in (height, width))
+    squashed = told.get("crop_mode") == "squash"
+    if told.get("crop_mode") == "border" or (tall != wide and not squashed):
+        raise ModelError(
+            f"model.mini_vlm.vision: '{name}' wants pictures of {width} x {height}, crop_mode={told.get('crop_mode')}; an encoder of timm "
+            "needs square pictures, cropped in the centre or squashed"
+        )
+    return CLIPImageProcessor(
+        size={"height": tall, "width": wide} if squashed else {"shortest_edge": tall},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[told["interpolation"].upper()],
+        image_mean=list(told["mean"]),
+        image_std=list(told["std"]),
+    )
 
 
 def _measure(config: Any, images: Any, name: str) -> tuple[int, int]:
