@@ -6,6 +6,7 @@ So the run directory must lie where every node sees it.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -188,6 +189,7 @@ def _work(settings: dict[str, Any]) -> None:
     from ray.train import get_context
 
     quiet_libraries()
+    logging.getLogger("vlm_dist").propagate = False  # Ray Train's handler at the root prints to the screen too: every line came twice
     from vlm_dist.training.lost import RankLost
     from vlm_dist.training.train import train
 
