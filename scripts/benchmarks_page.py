@@ -151,6 +151,12 @@ def loading(raw: Any) -> str:
     )
 
 
+def loading_plans(raw: Any) -> str:
+    row = next(row for row in raw["rows"] if row["full"])
+    each = f"{row['loading'] / 1e9:.1f} GB while it loads, {row['step'] / 1e9:.1f} GB in a step"
+    return f"all of {row['model']} on {row['gpus']} x {row['gpu']} at ZeRO {row['stage']}, counted: {each}; loaded whole {row['whole'] / 1e9:.0f} GB"
+
+
 def vision_windows(raw: Any) -> str:
     shares = [share for row in raw["rows"] for share in row["share_of_time"].values()]
     return f"attention in windows takes {min(shares):.2f} to {max(shares):.2f} of the loop's time on a CPU"
@@ -169,7 +175,7 @@ def cuda_branches(raw: Any) -> str:
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "loading": loading,
-    "loop_overhead": loop_overhead,
+    "loading_plans": loading_plans, "loop_overhead": loop_overhead,
     "memory_table": memory_table, "mutation": mutation, "quickstart": quickstart, "real_pictures": real_pictures, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
