@@ -154,7 +154,8 @@ def loading(raw: Any) -> str:
 def loading_plans(raw: Any) -> str:
     row = next(row for row in raw["rows"] if row["full"])
     each = f"{row['loading'] / 1e9:.1f} GB while it loads, {row['step'] / 1e9:.1f} GB in a step"
-    return f"all of {row['model']} on {row['gpus']} x {row['gpu']} at ZeRO {row['stage']}, counted: {each}; loaded whole {row['whole'] / 1e9:.0f} GB"
+    cards = f"{row['gpus']} x {row['gpu']} at ZeRO {row['stage']}"
+    return f"all of {row['model']} on {cards}, counted: {each}; loaded whole {row['whole'] / 1e9:.0f} GB"
 
 
 def vision_windows(raw: Any) -> str:
