@@ -158,6 +158,10 @@ def loading_plans(raw: Any) -> str:
     return f"all of {row['model']} on {cards}, counted: {each}; loaded whole {row['whole'] / 1e9:.0f} GB"
 
 
+def report_lines(raw: Any) -> str:
+    return f"the report of {raw['lines']:,} steps opens in {raw['loaded_s']:.1f} s; making it took {raw['made_s']:.0f} s"
+
+
 def vision_windows(raw: Any) -> str:
     shares = [share for row in raw["rows"] for share in row["share_of_time"].values()]
     return f"attention in windows takes {min(shares):.2f} to {max(shares):.2f} of the loop's time on a CPU"
@@ -177,7 +181,7 @@ READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "loading": loading,
     "loading_plans": loading_plans, "loop_overhead": loop_overhead,
-    "memory_table": memory_table, "mutation": mutation, "quickstart": quickstart, "real_pictures": real_pictures, "roofline": roofline,
+    "memory_table": memory_table, "mutation": mutation, "quickstart": quickstart, "real_pictures": real_pictures, "report_lines": report_lines, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
