@@ -180,8 +180,8 @@ def cuda_branches(raw: Any) -> str:
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "loading": loading,
-    "loading_plans": loading_plans, "loop_overhead": loop_overhead,
-    "memory_table": memory_table, "mutation": mutation, "quickstart": quickstart, "real_pictures": real_pictures, "report_lines": report_lines, "roofline": roofline,
+    "loading_plans": loading_plans, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
+    "quickstart": quickstart, "real_pictures": real_pictures, "report_lines": report_lines, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
