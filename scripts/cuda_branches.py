@@ -29,7 +29,6 @@ EXCUSED = {  # file, part of the source (^: its beginning) -> why no test on thi
     ("vlm_dist/checking/doctor.py", "can_device_access_peer"): "two cards",
     ("vlm_dist/training/ray_cluster.py", "use_gpu"): "a Ray cluster that has GPUs",
     ("vlm_dist/cards.py", "torch.cuda.init()"): "a card that CUDA does not start on: tests/test_cards.py runs it",
-    ("vlm_dist/models/experts_product.py", "cuda"): "a real card: bitsandbytes copies the experts' scales where the pretence is not heard",
     ("vlm_dist/planning/shapes.py", "on_gpu"): "a plan for any card, on fake tensors: tests/planning/test_count.py runs it",
     ("vlm_dist/planning/costs.py", "on_gpu"): "a plan for any card, on fake tensors: tests/planning/test_count.py runs it",
     ("vlm_dist/planning/memory.py", "on_gpu"): "a plan for any card, on fake tensors: tests/planning/test_count.py runs it",

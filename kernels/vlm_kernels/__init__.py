@@ -7,6 +7,7 @@ The package is called `vlm_kernels`, never `kernels`: Hugging Face publishes a p
 """
 
 from vlm_kernels.geglu import geglu
+from vlm_kernels.grouped_linear import grouped_linear, grouped_outer
 from vlm_kernels.layer_norm import layer_norm
 from vlm_kernels.linear_cross_entropy import linear_cross_entropy
 from vlm_kernels.nf4_dequantize import nf4_dequantize
@@ -17,6 +18,8 @@ from vlm_kernels.swiglu import swiglu
 
 __all__ = [
     "geglu",
+    "grouped_linear",
+    "grouped_outer",
     "layer_norm",
     "linear_cross_entropy",
     "mrope",

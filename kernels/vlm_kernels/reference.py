@@ -37,6 +37,18 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, *, tanh: bool = True) -> torch.T
     return F.gelu(gate, approximate="tanh" if tanh else "none") * up
 
 
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """Rows [S, K] sorted by group, each times the weight of its group: [G, N, K], or [G, K, N] with `transposed`."""
+    groups = zip(x.split(counts.tolist()), weight, strict=True)
+    return torch.cat([rows @ (one if transposed else one.T) for rows, one in groups])
+
+
+def grouped_outer(left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[S, N], [S, K] -> [G, N, K]: of each group the sum over its rows of left^T right."""
+    sizes = counts.tolist()
+    return torch.stack([ours.T @ others for ours, others in zip(left.split(sizes), right.split(sizes), strict=True)])
+
+
 def gate_gradients(
     gated: Callable, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip

@@ -145,6 +145,25 @@ def cases(device: str, tokens: int, small: bool) -> Iterator[Case]:
             "rope", f"{heads} + {key_heads} heads of {head_dim}", make, contenders("rope", vlm_kernels.rope, reference.rope), 4 * size
         )
     yield from nf4_cases(device, small)
+    yield from experts_cases(device, tokens, small)
+
+
+def experts_cases(device: str, tokens: int, small: bool) -> Iterator[Case]:
+    """Frozen experts of Qwen3-VL-30B-A3B, 8 for a token, all hit alike."""
+    groups, top_k = (4, 2) if small else (128, 8)
+    for inputs, outputs in ((64, 32),) if small else ((2048, 1536), (768, 2048)):
+        rows = tokens * top_k
+
+        def make(rows=rows, inputs=inputs, outputs=outputs) -> tuple:
+            counts = torch.full((groups,), rows // groups, device=device)
+            return random(rows, inputs, device=device, grad=True), random(groups, outputs, inputs, device=device), counts
+
+        def by_torch(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+
+        moved = 2 * 2 * (rows * (inputs + outputs) + groups * inputs * outputs)
+        found = {"ours": vlm_kernels.grouped_linear, "grouped_mm": by_torch, "loop": reference.grouped_linear}
+        yield Case("grouped_linear", f"{rows} rows, {groups} of {inputs} to {outputs}", make, found, moved)
 
 
 def nf4_cases(device: str, small: bool) -> Iterator[Case]:

@@ -16,6 +16,8 @@ from tests.conftest import ROOT, child_environment
 from vlm_kernels import aot
 from vlm_kernels.common import Compilation, multiplies_tiles
 
+BEFORE_AMPERE = ("cuda:70", "cuda:75")
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "vlm_kernels.aot", *arguments]
@@ -30,7 +32,8 @@ def test_every_kernel_for_every_target():
     rows = json.loads(result.stdout)
     assert {row["target"] for row in rows} == set(aot.SHARED_LIMIT)
     for target in aot.SHARED_LIMIT:
-        assert {row["kernel"].split(".")[0] for row in rows if row["target"] == target} == set(aot.KERNELS)
+        started = set(aot.KERNELS) - ({"grouped_linear"} if target in BEFORE_AMPERE else set())  # its launcher's caller loops there
+        assert {row["kernel"].split(".")[0] for row in rows if row["target"] == target} == started
     for row in rows:
         assert row["spills"] == row["stack"] == 0 and 0 < row["registers"] <= 255, row
         assert row["stores"] and row["loads"], row
@@ -40,7 +43,7 @@ def test_every_kernel_for_every_target():
     ]
     assert wide and all("128" in row["loads"] and "128" in row["stores"] for row in wide)
 
-    older = [row for row in rows if row["target"] in ("cuda:70", "cuda:75")]
+    older = [row for row in rows if row["target"] in BEFORE_AMPERE]
     assert older and not any(row["kernel"] == "nf4_lora_linear.small_batch" for row in older)  # its launcher takes the product there
 
 

@@ -451,6 +451,56 @@ def test_nothing_large_is_saved():
     assert sum(t.numel() for t in others) <= 32 * 4
 
 
+GROUPS = [
+    ([1], 1, 1),
+    ([5, 0, 17, 1], 5, 7),
+    ([0, 70, 0], 130, 64),  # all rows of one group, more than a tile
+    ([16, 16, 16, 16], 32, 48),
+    ([0, 0, 33, 3, 0, 20, 0], 3, 150),
+    ([40, 41], 70, 4),
+    ([0, 0], 8, 6),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "N", "K"), GROUPS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_linear(device, dtype, rows, N, K, transposed):
+    x = random(sum(rows), K, dtype=dtype, device=device)
+    weight = random(len(rows), *((K, N) if transposed else (N, K)), dtype=dtype, device=device, seed=1)
+    counts = torch.tensor(rows, device=device)
+
+    def theirs(x, weight):
+        whole = weight if transposed else weight.transpose(1, 2)
+        return torch.einsum("sk,skn->sn", x, whole[torch.repeat_interleave(counts.cpu())])
+
+    compare(lambda x, weight: kernels.grouped_linear(x, weight, counts, transposed=transposed), theirs, [x, weight], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_outer_of_parts_of_wider_rows(device, dtype):
+    wide = random(60, 150, dtype=dtype, device=device)
+    left, right, counts = wide[:, :70], wide[:, 70:].T.contiguous().T, torch.tensor([0, 37, 1, 22], device=device)
+    assert left.stride() == (150, 1) and right.stride(0) == 1
+    groups = zip(exact(left).split(counts.tolist()), exact(right).split(counts.tolist()), strict=True)
+    expected = torch.stack([ours.T @ others for ours, others in groups])
+    assert not expected[0].any() and not kernels.grouped_outer(left, right, counts)[0].any()
+    assert_close(kernels.grouped_outer(left, right, counts), expected, dtype)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_grouped_linear_keeps_only_what_the_gradients_that_are_asked_for_need(device, which):
+    counts = torch.tensor([3, 4], device=device)
+    inputs, saved = [random(7, 16, device=device), random(2, 8, 16, device=device, seed=1)], []
+    inputs[which].requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = kernels.grouped_linear(*inputs, counts)
+    y.sum().backward()
+    assert inputs[which].grad.any() and inputs[1 - which].grad is None
+    if INTERPRETED or device == "cuda":
+        assert inputs[which].shape not in saved and inputs[1 - which].shape in saved
+
+
 HEADS = [(1, 8, 5), (6, 16, 40), (37, 24, 515), (4, 8, 4100)]
 
 
@@ -544,6 +594,9 @@ def test_rows_beyond_2_to_the_31_elements():
         assert torch.equal(ours, theirs)
     codes, state = quantised(16, 64, dtype=torch.float16, device=str(x.device))
     assert torch.equal(kernels.nf4_lora_linear(x, codes, state), kernels.nf4_lora_linear(near, codes, state))
+    counts, weights = torch.tensor([1, 0, 2], device=x.device), random(3, 8, 64, dtype=torch.float16, seed=3).to(x.device)
+    assert torch.equal(kernels.grouped_linear(x, weights, counts), kernels.grouped_linear(near, weights, counts))
+    assert torch.equal(kernels.grouped_outer(x, x, counts), kernels.grouped_outer(near, near, counts))
 
 
 @pytest.mark.parametrize(
@@ -556,6 +609,10 @@ def test_rows_beyond_2_to_the_31_elements():
         (lambda: kernels.rope(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 4, 8), torch.ones(1, 4, 8)), "expected"),
         (lambda: kernels.mrope(*[torch.ones(1, 2, 3, 8)] * 2, *[torch.ones(3, 1, 3, 8)] * 2, [1, 1, 1]), "the sum of sections"),
         (lambda: kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 4), torch.ones(2)), "expected"),
+        (lambda: kernels.grouped_linear(torch.ones(2, 3), torch.ones(2, 5, 4), torch.tensor([1, 1])), r"must fit weights of \(2, 5, 4\)"),
+        (lambda: kernels.grouped_linear(torch.ones(2, 4), torch.ones(2, 5, 4), torch.tensor([2])), r"counts \(1,\) must fit"),
+        (lambda: kernels.grouped_linear(torch.ones(2, 4), torch.ones(2, 5, 4).half(), torch.tensor([1, 1])), "weights are torch.float16"),
+        (lambda: kernels.grouped_outer(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([1, 1])), "must be as many rows of one dtype"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, reason):
@@ -584,6 +641,8 @@ def test_ops_are_what_torch_library_expects(device):
             (ops.swiglu_gradients, (x.clone(), x, x.clone())),
             (ops.geglu_gradients, (x.clone(), x, x.clone(), False)),
             (ops.rope, (q, k, angle, angle.clone(), axis, False)),
+            (ops.grouped_linear, (x, random(2, 8, 16, device=device).requires_grad_(), torch.tensor([1, 3], device=device), False)),
+            (ops.grouped_outer, (x, x.clone(), torch.tensor([1, 3], device=device))),
         ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))

@@ -19,19 +19,23 @@ ALL_SHARDED = dict.fromkeys(
 )
 
 
-def test_disjoint_experts_at_every_stage(config, checkpoint, tmp_path, monkeypatch):  # noqa: F811
-    """The first rank uses one half of the experts, the second the other; routers train, with their loss; one row a micro-batch."""
+@pytest.mark.parametrize("packing", [False, True])
+def test_disjoint_experts_at_every_stage(config, checkpoint, tmp_path, monkeypatch, packing):  # noqa: F811
+    """The first rank uses one half of the experts, the second the other; routers train, with their loss; one row a micro-batch, which
+    holds several samples with packing."""
     model = [f"model.name={checkpoint('qwen3_vl_moe')}", "lora.router=full", "training.micro_batch=1", "training.steps=2"]
-    runs = {stage: [*model, f"name=stage-{stage}", f"engine.zero_stage={stage}"] for stage in (0, 2, 3)}
+    model += ["data.packing=true", "data.max_seq_length=512"] if packing else []
+    runs = {stage: [*model, f"name=stage-{stage}", f"engine.zero_stage={stage}"] for stage in ((3,) if packing else (0, 2, 3))}
     runs[3] += [f"engine.deepspeed={json.dumps({'zero_optimization': ALL_SHARDED})}", "model.gradient_checkpointing=true"]
-    output = two_ranks("tests/launch/many.py", many(config, list(runs.values()), tmp_path, dict.fromkeys(range(3), "halves")))
+    output = two_ranks("tests/launch/many.py", many(config, list(runs.values()), tmp_path, dict.fromkeys(range(len(runs)), "halves")))
 
-    rounds = 0
+    rounds, samples = 0, []
 
-    def counted(*arguments):
+    def counted(model, batch, *more):
         nonlocal rounds
         rounds += 1
-        return summed_loss(*arguments)
+        samples.append(int((batch["position_ids"][0] == 0).sum()) if packing else 1)  # of a row
+        return summed_loss(model, batch, *more)
 
     summed_loss = loop.summed_loss
     monkeypatch.setattr(loop, "summed_loss", counted)
@@ -40,6 +44,7 @@ def test_disjoint_experts_at_every_stage(config, checkpoint, tmp_path, monkeypat
         train(load_config(config, [*model, "name=one"]))
     finally:
         restore()
+    assert (min(samples) > 1) == packing, samples
     expected = losses_of(tmp_path / "runs" / "one")
     load = [row["experts"] for row in read_jsonl(tmp_path / "runs" / "one" / "metrics.jsonl") if "experts" in row]
     assert len(load) == 2 and all(row["aux_loss"] > 0 and row["of"] == 24 for row in load)

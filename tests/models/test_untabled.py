@@ -27,15 +27,23 @@ from vlm_dist.models.patching import patch_model
 CPU = torch.device("cpu")
 COUNTS_OVER_THE_BATCH = ("hunyuan_vl",)  # an axis of its positions is a picture's number in the whole batch (transformers 5.23)
 
+EXPERTS = {"ernie4_5_vl_moe": 4, "deepseek_ocr2": 2, "kimi_k25": 2, "minimax_m3_vl": 2}
+"""Sets of experts; in ERNIE's layers one for text and one for pictures."""
+WHOLE_LAST_LAYER = ("ernie4_5_vl_moe", "gemma4_shared", "kimi_k25", "lfm2_vl", "lfm3_vl")
+"""Names of its layers are others than q_proj, o_proj and mlp, or later layers read what it makes of the others."""
 
 NAMES = [
     "cohere2_vision",
+    pytest.param("deepseek_ocr2", marks=pytest.mark.slow),
     "ernie4_5_vl_moe",
     "fast_vlm",
     "gemma4_shared",
     "granite4_vision",
     "hunyuan_vl",
+    "kimi_k25",
     "lfm2_vl",
+    "lfm3_vl",
+    "minimax_m3_vl",
     "paddleocr_vl",
     "perception_lm",
 ]
@@ -52,7 +60,7 @@ def test_newcomers_train(tmp_path, name):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     model, processor, family = load_model(ModelConfig(name=str(tmp_path)), str(tmp_path), CPU)
-    assert len(expert_modules(model)) == (4 if "moe" in name else 0)  # a layer has one set for text and one for pictures
+    assert len(expert_modules(model)) == EXPERTS.get(name, 0)
     model = add_lora(model, family, LoraConfig(r=4))
     for parameter in model.parameters():  # lora_B starts at zero, which hides lora_A's gradient
         if parameter.requires_grad:
@@ -64,7 +72,7 @@ def test_newcomers_train(tmp_path, name):
     difference = float((together - alone).abs())
     assert (1e-4 < difference < 1) if name in COUNTS_OVER_THE_BATCH else difference < 1e-3
     patches = patch_model(model, "auto")
-    assert ("supervised_rows" in patches.kept) == (name in ("ernie4_5_vl_moe", "gemma4_shared", "lfm2_vl"))
+    assert ("supervised_rows" in patches.kept) == (name in WHOLE_LAST_LAYER)
     with torch.no_grad():
         torch.testing.assert_close(summed_loss(model, batch(encoder, samples)), together, rtol=1e-5, atol=1e-3)
     summed_loss(model.train(), batch(encoder, samples)).backward()

@@ -157,3 +157,83 @@ def perception_lm() -> tuple[Any, Any]:
         image_token_id=ids["<|image|>"], video_token_id=ids["<|video|>"],
     )  # fmt: skip
     return processor, hf.PerceptionLMForConditionalGeneration(config)
+
+
+def kimi_k25() -> tuple[Any, Any]:
+    """A dense layer and two of experts, which are chosen in groups."""
+    names = {"image_token": "<|media_pad|>", "video_token": "<|kimi_k25_video_placeholder|>"}
+    tokenizer, ids = small_tokenizer("<|media_begin|>", *names.values(), "<|media_end|>", extra_special_tokens=names)
+    images = hf.Kimi_K25ImageProcessor(size={"max_height": 112, "max_width": 112})
+    processor = hf.Kimi_K25Processor(
+        images, tokenizer, hf.Kimi_K25VideoProcessor(), chat_template=template("<|media_begin|><|media_pad|><|media_end|>")
+    )
+    text = hf.DeepseekV3Config(
+        **{**small_text(len(ids), num_hidden_layers=3), "num_key_value_heads": 4}, moe_intermediate_size=64, n_routed_experts=8,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, kv_lora_rank=32, q_lora_rank=48,
+        qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, num_mtp_layers=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "pos_emb_height": 8,
+              "pos_emb_width": 8}  # fmt: skip
+    config = hf.Kimi_K25Config(
+        text_config=text, vision_config=vision, projection_hidden_size=64, image_token_id=ids["<|media_pad|>"],
+        video_token_id=ids["<|kimi_k25_video_placeholder|>"], vision_start_token_id=ids["<|media_begin|>"],
+        vision_end_token_id=ids["<|media_end|>"], tie_word_embeddings=False,
+    )  # fmt: skip
+    return processor, hf.Kimi_K25ForConditionalGeneration(config)
+
+
+def minimax_m3_vl() -> tuple[Any, Any]:
+    """A dense layer and two of experts; one layer attends to chosen blocks of keys."""
+    names = ["]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["]
+    tokenizer, ids = small_tokenizer(*names)
+    images = hf.MiniMaxM3VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
+    processor = hf.MiniMaxM3VLProcessor(images, tokenizer, hf.MiniMaxM3VLVideoProcessor(), chat_template=template(names[0]))
+    text = small_text(
+        len(ids), num_hidden_layers=3, intermediate_size=64, shared_intermediate_size=64, dense_intermediate_size=128, head_dim=16,
+        rotary_dim=8, num_local_experts=8, num_experts_per_tok=2, mlp_layer_types=["dense", "sparse", "sparse"], index_n_heads=2,
+        index_head_dim=16, index_block_size=16, index_topk_blocks=2,
+        layer_types=["full_attention", "full_attention", "minimax_m3_sparse"],
+    )  # fmt: skip
+    config = hf.MiniMaxM3VLConfig(
+        text_config=text, vision_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+        image_token_index=ids[names[0]], video_token_index=ids[names[1]], projector_hidden_size=64,
+    )  # fmt: skip
+    return processor, hf.MiniMaxM3SparseForConditionalGeneration(config)
+
+
+def deepseek_ocr2() -> tuple[Any, Any]:
+    """Pictures of 256 pixels in patches of 4: the model has 256 queries for a picture and 144 for a tile, whatever their size."""
+    tokenizer, ids = small_tokenizer("<image>")
+    images = hf.DeepseekOcr2ImageProcessor(size={"height": 256, "width": 256}, tile_size=192)
+    processor = hf.DeepseekOcr2Processor(images, tokenizer, patch_size=4, chat_template=template("<image>"))
+    text = small_text(
+        len(ids), num_hidden_layers=3, moe_intermediate_size=64, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+    )  # fmt: skip
+    sam = {"hidden_size": 32, "output_channels": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 256, "patch_size": 4,
+           "global_attn_indexes": [], "downsample_channels": [32, 64]}  # fmt: skip
+    config = hf.DeepseekOcr2Config(
+        text_config=text, vision_config={"sam_config": sam, "encoder_config": small_text(len(ids))}, image_token_id=ids["<image>"]
+    )
+    return processor, hf.DeepseekOcr2ForConditionalGeneration(config)
+
+
+def lfm3_vl() -> tuple[Any, Any]:
+    """Layers with short convolutions in the vision tower and in the language model."""
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+             "vision_end_token": "<|vision_end|>"}  # fmt: skip
+    tokenizer, ids = small_tokenizer(*names.values(), extra_special_tokens=names)
+    images = hf.Qwen2VLImageProcessor(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128})
+    processor = hf.Lfm3VlProcessor(
+        images, tokenizer, hf.Qwen3VLVideoProcessor(), chat_template=template("<|vision_start|><|image_pad|><|vision_end|>")
+    )
+    text = hf.Lfm3Config(
+        **small_text(len(ids), num_hidden_layers=3), head_dim=16, layer_types=["conv", "full_attention", "sliding_attention"]
+    )
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "layer_types": ["conv", "full_attention"]}  # fmt: skip
+    config = hf.Lfm3VlConfig(
+        text_config=text, vision_config=vision, projector_hidden_size=128, image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    return processor, hf.Lfm3VlForConditionalGeneration(config)

@@ -69,7 +69,7 @@ class _Devices(TorchDispatchMode):
         if generator is not None and is_to_be and not getattr(generator, "on_card", False):
             raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator but found 'cpu'")
         known = set() if func.overloadpacket in LIFTED else {tensor.untyped_storage()._cdata for tensor in given}
-        if func.namespace in ("vlm_kernels", "bitsandbytes"):  # Python inside: looked into, too
+        if func.namespace in ("vlm_kernels", "vlm_dist", "bitsandbytes"):  # Python inside: looked into, too
             with self.wanting(None), self.arguments, self:
                 return func.redispatch(CPU_KEYS, *args, **kwargs)
         result = func(*args, **kwargs)

@@ -121,6 +121,18 @@ def kernels(folder: Path, launches: Launches) -> None:
     codes, state = quantize_4bit(torch.randn(64, 64, device="cuda"), quant_type="nf4", compress_statistics=True)
     low_rank = (torch.randn(4, 64, device="cuda"), torch.randn(64, 4, device="cuda"), 1.0)
     assert vlm_kernels.nf4_lora_linear(torch.randn(2, 64, device="cuda"), codes, state, adapters=(low_rank,), dropout=0.5).is_cuda
+    experts, counts = torch.randn(2, 8, 64, device="cuda"), torch.tensor([3, 2], device="cuda")
+    y = vlm_kernels.grouped_linear(torch.randn(5, 64, device="cuda", requires_grad=True), experts, counts)
+    y.sum().backward()
+    assert vlm_kernels.grouped_outer(y.detach(), y.detach(), counts).is_cuda
+
+
+def experts(folder: Path, launches: Launches) -> None:
+    """Products of packed experts and their gradients."""
+    from tests.pretended.test_experts_on_card import computed
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert len(computed("cuda", dtype, True, False)) == 4
 
 
 def machine(folder: Path, launches: Launches) -> None:
@@ -158,7 +170,7 @@ def losses_of(run: Path) -> list[float]:
 
 SCENARIOS: dict[str, Callable[[Path, Launches], None]] = {
     "train": lambda folder, _: train(folder, "card"), "step": step, "export": export, "inspect": inspect, "notebooks": notebooks,
-    "kernels": kernels, "machine": machine,
+    "kernels": kernels, "experts": experts, "machine": machine,
 }  # fmt: skip
 
 

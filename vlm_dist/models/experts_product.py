@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import vlm_kernels
+from vlm_kernels.common import multiplies_tiles
+
 ALIGNED = 16  # bytes: what grouped_mm wants rows to be a multiple of
 _BUFFERS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -104,10 +107,13 @@ def expert_product(x: Tensor, weight: Tensor, statistics: Sequence[Tensor], coun
         packed: of a packed weight its shape E, X, Y and the sizes of inner and outer blocks; empty for a plain one.
     """
     shape = list(packed[:3]) or list(weight.shape)
-    if _has_grouped_mm(x):
-        hit = counts.nonzero().squeeze(1)
-        weights = _unpack(weight, statistics, packed, x.dtype, hit) if packed else weight[hit]
-        return _grouped(x, weights.transpose(-2, -1) if last else weights, counts[hit].cumsum(0, dtype=torch.int32))
+    if _multiplies_groups(x):
+        if packed:
+            hit = counts.nonzero().squeeze(1)
+            weight, counts = _unpack(weight, statistics, packed, x.dtype, hit), counts[hit]
+        if not _has_grouped_mm(x):
+            return vlm_kernels.grouped_linear(x, weight, counts, transposed=not last)
+        return _grouped(x, weight.transpose(-2, -1) if last else weight, counts.cumsum(0, dtype=torch.int32))
     y, start = x.new_empty((len(x), shape[1] if last else shape[2])), 0
     scales = _scales(statistics, packed) if packed else None
     for expert, number in enumerate(counts.tolist()):
@@ -127,7 +133,9 @@ def _(x: Tensor, weight: Tensor, statistics: Sequence[Tensor], counts: Tensor, p
 @torch.library.custom_op("vlm_dist::expert_outer", mutates_args=())
 def expert_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """Of each expert the sum over its rows of left^T right: [S, X], [S, Y] -> [E, X, Y]."""
-    if _has_grouped_mm(left):
+    if _multiplies_groups(left):
+        if not _has_grouped_mm(left):
+            return vlm_kernels.grouped_outer(left, right, counts)
         width, height = left.shape[1], right.shape[1]
         left, right = _aligned(left, 1), _aligned(right, 1)
         return _grouped_mm(left.T, right, counts.cumsum(0, dtype=torch.int32))[:, :width, :height].contiguous()
@@ -171,8 +179,9 @@ def _dequantise(codes: Tensor, scales: Tensor, code: Tensor, blocksize: int, sha
     state = functional.QuantState(
         absmax=scales.flatten(), shape=torch.Size(shape), code=code, blocksize=blocksize, quant_type="nf4", dtype=dtype
     )
-    out = _buffer(shape, codes.device, dtype) if codes.is_cuda else None  # bitsandbytes 0.50 cannot on a CPU
-    return functional.dequantize_4bit(codes.view(-1, 1), state, out=out).view(shape)
+    if codes.is_cuda:
+        return vlm_kernels.nf4_dequantize(codes, state, out=_buffer(shape, codes.device, dtype))
+    return functional.dequantize_4bit(codes.view(-1, 1), state).view(shape)
 
 
 def _buffer(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -184,13 +193,13 @@ def _buffer(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
     return held[:number].view(shape)
 
 
+def _multiplies_groups(x: Tensor) -> bool:
+    """Whether one launch multiplies the rows of all experts: by torch's grouped_mm, else by the kernel. Cards before Ampere loop, too."""
+    return x.is_cuda and multiplies_tiles(x)
+
+
 def _has_grouped_mm(x: Tensor) -> bool:
-    return (
-        x.device.type == "cuda"
-        and x.dtype == torch.bfloat16
-        and hasattr(torch.nn.functional, "grouped_mm")
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
+    return x.dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm")
 
 
 def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def generate(
     import torch
     from transformers import StoppingCriteriaList
 
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    from vlm_dist.upstream.transformers import taken_by_generate
+
+    inputs = taken_by_generate(model, {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
     if stops is not None:
         asks = stops
 

@@ -154,9 +154,9 @@ def _trainable_whole(name: str, model: PreTrainedModel, names: list[str]) -> lis
 
 
 def _is_idle(name: str, model: torch.nn.Module, family: Family) -> bool:
-    """Whether a module runs for nothing, so that adapters on it would never learn: pooling heads, and the vision layers above the one
-    whose features the model takes (LLaVA takes the last but one)."""
-    if any(name.startswith(path + ".") for path in family.unused):
+    """Whether no gradient comes to a module, so that adapters on it would never learn: pooling heads, the vision layers above the one
+    whose features the model takes (LLaVA takes the last but one), and a sparse attention's indexer, which only chooses keys."""
+    if any(name.startswith(path + ".") for path in family.unused) or "indexer" in name.split("."):
         return True
     config: Any = model.config
     chosen = getattr(config, "vision_feature_layer", None)

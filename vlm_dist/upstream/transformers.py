@@ -127,6 +127,15 @@ def wants_token_types(processor: Any) -> bool:
     return "mm_token_type_ids" in names or by_grid
 
 
+def taken_by_generate(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A processor's tensors without types of tokens that the model's `generate` would refuse: MiniMax-M3-VL's processor gives them."""
+    import inspect
+
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = {name for call in (whole.forward, whole.prepare_inputs_for_generation) for name in inspect.signature(call).parameters}
+    return {name: tensor for name, tensor in inputs.items() if name != "mm_token_type_ids" or name in taken}
+
+
 def hasten(processor: Any) -> None:
     """The same answers in less time; its attributes must not change afterwards."""
     merge_options_once(processor)
