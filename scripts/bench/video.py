@@ -158,7 +158,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)
     found: dict[str, Any] = {
-        "command": "python scripts/bench/video.py",
         "environment": describe_environment(distributed.Ranks(0, 0, 1, torch.device("cpu"))),
     }
     found["speed"] = {"clock": "seconds of the process's CPU time, the fastest of the repeats", "clips": measure_speed(arguments.repeats)}

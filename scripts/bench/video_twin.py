@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import random
-import shlex
 import tempfile
 import time
 from collections import Counter
@@ -127,7 +126,6 @@ def main() -> None:
         write_json(
             arguments.out,
             {
-                "command": shlex.join(["python", "scripts/bench/video_twin.py", *sys.argv[1:]]),
                 "chance": chance,
                 **found,
                 "environment": describe_environment(alone()),
