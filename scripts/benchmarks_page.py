@@ -177,13 +177,25 @@ def cuda_branches(raw: Any) -> str:
     return f"{raw['reached']} of {len(raw['places'])} places that ask for a GPU run on a pretended card"
 
 
+def video(raw: Any) -> str:
+    ratios, memory = [row["ratio"] for row in raw["speed"]["clips"]], raw["memory"]
+    speed = f"{min(ratios):.2f} to {max(ratios):.2f} of the speed of PyAV's own loop with the same pixels"
+    return f"{speed}; {memory['clips']:,} clips decoded: memory grows by {max(0, memory['growth_bytes']) / 2**20:.1f} MiB"
+
+
+def video_twin(raw: Any) -> str:
+    shown = [f"{kind} {raw['clip']['right'][kind]:.0%} (one frame {raw['one_frame']['right'][kind]:.0%})" for kind in raw["chance"]]
+    return f"held-out questions about clips: {', '.join(shown)}; chance {', '.join(f'{share:.0%}' for share in raw['chance'].values())}"
+
+
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "loading": loading,
     "loading_plans": loading_plans, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
     "quickstart": quickstart, "real_pictures": real_pictures, "report_lines": report_lines, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
-    "stream_scale": stream_scale, "tests": tests, "vision_windows": vision_windows, "vllm_load": vllm_load,
+    "stream_scale": stream_scale, "tests": tests, "video": video, "video_twin": video_twin,
+    "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
 
 

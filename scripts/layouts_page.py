@@ -17,6 +17,7 @@ from PIL import Image
 
 from vlm_dist.data.pack_records import pack_records
 from vlm_dist.data.shards import read_in_order
+from vlm_dist.data.synthetic_video import encode
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "data.md"
 BEGIN, END = "<!-- layouts: python scripts/layouts_page.py -->", "<!-- /layouts -->"
@@ -27,6 +28,10 @@ def picture(kind: str = "JPEG") -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(data, kind)
     return data.getvalue()
+
+
+def video() -> bytes:
+    return encode([Image.new("RGB", (64, 48), "red")] * 8, fps=8)
 
 
 DATA = "data:image/jpeg;base64," + base64.b64encode(picture()).decode()
@@ -63,6 +68,14 @@ RECORDS: list[tuple[str, Any]] = [
     ("captions (Flickr30k)", {"image": "0.jpg", "caption": ["A box.", "Red."], "filename": "0.jpg"}),
     ("boxes", {"image": "0.jpg", "question": Q, "answer": A, "objects": [{"bbox": [1, 2, 9, 9], "label": "box"}]}),
     ("RefCOCO", {"image": "0.jpg", "bbox": [4, 2, 20, 10], "sentences": [{"sent": "the left box"}]}),
+    ("LLaVA-Video", {"video": "0.mp4", "data_source": "x", "conversations": SHAREGPT}),
+    (
+        "ShareGPT4Video",
+        {"video_id": "0", "video_path": "0.mp4", "captions": [{"idx": "0", "content": "Grey."}, {"idx": "-1", "content": "A box."}]},
+    ),
+    ("Video-ChatGPT", {"video_id": "0", "q": Q, "a": A}),
+    ("MSVD-QA, MSR-VTT-QA, ActivityNet-QA", {"video_id": 0, "question": Q, "answer": A}),
+    ("a part of a video", {"video": "0.mp4", "start": 0.5, "end": 0.9, "question": Q, "answer": A}),
 ]
 IMAGES = [{"id": 7, "file_name": "0.jpg", "width": 64, "height": 48}]
 CAPTIONED = [{"image_id": 7, "caption": "A box."}, {"image_id": 7, "caption": "Red."}]
@@ -91,6 +104,7 @@ def packed(make: Callable[[Path], Path]) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "0.jpg").write_bytes(picture())
+        (folder / "0.mp4").write_bytes(video())
         made = pack_records(make(folder), folder / "out", processes=1)
         (raw,) = read_in_order([str(path) for path in made["train"].shards])
         return raw["json"].decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from fractions import Fraction
 
 import av
@@ -67,3 +68,21 @@ def all_frames(data: bytes) -> list[tuple[Fraction, float]]:
             grey = frame.to_ndarray(format="rgb24")
             found.append((frame.pts * frame.time_base, float(grey[:, grey.shape[1] // 4 : -grey.shape[1] // 4].mean())))
     return [(time - found[0][0], mean) for time, mean in found]
+
+
+def damaged(data: bytes, dice: random.Random) -> bytes:
+    """Cut short, changed, blanked, or with a piece less or twice, by `dice`."""
+    made, place = bytearray(data), dice.randrange(len(data))
+    kind = dice.choice(["cut", "change", "blank", "drop", "repeat"])
+    if kind == "cut":
+        del made[place:]
+    elif kind == "change":
+        for _ in range(dice.randrange(1, 20)):
+            made[dice.randrange(len(made))] = dice.randrange(256)
+    elif kind == "blank":
+        made[place : place + 200] = bytes(len(made[place : place + 200]))
+    elif kind == "drop":
+        del made[place : place + dice.randrange(1, 300)]
+    else:
+        made[place:place] = made[max(0, place - 500) : place]
+    return bytes(made)

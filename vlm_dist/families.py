@@ -59,9 +59,9 @@ FAMILIES = {
     row.model_type: row
     for row in (
         Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True, video="frames"),
-        Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma"),
-        Family("glm4v", *QWEN_PARTS, packs=True),
-        Family("glm4v_moe", *QWEN_PARTS, packs=True),
+        Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma", video="timed"),
+        Family("glm4v", *QWEN_PARTS, packs=True, video="frames"),
+        Family("glm4v_moe", *QWEN_PARTS, packs=True, video="frames"),
         Family("idefics3", *IDEFICS_PARTS, packs=True, video="frames"),
         Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl", video="fixed"),
         Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
@@ -79,6 +79,6 @@ FAMILIES = {
         Family("qwen3_5_moe", *QWEN_PARTS, tower_takes_sizes=True, video="timed"),
         Family("qwen3_vl", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, video="timed"),
         Family("qwen3_vl_moe", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, video="timed"),
-        Family("smolvlm", *IDEFICS_PARTS, packs=True),
+        Family("smolvlm", *IDEFICS_PARTS, packs=True, video="frames"),
     )
 }  # fmt: skip

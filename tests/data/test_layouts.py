@@ -204,7 +204,7 @@ def test_named_columns():
         ({"messages": PAIR, "chosen": "a", "rejected": "b"}, "a pair of answers"),
         ({"prompt": Q, "completion": A, "label": False}, "not wanted"),
         ({"messages": PAIR, "kto_tag": False}, "not wanted"),
-        ({"messages": PAIR, "videos": ["v.mp4"]}, "only pictures and text"),
+        ({"messages": PAIR, "audio": "v.wav"}, "only pictures, videos and text"),
         ({"prompt": Q, "chosen": A, "rejected": "b"}, "a pair of answers"),
         ({"caption": "a", "system": "s"}, "'system' stands beside a caption"),
         ({"messages": PAIR, "system": 3}, "'system' is 3"),

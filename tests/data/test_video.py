@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.videos import all_frames, clip, picture, shade, sound
+from tests.videos import all_frames, clip, damaged, picture, shade, sound
 from vlm_dist.config_model import VideoConfig
 from vlm_dist.data import video_decode
 from vlm_dist.data.video import Span, clip_of_pictures, open_clip
@@ -149,23 +149,6 @@ def test_frames_as_pictures():
 def test_what_cannot_be_read(data, reason):
     with pytest.raises(BadSample, match=f"^odd: .*(?:{reason})"):
         open_clip(data, "odd", MANY).shown(VideoConfig())
-
-
-def damaged(data: bytes, dice: random.Random) -> bytes:
-    made, place = bytearray(data), dice.randrange(len(data))
-    kind = dice.choice(["cut", "change", "blank", "drop", "repeat"])
-    if kind == "cut":
-        del made[place:]
-    elif kind == "change":
-        for _ in range(dice.randrange(1, 20)):
-            made[dice.randrange(len(made))] = dice.randrange(256)
-    elif kind == "blank":
-        made[place : place + 200] = bytes(len(made[place : place + 200]))
-    elif kind == "drop":
-        del made[place : place + dice.randrange(1, 300)]
-    else:
-        made[place:place] = made[max(0, place - 500) : place]
-    return bytes(made)
 
 
 def test_damage_ends_in_a_reason():

@@ -85,7 +85,7 @@ def test_parts_of_videos():
         (chat("<video><video>What?"), {"mp4": MP4}, r"the text speaks of 2 videos, the sample has 1 \(the files of 'k': mp4, json\)"),
         (chat("<video>What?"), {}, "the text speaks of 1 videos, the sample has 0"),
         (chat([VIDEO]), {"png": png()}, "the text speaks of 1 videos, the sample has 0"),
-        (chat("What?") | {"video": "a.mp4"}, {"png": png()}, "'video' is 'a.mp4'; only pictures and text are read"),
+        (chat("What?") | {"video": "a.mp4"}, {"png": png()}, "'video' is 'a.mp4'; a video is expected as a member, KEY.mp4"),
         (chat("What?"), {"mp4": b"text"}, "mp4: no video that is read here"),
         (chat("What?"), {"f0_png": png(), "f1_png": png()}, r"f0.png: frames of a video, and the JSON's 'fps' is None"),
         (chat("What?"), {"mp4": MP4, "f0_png": png()}, r"mp4 and f0.png: a video's file or its frames are expected, not both"),

@@ -11,7 +11,7 @@ from typing import Any
 from vlm_dist.cli.parsers import add_base_model, add_system, new_parser
 from vlm_dist.errors import ConfigError, DataError
 
-HELP = """/image FILE   a picture for the next question (several: one after another)
+HELP = """/image FILE   a picture or video for the next question (several: one after another)
 /compare      on or off: after each answer, what the base would have said
 /forget       begin anew
 /quit         or Ctrl-D"""
@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "chat",
-        "Talk with a trained model about pictures: on a page in the browser, or in the terminal.",
+        "Talk with a trained model about pictures and videos: on a page in the browser, or in the terminal.",
         "vlm-dist chat runs/quickstart",
     )
     parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, an adapter folder, a checkpoint folder or a hub id")
@@ -32,7 +32,9 @@ def add_parser(commands: Any) -> None:
         "--host", default="127.0.0.1", help="of the page, which asks for the token of the printed address (default 127.0.0.1)"
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (default 7860)")
-    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="in the terminal, for the first question")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="in the terminal, a picture or video for the first question"
+    )
     parser.add_argument("--compare", action="store_true", help="in the terminal, after each answer what the base would have said")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest word each time")

@@ -58,7 +58,9 @@ def _add_pack(kinds: Any) -> None:
     pack.add_argument(
         "--format", choices=("records", "flickr8k"), default="records", help="default records; flickr8k: pictures with five captions each"
     )
-    pack.add_argument("--images", type=Path, metavar="FOLDER", help="records: where paths of pictures begin (default: beside SOURCE)")
+    pack.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="records: where paths of pictures and videos begin (default: beside SOURCE)"
+    )
     pack.add_argument(
         "--split",
         metavar="NAME",

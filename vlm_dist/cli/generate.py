@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "generate",
-        "Ask a trained model about a picture.",
+        "Ask a trained model about a picture or video.",
         'vlm-dist generate runs/quickstart --image photo.jpg --prompt "What colour is the circle?"',
     )
     parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run directory, an adapter folder, a checkpoint folder or a hub id")
@@ -26,6 +26,13 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         help="a JPEG, PNG or WebP file, or an http(s) address; may be given several times",
+    )
+    parser.add_argument(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an mp4, mov, webm, mkv, avi or gif file, or an address; several likewise",
     )
     parser.add_argument(
         "--folder", type=Path, metavar="FOLDER", help="ask about each picture in it, one after another, and print a line of JSON for each"
@@ -45,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens: found {arguments.max_new_tokens}; expected 1 or more")
-    if arguments.folder is not None and arguments.image:
-        raise ConfigError("generate: --image and --folder are given; give one of them")
+    other = next((name for name in ("image", "video") if getattr(arguments, name)), None)
+    if arguments.folder is not None and other:
+        raise ConfigError(f"generate: --{other} and --folder are given; give one of them")
     asked = [[str(path)] for path in pictures_of(arguments.folder)] if arguments.folder is not None else [arguments.image]
     options = {
         "max_new_tokens": arguments.max_new_tokens,
@@ -54,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         "base_model": arguments.base_model,
         "system": arguments.system,
         "reasoning": arguments.reasoning,
+        "videos": arguments.video,
         "sampling": sampling(arguments.temperature, arguments.top_p, arguments.seed),
     }
     failed = 0
@@ -63,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
             failed += 1
             print(json.dumps({"prompt": arguments.prompt, "images": images, "error": str(text).removeprefix("--image: ")}), flush=True)
         elif arguments.json or of_folder:
-            print(json.dumps({"prompt": arguments.prompt, "images": images, "answer": text}), flush=True)
+            videos = {"videos": arguments.video} if arguments.video else {}
+            print(json.dumps({"prompt": arguments.prompt, "images": images, **videos, "answer": text}), flush=True)
         else:
             print(text)
     if failed:

@@ -34,18 +34,29 @@ def clips_of(raw: dict[str, Any], record: dict[str, Any], max_image_pixels: int)
         BadSample: one cannot be opened, or `start`, `end` and `fps` do not fit them.
     """
     members = video_members(raw)
-    starts, ends = (_seconds(record, key, len(members)) for key in ("start", "end"))
-    spans = [Span(start or Fraction(0), end) for start, end in zip(starts, ends, strict=True)]
+    spans = spans_of(record, len(members))
     rates = _of_each(record, "fps", len(members)) if any(isinstance(one, list) for one in members) else [None] * len(members)
     made: list[Clip] = []
     for member, span, fps in zip(members, spans, rates, strict=True):
-        if span.end is not None and span.end <= span.start:
-            raise BadSample(f"json: 'start' is {float(span.start):g} s and 'end' {float(span.end):g} s; expected a later end")
         if isinstance(member, list):
             made.append(clip_of_pictures([(name, raw[name]) for name in member], fps, max_image_pixels, span))
         else:
             made.append(open_clip(raw[member], member, max_image_pixels, span))
     return made
+
+
+def spans_of(record: dict[str, Any], count: int) -> list[Span]:
+    """Which part of each of so many videos is meant.
+
+    Raises:
+        BadSample: `start` or `end` is no such number, or the end is no later.
+    """
+    starts, ends = (_seconds(record, key, count) for key in ("start", "end"))
+    spans = [Span(start or Fraction(0), end) for start, end in zip(starts, ends, strict=True)]
+    for span in spans:
+        if span.end is not None and span.end <= span.start:
+            raise BadSample(f"json: 'start' is {float(span.start):g} s and 'end' {float(span.end):g} s; expected a later end")
+    return spans
 
 
 def video_members(raw: dict[str, Any]) -> list[str | list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_dist.data.layout_turns import Turns, looks_like_turns, spread, unpacked
 from vlm_dist.data.layout_values import boxes_of, is_present, letter_of, pictures_of, question_with_options, shown, texts_of
+from vlm_dist.data.layout_videos import whole_captions
 from vlm_dist.errors import BadSample
 
 TURN_KEYS = (
@@ -23,7 +24,7 @@ TURN_KEYS = (
     "qas",
     "qa",
 )
-QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "questions", "user", "input")
+QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "questions", "user", "input", "q")
 ANSWERS = (
     "multiple_choice_answer", "answer", "answers", "label", "labels", "response", "completion", "output", "solution", "target",
     "correct_choice_idx", "direct_answers", "assistant", "full_answer",
@@ -69,7 +70,7 @@ def _talk(record: dict[str, Any], turns: Any, used: list[str], column: str | Non
             raise BadSample(f"'{key}' is {shown(record[key])}; expected the text of the system prompt")
         _with_system(made.turns, record[key])
     rest = without(record, used, held, [key for key in SYSTEM if not is_present(record.get(key))], system_keys)
-    return {**rest, "messages": made.turns, "images": made.images}
+    return {**rest, "messages": made.turns, "images": made.images, "videos": made.videos}
 
 
 def _with_system(turns: list[dict[str, Any]], words: str) -> None:
@@ -132,7 +133,8 @@ def _question(record: dict[str, Any]) -> str | None:
 
 
 def _answer_keys(record: dict[str, Any]) -> list[str]:
-    return [key for key in ANSWERS if texts_of(record.get(key))]
+    keys = (*ANSWERS, "a") if "q" in record else ANSWERS  # Video-ChatGPT's; elsewhere an option
+    return [key for key in keys if texts_of(record.get(key))]
 
 
 def is_asked(record: dict[str, Any]) -> bool:
@@ -141,7 +143,7 @@ def is_asked(record: dict[str, Any]) -> bool:
 
 
 def from_question(record: dict[str, Any], column: str | None) -> dict[str, Any]:
-    return asked_by(record, _question(record) or "", list(ANSWERS), column)
+    return asked_by(record, _question(record) or "", _answer_keys(record), column)
 
 
 def asked_by(record: dict[str, Any], question: str, answers: list[str], column: str | None) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def from_captions(record: dict[str, Any], column: str | None) -> dict[str, Any]:
 
 
 def captions_from(record: dict[str, Any], keys: list[str], column: str | None) -> dict[str, Any]:
-    texts = [text for key in keys for text in texts_of(record[key])]
+    texts = [text for key in keys for text in texts_of(whole_captions(record[key]))]
     if not texts:
         raise BadSample(f"no text in '{keys[0]}'; its keys are {keys_of(record)}")
     system = next((key for key in SYSTEM if is_present(record.get(key)) and isinstance(record[key], str)), None)

@@ -49,6 +49,8 @@ class Turns:
     def __init__(self, turns: Any, column: list[Any] | None = None):
         self.images: list[Any] = []
         """Pictures in order of appearance."""
+        self.videos: list[Any] = []
+        """Videos that typed parts hold, in order of appearance."""
         self._own: list[Any] = []  # of each place for a picture: its own source, or None
         self._numbers: list[int | None] = []  # of each place: the number of the picture that its marker names
         column, turns = list(column or []), list(spread(turns))
@@ -128,6 +130,8 @@ class Turns:
             self._place(source_of(own.get("inline_data") or own.get("inlineData") or own))
             return {"type": "image"}
         if kind in VIDEO_PARTS:
+            own = source_of(next((part[key] for key in VIDEO_PARTS if is_present(part.get(key))), None))
+            self.videos += [own] if own is not None else []
             return {"type": "video"}
         raise BadSample(f"json: a part of type {shown(kind)}; expected image, video, or text with 'text'")
 

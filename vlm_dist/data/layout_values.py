@@ -105,13 +105,13 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
             ends as pictures do.
     """
     if column is not None:
-        return _as_list(record.get(column)), [column]
+        return sources_in(record.get(column)), [column]
     own = [key for key in PICTURE_KEYS[:2] if key in record]
     for key in PICTURE_KEYS:
-        if key in record and (found := _as_list(record[key])):
+        if key in record and (found := sources_in(record[key])):
             return found, [*own, key]
     numbered = sorted((int(match[1]), key) for key in record if isinstance(key, str) and (match := NUMBERED.fullmatch(key)))
-    if found := [source for _, key in numbered for source in _as_list(record[key])]:
+    if found := [source for _, key in numbered for source in sources_in(record[key])]:
         return found, [*own, *(key for _, key in numbered)]
     if files and not own:
         for key in FILE_KEYS:
@@ -121,7 +121,8 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
     return [], own
 
 
-def _as_list(value: Any) -> list[Any]:
+def sources_in(value: Any) -> list[Any]:
+    """What a key names: one source or several."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         listed = parsed(value)
         value = listed if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed) else value

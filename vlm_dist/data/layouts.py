@@ -12,6 +12,7 @@ from typing import Any
 from vlm_dist.data import layout_kinds as kinds
 from vlm_dist.data.layout_turns import looks_like_turns
 from vlm_dist.data.layout_values import is_present, parsed, shown, texts_of
+from vlm_dist.data.layout_videos import with_videos
 from vlm_dist.errors import BadSample
 
 PREFERENCE = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
@@ -42,9 +43,9 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
     """One form for every record.
 
     Returns:
-        `messages` (turns of role user, assistant, system or tool, with text in which `<image>` stands for a picture, or typed parts; the
-        turns' other keys as they were) or `captions` ([texts]) or, of boxes without words, neither; `images` (sources of pictures in order
-        of appearance); `answers` ([texts]), `tools` and `objects` where there are any; every other key as it was.
+        `messages` (turns of role user, assistant, system or tool, with text in which `<image>` and `<video>` stand for one, or typed
+        parts; the turns' other keys as they were) or `captions` ([texts]) or, of boxes without words, neither; `images` and `videos`
+        (sources, in order of appearance); `answers` ([texts]), `tools` and `objects` where there are any; every other key as it was.
 
     Raises:
         BadSample: no layout that is known, or what it holds is unusable; says the keys found and the layouts known.
@@ -98,9 +99,10 @@ def _by_columns(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 def _finished(made: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """What changes the meaning is kept in one form, or refused."""
-    other = next((key for key in ("video", "videos", "audio", "audios") if is_present(record.get(key))), None)
+    other = next((key for key in ("audio", "audios") if is_present(record.get(key))), None)
     if other is not None:
-        raise BadSample(f"'{other}' is {shown(record[other], 40)}; only pictures and text are read")
+        raise BadSample(f"'{other}' is {shown(record[other], 40)}; only pictures, videos and text are read")
+    made = with_videos(made, record)
     unwanted = [key for key in ("kto_tag", "label") if record.get(key) is False and (key == "kto_tag" or "label" in made)]
     if unwanted:
         raise BadSample(f"'{unwanted[0]}' is false: an answer that is not wanted; leave such records out")

@@ -67,13 +67,15 @@ def _abridged(sample: dict[str, Any]) -> str:
     number = sample.get("image_id")
     alone = "no picture" if number is None else f"picture number {_short(str(number))}"
     pictures = [f"{len(images)} pictures: {_short(name_of(images[0]))}"] if images else [alone]
-    others = [key for key in sample if key not in ("messages", "captions", "images")]
+    videos = sample["videos"]
+    pictures = [f"{len(videos)} videos: {_short(name_of(videos[0]))}"] + (pictures if images else []) if videos else pictures
+    others = [key for key in sample if key not in ("messages", "captions", "images", "videos")]
     return " | ".join([*said, *pictures, *([f"also {', '.join(others)}"] if others else [])])[:600]
 
 
 def _words(content: Any) -> str:
     if isinstance(content, list):
-        return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+        return "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content)
     return content or "(nothing)"
 
 

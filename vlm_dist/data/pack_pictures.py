@@ -100,6 +100,13 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
         lines.append(f"{sum(formats.values()):,} pictures converted to {kind or 'png'}: {each}")
     if notes["frames"]:
         lines.append(f"{notes['frames']:,} pictures have several frames or pages; the first is learnt from")
+    if notes["cut"]:
+        lines.append(
+            f"{notes['cut']:,} videos are cut to their 'start' and 'end' at keyframes, without encoding anew: the frames are the same"
+        )
+    if notes["kept whole"]:
+        why = "where a cut would save nothing or show other frames"
+        lines.append(f"{notes['kept whole']:,} videos with 'start' or 'end' are kept whole, and both stay in the JSON: {why}")
     if notes["sized"]:
         lines.append(f"{notes['sized']:,} records whose pictures were made smaller keep the numbers of their objects, with the size before")
     if notes["crowds"]:

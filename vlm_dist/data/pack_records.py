@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.clips import VIDEO_KEYS
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.layouts import Columns, as_object, canonical
 from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, unread_keys
@@ -23,6 +25,7 @@ from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.pack_split import check_heldout, split_records
+from vlm_dist.data.pack_videos import read_videos
 from vlm_dist.data.pictures import NEEDS_HEIF
 from vlm_dist.data.samples import METADATA
 from vlm_dist.data.shards import write_shard
@@ -71,14 +74,14 @@ def pack_records(
     tell: Callable[[str], None] | None = None,
     look_only: bool = False,
 ) -> dict[str, PackedRecords]:
-    """Records in any layout of `layouts.LAYOUTS` -> shards of `KEY.jpg` (or KEY.0.jpg, ...) and `KEY.json`. Pictures go in byte for byte,
-    unless `max_side` or `reencode` is given or they are no JPEG, PNG or WebP. A record that training would refuse is left out, and named in
-    OUT/left_out.jsonl. Several processes write shards, each renamed into place when whole; the same call continues after a crash, and
-    finds what it made before.
+    """Records in any layout of `layouts.LAYOUTS` -> shards of `KEY.jpg` (or KEY.0.jpg, ...), `KEY.mp4` and `KEY.json`. Files go in byte for
+    byte, unless `max_side` or `reencode` is given, they are no JPEG, PNG or WebP, or a video can be cut to its part. A record that training
+    would refuse is left out, and named in OUT/left_out.jsonl. Several processes write shards, each renamed into place when whole; the same
+    call continues after a crash, and finds what it made before.
 
     Args:
         source, split, annotations: see `open_source`.
-        images: where relative paths of pictures begin; None: beside the source.
+        images: where relative paths of pictures and videos begin; None: beside the source.
         heldout: about so many records are kept apart, by `seed`; those that show the same picture together, whatever it is called.
         dedup: pictures that look alike are one picture; of records that say the same of one the first is kept.
         limit, processes: keep so many training records, by `seed`; None: all; write so many shards at a time; None: one per CPU.
@@ -174,17 +177,22 @@ def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job:
     """One shard, and beside it what was left out of it and what was converted. A shard without a record is not written."""
     part, _, numbers = task
     rows = records if records is not None else (_RECORDS[0][number] for number in numbers)
-    samples, problems, notes = [], [], Counter[str]()
-    for number, record in zip(numbers, rows, strict=True):
-        here = Counter[str]()
-        try:
-            samples.append({"__key__": f"{part}-{number:08d}", **_members(record, job.pictures, job.columns, here)})
-            notes += here
-        except BadSample as reason:
-            notes["heif"] += NEEDS_HEIF in str(reason)
-            problems.append({"record": number, "reason": str(reason)})
-    if samples:
-        write_shard(job.out / f"{_name(task)}.tar", samples)
+    problems: list[dict[str, Any]] = []
+    notes = Counter[str]()
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for number, record in zip(numbers, rows, strict=True):
+            here = Counter[str]()
+            try:
+                yield {"__key__": f"{part}-{number:08d}", **_members(record, job.pictures, job.columns, here)}
+                notes.update(here)
+            except BadSample as reason:
+                notes["heif"] += NEEDS_HEIF in str(reason)
+                problems.append({"record": number, "reason": str(reason)})
+
+    coming = samples()  # one at a time: those of videos are large
+    if (first := next(coming, None)) is not None:
+        write_shard(job.out / f"{_name(task)}.tar", itertools.chain([first], coming))
     note = job.unfinished / f"{_name(task)}.jsonl"
     partial = note.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in [dict(notes), *problems]), encoding="utf-8")
@@ -228,26 +236,31 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
     if isinstance(record, BadSample):
         raise record
     made = canonical(record, columns)
-    sources = made.pop("images") or picture_by_number(as_object(record), pictures_as.base)
+    moving = made.pop("videos")
+    sources = made.pop("images") or ([] if moving else picture_by_number(as_object(record), pictures_as.base))
     pictures = [read_picture(pictures_as, source, notes) for source in sources]
+    videos, made = read_videos(pictures_as, moving, made, notes)
     notes["crowds"] += made.pop("crowds", 0) if isinstance(made.get("crowds"), int) else 0
     if "messages" in made:
-        check_messages(read_messages(made["messages"]), len(pictures))  # as training will
-    elif len(pictures) != 1:
+        check_messages(read_messages(made["messages"]), len(pictures), num_videos=len(videos))  # as training will
+    elif len(pictures) != 1 and not (len(videos) == 1 and "captions" in made):
         raise BadSample(f"no text with turns, and {len(pictures)} pictures; expected one picture with its captions or objects")
     made = with_sizes(made, [before for _, _, before in pictures], notes)
     if "messages" not in made and len(made.get("captions", ())) == 1:
         made["caption"] = made.pop("captions")[0]
-    if not pictures:
+    if not pictures and not videos:
         notes["no picture"] += 1
-    notes.update(f"unread key {str(key)[:60]}" for key, value in made.items() if key not in METADATA and value is not None)
+    known = METADATA | VIDEO_KEYS if videos else METADATA
+    notes.update(f"unread key {str(key)[:60]}" for key, value in made.items() if key not in known and value is not None)
     notes.update(f"unread turn key {key}" for key in unread_keys(made.get("messages") or ()))
     if isinstance(made.get("split"), str):
         notes[f"split {made['split'][:40]}"] += 1
     notes["unread stripped line breaks"] += line_breaks_lost(made.get("messages") or ())
-    several = len(pictures) > 1
-    files = {(f"{number}.{kind}" if several else kind): data for number, (kind, data, _) in enumerate(pictures)}
-    return {**files, "json": _as_json(made, notes)}
+    return {**_numbered([(kind, data) for kind, data, _ in pictures]), **_numbered(videos), "json": _as_json(made, notes)}
+
+
+def _numbered(files: list[tuple[str, bytes]]) -> dict[str, bytes]:
+    return {(f"{number}.{kind}" if len(files) > 1 else kind): data for number, (kind, data) in enumerate(files)}
 
 
 def _as_json(made: dict[str, Any], notes: Counter[str]) -> bytes:

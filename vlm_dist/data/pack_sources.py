@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.clips import video_members
 from vlm_dist.data.file_kinds import is_tar, why_no_source
 from vlm_dist.data.layout_values import PICTURE_KEYS
+from vlm_dist.data.layout_videos import VIDEO_KEYS
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.data.pack_files import decoded, read_folder, read_records
 from vlm_dist.data.pack_join import joined, of_split, refuse_half
@@ -158,6 +160,10 @@ class TarRecords(Sequence):
         if found:  # what the JSON says of pictures is where they once lay
             record = {key: value for key, value in record.items() if key not in PICTURE_KEYS}
             record["images"] = [{"bytes": raw[name], "path": f"{raw['__key__']}.{name}"} for _, name in found]
+        moving = [name for name in video_members(raw) if isinstance(name, str) and not PICTURE.fullmatch(name)]
+        if moving:
+            record = {key: value for key, value in record.items() if key not in VIDEO_KEYS}
+            record["videos"] = [{"bytes": raw[name], "path": f"{raw['__key__']}.{name}"} for name in moving]
         return record
 
 

@@ -18,10 +18,12 @@ from vlm_dist.data.alike import Look, groups, look_at
 from vlm_dist.data.layouts import Columns, as_object, canonical
 from vlm_dist.data.pack_join import picture_by_number
 from vlm_dist.data.pack_pictures import MAX_PIXELS, Pictures
+from vlm_dist.data.pack_videos import digest_of_video
 from vlm_dist.data.picture_sources import name_of, read_source
 from vlm_dist.data.pictures import decode_picture, readable_formats
 from vlm_dist.errors import BadSample, DataError
 
+SAME_VIDEO = "video "
 AT_A_TIME = 256  # records in memory while their pictures are looked at
 
 
@@ -84,31 +86,39 @@ def _leaders(
     with ThreadPoolExecutor(os.cpu_count() or 1, "look") as pool:
         for start in track(starts, "looking at the pictures", transient=True, disable=not sys.stderr.isatty()):
             sources = [_sources(records[number], columns, pictures.base) for number in range(start, min(start + AT_A_TIME, len(records)))]
-            shown += pool.map(lambda each: [_look(source, pictures) for source in each], sources)
+            shown += pool.map(lambda each: [_look(*one, pictures) for one in each], sources)
     found = groups(shown, near=near)
-    by_name = sum(any(isinstance(picture, str) for picture in each) for each in shown)
+    by_name = sum(any(isinstance(picture, str) and not picture.startswith(SAME_VIDEO) for picture in each) for each in shown)
     sizes = Counter(leader for leader, each in zip(found, shown, strict=True) if each)
     several = [size for size in sizes.values() if size > 1]
+    moving = any(isinstance(one, str) and one.startswith(SAME_VIDEO) for each in shown for one in each)
+    what, kind = ("pictures or videos", "thing") if moving else ("pictures", "picture")
     if tell is not None and several:
         how = "looks alike" if near else "has the same pixels"
-        tell(f"{sum(several):,} records share {len(several):,} pictures (what {how} is one picture): those of one go into one part")
+        tell(f"{sum(several):,} records share {len(several):,} {what} (what {how} is one {kind}): those of one go into one part")
     if tell is not None and by_name:
         tell(f"the pictures of {by_name:,} records cannot be looked at before packing (addresses, missing files); they are told by name")
     return found
 
 
-def _sources(record: Any, columns: Columns | None, base: Path) -> list[Any]:
+def _sources(record: Any, columns: Columns | None, base: Path) -> list[tuple[Any, bool]]:
+    """What a record shows, and whether it is a video."""
     try:
         if isinstance(record, BadSample):
             return []
-        return canonical(record, columns)["images"] or picture_by_number(as_object(record), base)
+        made = canonical(record, columns)
+        videos = [(source, True) for source in made["videos"]]
+        pictures = made["images"] or ([] if videos else picture_by_number(as_object(record), base))
+        return [*videos, *((source, False) for source in pictures)]
     except BadSample:  # which packing will name
         return []
 
 
-def _look(source: Any, pictures: Pictures) -> Look | str:
+def _look(source: Any, is_video: bool, pictures: Pictures) -> Look | str:
     found: Any = source
     try:
+        if is_video:
+            return SAME_VIDEO + digest_of_video(source, pictures.base)
         found, name = read_source(source, pictures.base), name_of(source)
         return look_at(decode_picture(found, name, MAX_PIXELS, readable_formats()) if isinstance(found, bytes) else found)
     except (BadSample, OSError, ValueError):  # addresses are not fetched twice; what is broken is named by packing

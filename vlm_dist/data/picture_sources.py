@@ -27,14 +27,15 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://")
 SHORTEST_BASE64 = 40  # characters; a file's name of fewer that is not there is a file that is not there
 
 
-def read_source(source: Any, base: Path = Path(), fetcher: Fetcher | None = None) -> bytes | Image:
-    """The bytes of a picture; of an array, a tensor or an open picture a Pillow picture.
+def read_source(source: Any, base: Path = Path(), fetcher: Fetcher | None = None, kind: str = "picture") -> bytes | Image:
+    """The bytes of a picture or video; of an array, a tensor or an open picture a Pillow picture.
 
     Args:
         source: a path, an address, base64, bytes, {"bytes", "path"} or another object that holds one of them, an array or tensor
             ([H, W], [H, W, 3] or [3, H, W]; 0 to 255, or real numbers from 0 to 1), or a Pillow picture.
         base: where relative paths begin.
         fetcher: how http(s) addresses are fetched; None: not at all.
+        kind: what it is called in messages.
 
     Raises:
         BadSample: it cannot be read.
@@ -46,10 +47,10 @@ def read_source(source: Any, base: Path = Path(), fetcher: Fetcher | None = None
             return from_base64(source["bytes"])
         named = source_of({key: value for key, value in source.items() if key != "bytes" or isinstance(value, str)})
         if named is None or isinstance(named, dict):
-            raise BadSample(f"a picture is an object with {', '.join(map(str, source)) or 'nothing'}; expected bytes, path, url or base64")
+            raise BadSample(f"a {kind} is an object with {', '.join(map(str, source)) or 'nothing'}; expected bytes, path, url or base64")
         source = named
     if isinstance(source, str | Path):
-        return _from_text(str(source), base, fetcher)
+        return _from_text(str(source), base, fetcher, kind)
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     from PIL import Image
@@ -69,21 +70,21 @@ def name_of(source: Any) -> str:
     return source if len(source) <= 200 and not source.startswith("data:") else f"{source[:40]}... in the record"
 
 
-def _from_text(text: str, base: Path, fetcher: Fetcher | None) -> bytes:
+def _from_text(text: str, base: Path, fetcher: Fetcher | None, kind: str) -> bytes:
     if address := DATA_ADDRESS.match(text[:300].lstrip()):
         payload = text.lstrip()[address.end() :]
         return from_base64(payload) if "base64" in address[1].lower() else urllib.parse.unquote_to_bytes(payload)
     scheme = SCHEME.match(text.strip()[:40])
     if scheme and scheme[1].lower() in ("http", "https"):
         if fetcher is None:
-            raise BadSample(f"picture {text[:200]!r} is not fetched; --fetch fetches pictures from http(s) addresses")
+            raise BadSample(f"{kind} {text[:200]!r} is not fetched; --fetch fetches {kind}s from http(s) addresses")
         return fetcher.read(text.strip())
     if scheme and scheme[1].lower() != "file":
         raise BadSample(
-            f"picture {text[:200]!r}: '{scheme[1]}://' is not read; expected a path, file://, http(s)://, a data: address or base64"
+            f"{kind} {text[:200]!r}: '{scheme[1]}://' is not read; expected a path, file://, http(s)://, a data: address or base64"
         )
     reason = "empty name"
-    for path in _paths(text.strip()[7:] if scheme else text, base, is_address=scheme is not None):
+    for path in paths_of(text.strip()[7:] if scheme else text, base, is_address=scheme is not None):
         try:
             return path.read_bytes()
         except FileNotFoundError as error:
@@ -94,10 +95,10 @@ def _from_text(text: str, base: Path, fetcher: Fetcher | None) -> bytes:
         data = _decoded(text)
         if data is not None and is_picture(data):
             return data
-    raise BadSample(f"picture {name_of(text)!r} cannot be read below '{base}' ({reason})")
+    raise BadSample(f"{kind} {name_of(text)!r} cannot be read below '{base}' ({reason})")
 
 
-def _paths(name: str, base: Path, *, is_address: bool) -> Iterator[Path]:
+def paths_of(name: str, base: Path, *, is_address: bool = False) -> Iterator[Path]:
     """Where a name may lie: as it stands, then with %20 and its like resolved, backslashes turned, and accents in one or two characters."""
     if len(name) > 4096 or not name.strip():
         return

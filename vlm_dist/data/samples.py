@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from vlm_dist.data.boxes import Marked, Orientation, are_objects, read_objects
 from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
 from vlm_dist.data.layout_turns import looks_like_turns
+from vlm_dist.data.layout_values import is_present, shown
 from vlm_dist.data.layouts import canonical
 from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
@@ -146,10 +147,12 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
     record = open_record(raw)
     if not record or ("messages" not in record and "conversations" not in record and any(name in raw for name in TEXT_MEMBERS)):
         return record
-    if has_videos(raw):  # which members hold, and no name or address
-        record = {key: value for key, value in record.items() if key not in ("video", "videos")}
     try:
-        return canonical(record)
+        made = canonical(record)
+        named = next((key for key in ("video", "videos") if is_present(record.get(key))), None)
+        if named is not None and not has_videos(raw):
+            raise BadSample(f"'{named}' is {shown(record[named], 40)}; a video is expected as a member, KEY.mp4")
+        return {key: value for key, value in made.items() if key != "videos"}
     except BadSample as reason:
         raise BadSample(f"json: {reason}{members_found(raw)}") from None
 

@@ -61,7 +61,7 @@ def probe(data: bytes, max_pixels: int) -> MovingPicture:
         BadSample: it has no pictures.
         Exception: whatever FFmpeg dislikes.
     """
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         size = stream.codec_context.width, stream.codec_context.height
         if size[0] * size[1] > max_pixels:
             raise BadSample(f"frames of {size[0]} x {size[1]} pixels, more than data.max_image_pixels={max_pixels:,}")
@@ -83,7 +83,7 @@ def pictures_at(data: bytes, times: Sequence[Fraction], size: Size) -> Iterator[
         BadSample: the pictures end before, or more would have to be decoded than `MOST_PIXELS`.
         Exception: whatever FFmpeg dislikes.
     """
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         walk = _Walk(container, stream)
         duration = _duration(container, stream) or times[-1]
         held: Any = None
@@ -185,7 +185,7 @@ class _Walk:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+def opened(data: bytes) -> Iterator[tuple[Any, Any]]:
     import av
 
     kind = container_of(data)
@@ -216,7 +216,7 @@ def _duration(container: Any, stream: Any) -> Fraction | None:
 
 def _walked(data: bytes) -> Fraction:
     """By its packets, without decoding."""
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         last = Fraction(0)
         first = None
         for packet in container.demux(stream):

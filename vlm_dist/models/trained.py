@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_dist.config import ModelConfig
 from vlm_dist.config_load import load_config
+from vlm_dist.config_model import VideoConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.models.adapters import base_of, find_adapter, has_processor, not_quantised_under, put_on
 from vlm_dist.models.files import RECORD, check_files
@@ -68,6 +69,12 @@ def system_prompt_of(source: str) -> str | None:
     """
     run = RunDir(Path(source))
     return read_system_prompt(find_adapter(source) or (run.model if run.config.exists() else run.path))
+
+
+def video_config_of(source: str) -> VideoConfig:
+    """Which frames of videos a run was shown; of anything else, and of a run without videos, the default."""
+    run = RunDir(Path(source))
+    return (load_config(run.config).data.video if run.config.exists() else None) or VideoConfig()
 
 
 def load_adapter(folder: Path, base_model: ModelConfig, device: Any, *, base: bool = False) -> tuple[Any, Any]:

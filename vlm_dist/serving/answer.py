@@ -1,13 +1,16 @@
-"""Questions about pictures, answered by a trained model."""
+"""Questions about pictures and videos, answered by a trained model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.data.fetch import Fetcher
 from vlm_dist.data.pictures import decode_picture, is_picture
+from vlm_dist.data.video import Clip, Shown, open_clip
+from vlm_dist.data.video_decode import container_of
 from vlm_dist.errors import BadSample, ConfigError, DataError
 from vlm_dist.models.generate import generate
 from vlm_dist.serving.trained import Trained, open_trained
@@ -23,7 +26,7 @@ WEB = ("http://", "https://")
 def answers(
     source: str, asked: Sequence[Sequence[str | Path]], prompt: str, *, max_new_tokens: int = 128, base: bool = False,
     base_model: str | None = None, system: str | None = None, reasoning: bool = False, sampling: dict[str, Any] | None = None,
-    go_on: bool = False,
+    go_on: bool = False, videos: Sequence[str | Path] = (),
 ) -> Iterator[str | DataError]:  # fmt: skip
     """The model's answer about each group of pictures, as it comes.
 
@@ -35,14 +38,17 @@ def answers(
         system: the system prompt; None: that of the training, where all samples had the same; "": none.
         reasoning: let the model think first, where its chat template begins a thought.
         sampling: transformers' generation settings; None: greedily.
+        videos: files or http(s) addresses, shown behind the pictures of each group.
         go_on: where a picture cannot be read, give the error in place of an answer, and go on with the others.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: a picture or video cannot be read, or the model takes no videos.
         ModelError: there is no such model, or its chat template takes no system prompt.
     """
+    clips = [open_video(path) for path in videos]
     first = None if go_on else [open_picture(path) for path in asked[0]]  # what cannot be read is told before the model is loaded
     trained = open_trained(source, base=base, base_model=base_model, system=system, reasoning=reasoning)
+    shown = [trained.watch(clip) for clip in clips]
     for number, images in enumerate(asked):
         try:
             pictures = first if first is not None and number == 0 else [open_picture(path) for path in images]
@@ -52,7 +58,7 @@ def answers(
             yield error
             continue
         with waiting("answering"):
-            yield _answer(trained, pictures, prompt, max_new_tokens, sampling or {})
+            yield _answer(trained, pictures, shown, prompt, max_new_tokens, sampling or {})
 
 
 def answer(source: str, images: Sequence[str | Path], prompt: str, **options: Any) -> str:
@@ -60,11 +66,13 @@ def answer(source: str, images: Sequence[str | Path], prompt: str, **options: An
     return str(next(answers(source, [images], prompt, **options)))
 
 
-def _answer(trained: Trained, pictures: list[Image], prompt: str, max_new_tokens: int, sampling: dict[str, Any]) -> str:
+def _answer(
+    trained: Trained, pictures: list[Image], videos: list[Shown], prompt: str, max_new_tokens: int, sampling: dict[str, Any]
+) -> str:  # fmt: skip
     import torch
 
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-    encoded = trained.encode([{"role": "user", "content": content}], pictures)
+    content = [*[{"type": "image"}] * len(pictures), *[{"type": "video"}] * len(videos), {"type": "text", "text": prompt}]
+    encoded = trained.encode([{"role": "user", "content": content}], pictures, videos)
     inputs = {**encoded.inputs, "attention_mask": torch.ones_like(encoded.inputs["input_ids"])}
     settings = {key: value for key, value in sampling.items() if key != "seed"}
     torch.manual_seed(sampling.get("seed", 0))
@@ -114,11 +122,37 @@ def open_picture(path: str | Path) -> Image:
     Raises:
         DataError: it cannot be read.
     """
+    with _told("--image", path, "a JPEG, PNG or WebP file"):
+        return decode_picture(_bytes_of(path), str(path), MAX_PIXELS)
+
+
+def open_video(path: str | Path) -> Clip:
+    """A video likewise, opened by its header.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _told("--video", path, "an mp4, mov, webm, mkv, avi or gif file"):
+        return open_clip(_bytes_of(path), str(path), MAX_PIXELS)
+
+
+def is_video(path: Path) -> bool:
+    """By its first bytes; not where it cannot be read."""
     try:
-        is_address = str(path).startswith(WEB)
-        data = Fetcher().read(str(path)) if is_address else Path(path).read_bytes()
-        return decode_picture(data, str(path), MAX_PIXELS)
+        return container_of(_head(path)) is not None
+    except (BadSample, OSError):  # a gif that goes on behind its head
+        return path.suffix.lower() == ".gif"
+
+
+def _bytes_of(path: str | Path) -> bytes:
+    return Fetcher().read(str(path)) if str(path).startswith(WEB) else Path(path).read_bytes()
+
+
+@contextmanager
+def _told(option: str, path: str | Path, expected: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"--image: '{path}' cannot be read: {error.strerror}; give a JPEG, PNG or WebP file") from None
+        raise DataError(f"{option}: '{path}' cannot be read: {error.strerror}; give {expected}") from None
     except BadSample as problem:
-        raise DataError(f"--image: {problem}; give a JPEG, PNG or WebP file") from None
+        raise DataError(f"{option}: {problem}; give {expected}") from None

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.video import Shown
 from vlm_dist.models.generate import generate
 from vlm_dist.models.trained import start_of
-from vlm_dist.serving.answer import open_picture
+from vlm_dist.serving.answer import is_video, open_picture, open_video
 from vlm_dist.serving.trained import Trained, open_trained
 
 
 class Chat:
-    """One conversation about pictures.
+    """One conversation about pictures and videos.
 
     Args:
         source: a run directory, an adapter folder, a checkpoint folder or a hub id.
@@ -78,41 +79,46 @@ class Chat:
         """Begin a new conversation."""
         self.messages: list[dict[str, Any]] = []
         self.pictures: list[Any] = []
+        self.videos: list[Shown] = []
         self._coming: list[Any] = []
 
     def show(self, path: Path) -> None:
-        """A picture that goes with the next question.
+        """A picture or video that goes with the next question.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: it cannot be read, or the model takes no videos.
         """
-        self._coming.append(open_picture(path))
+        self._coming.append(self.trained.watch(open_video(path)) if is_video(path) else open_picture(path))
 
     def drop(self) -> None:
-        """Forget the pictures shown since the last question."""
+        """Forget what was since the last question."""
         self._coming = []
 
     def ask(self, text: str) -> Iterator[str]:
         """Pieces of the answer as they come. A question whose answer fails or is abandoned is not part of the conversation."""
-        content = [*({"type": "image"} for _ in self._coming), {"type": "text", "text": text}]
+        kinds = ["video" if isinstance(one, Shown) else "image" for one in self._coming]
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
-        pictures = [*self.pictures, *self._coming]
+        pictures = [*self.pictures, *(one for one in self._coming if not isinstance(one, Shown))]
+        videos = [*self.videos, *(one for one in self._coming if isinstance(one, Shown))]
         said = []
-        for piece in self._answer(messages, pictures):
+        for piece in self._answer(messages, pictures, videos):
             said.append(piece)
             yield piece
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": "".join(said).strip()}]}]
-        self.pictures, self._coming = pictures, []
+        self.pictures, self.videos, self._coming = pictures, videos, []
 
     def of_base(self) -> Iterator[str]:
         """What the base would have said to the last question; not part of the conversation."""
-        return self._answer(self.messages[:-1], self.pictures, base=True)
+        return self._answer(self.messages[:-1], self.pictures, self.videos, base=True)
 
-    def _answer(self, messages: list[dict[str, Any]], pictures: list[Any], base: bool = False) -> Iterator[str]:
+    def _answer(
+        self, messages: list[dict[str, Any]], pictures: list[Any], videos: list[Shown], base: bool = False
+    ) -> Iterator[str]:  # fmt: skip
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        encoded = self.trained.encode(messages, pictures)
+        encoded = self.trained.encode(messages, pictures, videos)
         inputs = {**encoded.inputs, "attention_mask": torch.ones_like(encoded.inputs["input_ids"])}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         problems: list[BaseException] = []

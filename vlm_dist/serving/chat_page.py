@@ -1,4 +1,4 @@
-"""The page of `vlm-dist chat`: pictures, questions, and the trained model's answers beside its base's."""
+"""The page of `vlm-dist chat`: pictures and videos, questions, and the trained model's answers beside its base's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vlm_dist.hosts import host_check
 from vlm_dist.serving.chat import Chat
 from vlm_dist.serving.guard import Guard
 
-PICTURES = [".jpg", ".jpeg", ".png", ".webp"]
-LARGEST_UPLOAD = "20mb"
+FILES = [".jpg", ".jpeg", ".png", ".webp", ".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"]
+LARGEST_UPLOAD = "200mb"
 MOST_WAITING = 16
 LONGEST_ANSWER = 2048  # tokens that the slider goes up to
 CSS = """.gradio-container {max-width: min(1500px, 100%) !important; width: 100%; margin: 0 auto}
@@ -40,8 +40,8 @@ def build_page(chat: Chat, name: str) -> Any:
             trained = gradio.Chatbot(label="trained" if chat.has_base else "answers", elem_id="trained", **look)
             base = gradio.Chatbot(label="base", visible=False, elem_id="base", **look)
         question = gradio.MultimodalTextbox(
-            file_types=PICTURES, file_count="multiple", sources=["upload"], show_label=False, elem_id="question",
-            placeholder="A question; add pictures with the button on the left", stop_btn=True,
+            file_types=FILES, file_count="multiple", sources=["upload"], show_label=False, elem_id="question",
+            placeholder="A question; add pictures and videos with the button on the left", stop_btn=True,
         )  # fmt: skip
         with gradio.Row():
             compare = gradio.Checkbox(label="beside the base", value=False, visible=chat.has_base, elem_id="compare")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_dist.data.encode import Encoded, Encoder
+from vlm_dist.data.video import Clip, Shown
 from vlm_dist.errors import BadSample, DataError, ModelError
-from vlm_dist.models.trained import load_trained, system_prompt_of
+from vlm_dist.models.trained import load_trained, system_prompt_of, video_config_of
 
 
 @dataclass
@@ -23,14 +25,26 @@ class Trained:
     def processor(self) -> Any:
         return self.encoder.processor
 
-    def encode(self, messages: list[dict[str, Any]], pictures: list[Any]) -> Encoded:
+    def watch(self, clip: Clip) -> Shown:
+        """The frames of a video that this model is shown.
+
+        Raises:
+            DataError: it takes no videos, or this one is damaged.
+        """
+        try:
+            self.encoder.videos.check([clip])
+            return clip.shown(self.encoder.videos.config)
+        except BadSample as reason:
+            raise DataError(f"this model cannot be shown that: {reason}") from None
+
+    def encode(self, messages: list[dict[str, Any]], pictures: list[Any], videos: Sequence[Shown] = ()) -> Encoded:
         """A conversation, the system prompt before it, that the assistant is to continue.
 
         Raises:
             DataError: the model's chat template or processor refuses it.
         """
         try:
-            return self.encoder.encode_prompt([*_system_message(self.system), *messages], pictures, reasoning=self.reasoning)
+            return self.encoder.encode_prompt([*_system_message(self.system), *messages], pictures, reasoning=self.reasoning, videos=videos)
         except BadSample as reason:
             raise DataError(f"this model cannot be asked that: {reason}") from None
 
@@ -57,7 +71,8 @@ def open_trained(
     model, processor = load_trained(source, device, base=base, base_model=base_model)
     if system:
         _check_system(processor, system, source)
-    return Trained(model, Encoder(processor, max_seq_length=2**31), trained_with if system is None else system, reasoning)
+    encoder = Encoder(processor, max_seq_length=2**31, video=video_config_of(source))
+    return Trained(model, encoder, trained_with if system is None else system, reasoning)
 
 
 def _system_message(text: str) -> list[dict[str, Any]]:

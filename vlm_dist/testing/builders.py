@@ -134,9 +134,9 @@ def gemma4(layers: int = 2, **changes: Any) -> tuple[Any, Any]:
         hf.Gemma4AudioFeatureExtractor(),
         hf.Gemma4ImageProcessor(max_soft_tokens=70),
         tokenizer,
-        hf.Gemma4VideoProcessor(),
+        hf.Gemma4VideoProcessor(max_soft_tokens=70),
         image_seq_length=70,
-        chat_template=template("<|image|>"),
+        chat_template=template("<|image|>", "<|video|>"),
     )
     vision = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -192,7 +192,9 @@ def _idefics(name: str, **settings: Any) -> tuple[Any, Any]:
 
     tokenizer, ids = small_tokenizer(*dict.fromkeys(IDEFICS_NAMES.values()), "<row_1_col_1>", extra_special_tokens=IDEFICS_NAMES)
     images = getattr(hf, f"{name}ImageProcessor")(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False)
-    processor = getattr(hf, f"{name}Processor")(images, tokenizer, image_seq_len=1, chat_template=template("<image>"), **settings)
+    processor = getattr(hf, f"{name}Processor")(
+        images, tokenizer, image_seq_len=1, chat_template=template("<image>", "<video>" if settings else ""), **settings
+    )
     text = hf.LlamaConfig(**small_text(len(ids)))
     config = getattr(hf, f"{name}Config")(vision_config=CLIP, text_config=text, image_token_id=ids["<image>"], scale_factor=2)
     return processor, getattr(hf, f"{name}ForConditionalGeneration")(config)
@@ -205,7 +207,7 @@ def idefics3() -> tuple[Any, Any]:
 def smolvlm() -> tuple[Any, Any]:
     import transformers as hf
 
-    return _idefics("SmolVLM", video_processor=hf.SmolVLMVideoProcessor())
+    return _idefics("SmolVLM", video_processor=hf.SmolVLMVideoProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}))
 
 
 def internvl() -> tuple[Any, Any]:

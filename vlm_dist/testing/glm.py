@@ -19,7 +19,10 @@ def glm4v_of(name: str, **text: Any) -> tuple[Any, Any]:
     tokenizer, ids = small_tokenizer(*GLM_IMAGE, *GLM_VIDEO)
     pixels = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
     processor = hf.Glm4vProcessor(
-        hf.Glm4vImageProcessor(**pixels), tokenizer, hf.Glm4vVideoProcessor(), chat_template=template("".join(GLM_IMAGE))
+        hf.Glm4vImageProcessor(**pixels),
+        tokenizer,
+        hf.Glm4vVideoProcessor(**pixels),
+        chat_template=template("".join(GLM_IMAGE), "".join(GLM_VIDEO)),
     )
     config = getattr(hf, f"{name}Config")(
         text_config=small_text(len(ids), rope_parameters=GLM_ROPE, **text), vision_config=GLM_VISION, image_token_id=ids["<|image|>"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 TEXTS = [
@@ -11,7 +12,9 @@ TEXTS = [
 ]
 
 
-def train_tokenizer(special: list[str], *, pad: str, eos: str, bos: str | None = None, **settings: Any) -> Any:
+def train_tokenizer(
+    special: list[str], *, pad: str, eos: str, bos: str | None = None, texts: Sequence[str] = TEXTS, **settings: Any
+) -> Any:
     """A fast tokenizer whose first ids are the special tokens, in order."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -21,7 +24,7 @@ def train_tokenizer(special: list[str], *, pad: str, eos: str, bos: str | None =
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    tokenizer.train_from_iterator([*texts] * 20, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, bos_token=bos, additional_special_tokens=special, **settings
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from vlm_dist.testing.parts import small_text, train_tokenizer, turns
+from vlm_dist.testing.parts import TEXTS, small_text, train_tokenizer, turns
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 QWEN_BEFORE = (
@@ -15,11 +16,12 @@ QWEN_TEMPLATE = turns("<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad
 
 
 def qwen(
-    name: str, vision: dict[str, Any], rope: dict[str, Any], images: dict[str, Any], video: str, *, processor: str = "", **text: Any
-) -> tuple[Any, Any]:
+    name: str, vision: dict[str, Any], rope: dict[str, Any], images: dict[str, Any], video: str, *, processor: str = "",
+    texts: Sequence[str] = TEXTS, **text: Any,
+) -> tuple[Any, Any]:  # fmt: skip
     import transformers as hf
 
-    tokenizer = train_tokenizer(QWEN, pad="<|endoftext|>", eos="<|im_end|>")
+    tokenizer = train_tokenizer(QWEN, pad="<|endoftext|>", eos="<|im_end|>", texts=texts)
     ids = tokenizer.get_vocab()
     made = getattr(hf, processor or f"{name}Processor")(
         hf.Qwen2VLImageProcessor(**images), tokenizer, getattr(hf, video)(**images), chat_template=QWEN_TEMPLATE
