@@ -54,8 +54,8 @@ def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right"
 def collate_packed(
     rows: Sequence[Sequence[Encoded]], pad_token_id: int, positions: Positions | None = None, multiple: int = 1
 ) -> dict[str, Any]:
-    """Several samples a row, R rows, the shorter padded to the longest, to a multiple of `multiple`: `input_ids`, `labels` [R, T], `position_ids` [R, T] (or
-    [4, R, T]), further per-token tensors [R, T], and the pictures of all samples behind one another.
+    """Several samples a row, R rows, the shorter padded to the longest (and that to a multiple of `multiple`): `input_ids`, `labels`
+    [R, T], `position_ids` [R, T] (or [4, R, T]), further per-token tensors [R, T], and the pictures of all samples behind one another.
 
     There is no `attention_mask`: transformers builds a block-diagonal one from positions that start again at 0 (with use_cache=False);
     padding is a block of its own. No label crosses from one sample to the next.

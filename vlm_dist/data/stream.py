@@ -259,10 +259,8 @@ class Stream:
                 step.labels[number] += count_labels(sample)
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
             kept = with_blank([row for row in kept if row], self.encoder.lacking(samples), self.pack, self.encoder.videos.is_on)
-            if self.pack:
-                batch = collate_packed(kept, pad, self.positions, self.multiple)
-            else:
-                batch = collate(list(itertools.chain(*kept)), pad, multiple=self.multiple)
+            alone, ways = list(itertools.chain(*kept)), {"multiple": self.multiple}
+            batch = collate_packed(kept, pad, self.positions, **ways) if self.pack else collate(alone, pad, **ways)
             if len(self.datasets) > 1:
                 batch["num_datasets"] = torch.tensor(len(self.datasets))
             step.micro_batches.append(self.finish(batch) if self.finish else batch)

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from vlm_dist.errors import ConfigError
-from vlm_dist.families import Family
 from vlm_dist.upstream.transformers import attend_by, attention_interface, attention_of, register_attention
 
 PREFIX = "sequence_parallel|"
@@ -83,27 +81,6 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.cut.exchanged(gradient), None
-
-
-def check_sequence(family: Family, hf_config: Any, number: int) -> None:
-    """Whether rows of this model can be cut over so many ranks.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    if number == 1:
-        return
-    if not family.cuts:
-        raise ConfigError(
-            f"engine.sequence_parallel={number}: rows of '{family.model_type}' cannot be cut over ranks (docs/scaling.md lists what can); "
-            "set it to 1"
-        )
-    heads = hf_config.get_text_config().num_attention_heads
-    if heads % number:
-        raise ConfigError(
-            f"engine.sequence_parallel={number}: does not divide the {heads} attention heads of this '{family.model_type}'; "
-            f"use {', '.join(str(one) for one in range(1, heads + 1) if heads % one == 0)}"
-        )
 
 
 def cut_rows(model: Any, cut: SequenceCut) -> None:
