@@ -55,8 +55,9 @@ def batches(encoder: Encoder, model, number: int) -> dict[str, dict]:
     pad = encoder.processor.tokenizer.pad_token_id
     encoded = {name: [encoder.encode(sample) for sample in samples] for name, samples in CASES.items()}
     found = {name: collate(samples, pad, multiple=number) for name, samples in encoded.items()}
+    found["a padded row"] = collate(encoded["several"], pad, multiple=(13 * number if number > 1 else 1))
     flat = [sample for samples in encoded.values() for sample in samples]
-    found["packed"] = collate_packed([flat[:3], flat[3:]], pad, position_rule(model), number)
+    found["packed"] = collate_packed([flat[:3], flat[3:]], pad, position_rule(model), 13 * number if number > 1 else 1)
     return found
 
 
@@ -82,8 +83,9 @@ def compared(checkpoint: str, ranks) -> dict[str, dict]:
         if recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         patch_model(model, kernels)
+        plain_batches = batches(encoder, whole, 1)
         for name, batch in batches(encoder, model, number).items():
-            plain = batches(encoder, whole, 1)[name]
+            plain = plain_batches[name]
             expected_loss, expected = gradients(whole, plain)
             with cut.cutting():
                 loss, found = gradients(model, batch)
