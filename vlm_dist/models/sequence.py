@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of a row, N ranks of a group, H heads, D numbers a head
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,6 +96,8 @@ def cut_rows(model: Any, cut: SequenceCut) -> None:
             module.register_forward_hook(lambda _, __, turns: tuple(cut.of(one, -2) for one in turns))
     for layer in decoder.layers:
         layer.self_attn.sequence_cut = cut
+        layer.self_attn.config_of_heads = seen = copy.copy(layer.self_attn.config)  # flash-attention reads its own name there
+        attend_by(seen, _inner(attention_of(seen)))
     configs = {
         id(one): one for one in (base.config.get_text_config(), decoder.config, *(layer.self_attn.config for layer in decoder.layers))
     }
@@ -102,10 +105,15 @@ def cut_rows(model: Any, cut: SequenceCut) -> None:
         attend_by(config, _registered(attention_of(config)))
 
 
+def _inner(name: str) -> str:
+    """The attention that computes the heads of a rank: eager is no entry of the table, each model has its own."""
+    own = name.removeprefix(PREFIX)
+    return "sdpa" if own in ("", "eager") else own
+
+
 def _registered(name: str) -> str:
     """The name of an attention by all-to-all around another, in transformers' tables."""
-    own = name.removeprefix(PREFIX)
-    own = "sdpa" if own in ("", "eager") else own  # eager is no entry of the table: each model has its own
+    own = _inner(name)
     register_attention(PREFIX + own, _attention_over(attention_interface(own)), like=own)
     return PREFIX + own
 
@@ -115,7 +123,7 @@ def _attention_over(inner: Callable[..., Any]) -> Callable[..., Any]:
         """query [B, H, T / N, D], key and value [B, K, T / N, D] -> [B, T / N, H, D]; the mask is of the whole row."""
         cut = module.sequence_cut
         if not cut.is_on:
-            return inner(module, query, key, value, attention_mask, **options)
+            return inner(_OfRank(module, query.shape[1] // key.shape[1]), query, key, value, attention_mask, **options)
         repeats = math.lcm(key.shape[1], cut.number) // key.shape[1]
         key, value = (one.repeat_interleave(repeats, 1) if repeats > 1 else one for one in (key, value))
         groups = query.shape[1] // key.shape[1]
@@ -143,7 +151,7 @@ class _OfRank:
     """An attention module as the attention over a rank's heads is to see it."""
 
     def __init__(self, module: Any, groups: int):
-        self.module, self.num_key_value_groups = module, groups
+        self.module, self.num_key_value_groups, self.config = module, groups, module.config_of_heads
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
