@@ -178,6 +178,8 @@ class EngineConfig(Section):
     """auto: a card for each rank, where there are cards; one that CUDA cannot start on is refused. cpu: none is used."""
     nvme_path: str | None = None
     """What is offloaded goes to a folder on an NVMe disk instead of the host's memory (ZeRO-Infinity; zero_stage 3)."""
+    sequence_parallel: PositiveInt = 1
+    """So many neighbouring ranks share each row, for samples longer than one card can hold; ranks = data parallel x this."""
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, passed through as they are; settings that this file owns are refused."""
 

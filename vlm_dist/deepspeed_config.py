@@ -32,21 +32,40 @@ def loads_sharded(config: Config, world_size: int) -> bool:
     return zero_stage(config, world_size) == 3 and not dora and config.engine.nvme_path is None
 
 
+def replicas(config: Config, world_size: int) -> int:
+    """How many ranks, or groups of ranks that share rows (engine.sequence_parallel), have rows of their own.
+
+    Raises:
+        ConfigError: the ranks cannot be put into such groups.
+    """
+    sharing = config.engine.sequence_parallel
+    if world_size % sharing:
+        raise ConfigError(
+            f"engine.sequence_parallel={sharing}: {world_size} ranks cannot be put into groups of {sharing}; start a multiple of it"
+        )
+    return world_size // sharing
+
+
 def check_batches(config: Config, world_size: int) -> int:
     """Accumulation rounds per optimizer step.
 
     Raises:
         ConfigError: global_batch cannot be cut into micro-batches for so many ranks.
     """
-    training = config.training
+    training, world_size = config.training, replicas(config, world_size)
     if training.global_batch % (training.micro_batch * world_size):
         fits = training.micro_batch * world_size
         nearest = max(fits, round(training.global_batch / fits) * fits)
         raise ConfigError(
             f"training.global_batch={training.global_batch} is not a multiple of micro_batch x ranks = "
-            f"{training.micro_batch} x {world_size}; use {nearest}, or another micro_batch"
+            f"{training.micro_batch} x {world_size}{_grouped(config)}; use {nearest}, or another micro_batch"
         )
     return training.global_batch // (training.micro_batch * world_size)
+
+
+def _grouped(config: Config) -> str:
+    sharing = config.engine.sequence_parallel
+    return f" (groups of {sharing}, engine.sequence_parallel)" if sharing > 1 else ""
 
 
 def deepspeed_config(

@@ -27,10 +27,34 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    sharing: int = 1
+    """Neighbouring ranks that share each row (engine.sequence_parallel)."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def replica(self) -> int:
+        """Which rows this rank has: those of the ranks beside it that share them."""
+        return self.rank // self.sharing
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks, or groups of ranks that share rows, there are."""
+        return self.world_size // self.sharing
+
+    @property
+    def is_first_of_rows(self) -> bool:
+        """Whether it speaks for the ranks that share its rows."""
+        return self.rank % self.sharing == 0
+
+    def sharing_group(self) -> Any:
+        """The process group of those that share this rank's rows; every rank must call it."""
+        import torch.distributed as dist
+
+        own, _ = dist.new_subgroups(self.sharing)
+        return own
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all ranks, as float64."""

@@ -42,6 +42,9 @@ class Family:
     packs: bool = False
     """Whether several samples may share a row without one seeing another (tests/models/test_packing.py shows it by their losses)."""
 
+    cuts: bool = False
+    """Whether a row may be cut over several ranks (tests/models/test_sequence.py shows it by losses and gradients)."""
+
     def side_of(self, name: str) -> str:
         """The side that a module or parameter belongs to: vision, projector or language (the head counts as language)."""
         for side, paths in (("projector", self.projector), ("vision", (self.vision,))):
@@ -58,27 +61,27 @@ SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-lan
 FAMILIES = {
     row.model_type: row
     for row in (
-        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="gemma", overflows_in_float16=True, video="frames"),
+        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="gemma", overflows_in_float16=True, video="frames"),
         Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma", video="timed"),
         Family("glm4v", *QWEN_PARTS, packs=True, video="frames"),
         Family("glm4v_moe", *QWEN_PARTS, packs=True, video="frames"),
-        Family("idefics3", *IDEFICS_PARTS, packs=True, video="frames"),
-        Family("internvl", *LLAVA_PARTS, packs=True, boxes="internvl", video="fixed"),
-        Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
-        Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit"),
-        Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, boxes="unit", video="fixed"),
+        Family("idefics3", *IDEFICS_PARTS, packs=True, cuts=True, video="frames"),
+        Family("internvl", *LLAVA_PARTS, packs=True, cuts=True, boxes="internvl", video="fixed"),
+        Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit"),
+        Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit"),
+        Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit", video="fixed"),
         Family(
             "mini_vlm", "model.vision_encoder", ("model.projector",), "model.language_model", head="model.language_model.lm_head",
             packs=True, unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
         ),
-        Family("mistral3", *LLAVA_PARTS, packs=True),
+        Family("mistral3", *LLAVA_PARTS, packs=True, cuts=True),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
-        Family("qwen2_5_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, boxes="absolute", video="timed"),
-        Family("qwen2_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, boxes="qwen2", video="timed"),
+        Family("qwen2_5_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, cuts=True, boxes="absolute", video="timed"),
+        Family("qwen2_vl", *QWEN_PARTS, tower_takes_sizes=True, packs=True, cuts=True, boxes="qwen2", video="timed"),
         Family("qwen3_5", *QWEN_PARTS, tower_takes_sizes=True, video="timed"),
         Family("qwen3_5_moe", *QWEN_PARTS, tower_takes_sizes=True, video="timed"),
-        Family("qwen3_vl", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, video="timed"),
+        Family("qwen3_vl", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, cuts=True, video="timed"),
         Family("qwen3_vl_moe", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, video="timed"),
-        Family("smolvlm", *IDEFICS_PARTS, packs=True, video="frames"),
+        Family("smolvlm", *IDEFICS_PARTS, packs=True, cuts=True, video="frames"),
     )
 }  # fmt: skip

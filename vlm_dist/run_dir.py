@@ -21,6 +21,7 @@ HARMLESS = (
     "engine.zero_stage",
     "engine.offload",
     "engine.nvme_path",
+    "engine.sequence_parallel",
     "training.micro_batch",
     "model.gradient_checkpointing",
     "data.prefetch",

@@ -50,6 +50,23 @@ def test_the_command(settings, tmp_path, capsys):
     assert "fits:" in shown and "rtx4090" in shown and "what fits" not in shown
 
 
+def test_rows_that_two_share(settings, tmp_path, capsys):
+    """What the language model keeps is divided; what is sent is told; a family whose rows cannot be cut is refused."""
+    config = str(write_config(settings | {"training": {"steps": 4, "global_batch": 4, "micro_batch": 4}}, tmp_path))
+    plans = []
+    for words in (["--gpus", "1"], ["--gpus", "2", "engine.sequence_parallel=2"]):
+        assert main(["plan", config, "--quick", "--json", *words]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    whole, half = (plan["own"] for plan in plans)
+    assert plans[0]["all_to_all"] == 0 < plans[1]["all_to_all"]
+    assert whole["micro_batches_a_step"] == half["micro_batches_a_step"] == 1
+    kept = [own["memory"]["activations, language"] for own in (whole, half)]
+    assert 0.5 * kept[0] < kept[1] < 0.75 * kept[0]  # not half: pictures are placed in whole rows, and this part has most labels
+    assert half["memory"]["activations, vision"] == pytest.approx(whole["memory"]["activations, vision"], rel=0.01)
+    assert main(["plan", config, "--quick", "--gpus", "3", "engine.sequence_parallel=3", "training.global_batch=4"]) == 2
+    assert "engine.sequence_parallel=3: does not divide the 4 attention heads" in capsys.readouterr().err
+
+
 def test_without_data_pictures_are_assumed(settings, tmp_path, capsys):
     settings["data"]["train"] = "not-there-yet/*.tar"
     config = str(write_config(settings, tmp_path))

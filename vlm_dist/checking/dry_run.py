@@ -11,8 +11,10 @@ from vlm_dist.data.dataset import Dataset, open_datasets, open_heldout
 from vlm_dist.data.samples import parse_sample
 from vlm_dist.deepspeed_config import check_batches, deepspeed_config, zero_stage
 from vlm_dist.errors import BadSample, ConfigError, DataError
-from vlm_dist.models.adapters import find_adapter
+from vlm_dist.models.adapters import base_of, find_adapter
 from vlm_dist.models.going_on import settle
+from vlm_dist.models.load import read_model_config
+from vlm_dist.models.shared_rows import check_sequence
 from vlm_dist.models.source import check_source
 from vlm_dist.scoring.evaluate import check_metrics
 
@@ -20,11 +22,15 @@ from vlm_dist.scoring.evaluate import check_metrics
 def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     """Check the configuration, the shards, a sample of each, and the plan, without loading weights."""
     config = settle(config)
-    if config.model.name is not None and find_adapter(config.model.name) is None:
+    adapter = find_adapter(config.model.name) if config.model.name is not None else None
+    if config.model.name is not None and adapter is None:
         check_source(config.model.name)
     parts = _parts(config)
     rounds = check_batches(config, world_size)
     check_metrics(config)
+    if config.engine.sequence_parallel > 1 and config.model.name is not None:
+        hf_config, family = read_model_config(config.model, str(base_of(adapter).name) if adapter else config.model.name)
+        check_sequence(family, hf_config, config.engine.sequence_parallel)
     deepspeed_config(config, world_size, "float32")
     datasets = open_datasets(config.data)
     num_samples = sum(len(one.index) for one in datasets)

@@ -24,7 +24,8 @@ def order_of(config: Config, *, world_size: int, steps: int, start: int = 0) -> 
     check_batches(config, world_size)
     ranks = []
     with inputs_apart(config) as inputs:
+        sharing = config.engine.sequence_parallel
         for rank in range(world_size):
-            stream = inputs.stream(rank, world_size, epochs=config.training.epochs)
+            stream = inputs.stream(rank // sharing, world_size // sharing, epochs=config.training.epochs)
             ranks.append([[key for keys in step.keys for key in keys] for step in islice(stream.steps(skip=start), steps)])
     return [list(step) for step in zip(*ranks, strict=True)]

@@ -12,16 +12,17 @@ Positions = Callable[[Encoded], Any]
 """A sample's position ids [P, L]: P = 1, or 4 with M-RoPE (transformers: 0, 1, 2, ..., then time, height, width)."""
 
 
-def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right", "left"] = "right") -> dict[str, Any]:
+def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right", "left"] = "right", multiple: int = 1) -> dict[str, Any]:
     """Pad to the longest: `input_ids`, `attention_mask`, `labels` [B, T], further per-token tensors [B, T], and the pictures of all
     samples behind one another along dimension 0 (those of unequal size padded at the bottom right with zeros).
 
     Args:
         side: where the padding goes: right to train, left to generate.
+        multiple: T is a multiple of it.
     """
     import torch
 
-    longest = max(sample.length for sample in samples)
+    longest = _up(max(sample.length for sample in samples), multiple)
 
     def pad(row: Any, value: int) -> Any:
         missing = longest - row.shape[1]
@@ -50,16 +51,18 @@ def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right"
     return batch
 
 
-def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int, positions: Positions | None = None) -> dict[str, Any]:
-    """Several samples a row, R rows, the shorter padded to the longest: `input_ids`, `labels` [R, T], `position_ids` [R, T] (or
-    [4, R, T]), further per-token tensors [R, T], and the pictures of all samples behind one another.
+def collate_packed(
+    rows: Sequence[Sequence[Encoded]], pad_token_id: int, positions: Positions | None = None, multiple: int = 1
+) -> dict[str, Any]:
+    """Several samples a row, R rows, the shorter padded to the longest (and that to a multiple of `multiple`): `input_ids`, `labels`
+    [R, T], `position_ids` [R, T] (or [4, R, T]), further per-token tensors [R, T], and the pictures of all samples behind one another.
 
     There is no `attention_mask`: transformers builds a block-diagonal one from positions that start again at 0 (with use_cache=False);
     padding is a block of its own. No label crosses from one sample to the next.
     """
     import torch
 
-    longest = max(sum(sample.length for sample in row) for row in rows)
+    longest = _up(max(sum(sample.length for sample in row) for row in rows), multiple)
     if positions is None:
         positions = _count_up
     position_rows, label_rows, token_rows = [], [], []
@@ -87,6 +90,10 @@ def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int, positio
             parts.append(_joined(pieces, longest - sum(sample.length for sample in row), 0))
         batch[name] = torch.cat(parts)
     return batch
+
+
+def _up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _count_up(sample: Encoded) -> Any:

@@ -22,6 +22,8 @@ class Quarantine:
         self.max_bad_fraction = max_bad_fraction
         self.num_good = 0
         self.num_bad = 0
+        self.is_silent = False
+        """Counts, and writes nothing: another rank has the same samples."""
         self._known = {(row["shard"], row["key"]) for row in read_jsonl(path)}
         self._lock = threading.Lock()
 
@@ -37,6 +39,8 @@ class Quarantine:
         with self._lock:
             if place not in self._known:
                 self._known.add(place)
+                if self.is_silent:
+                    return place
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"shard": place[0], "key": place[1], "reason": reason}) + "\n")

@@ -79,6 +79,8 @@ class Stream:
     """Several samples a row; data.packing with an architecture that can."""
     positions: Positions | None = None
     """With packing: a sample's position ids, where they are not simply 0, 1, 2, ..."""
+    multiple: int = 1
+    """The tokens of a row, padding included, are a multiple of it."""
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Done with a micro-batch in the background."""
     _step: int = 0
@@ -257,7 +259,8 @@ class Stream:
                 step.labels[number] += count_labels(sample)
             counts.patches += sum(count_patches(sample.inputs) for sample in samples)
             kept = with_blank([row for row in kept if row], self.encoder.lacking(samples), self.pack, self.encoder.videos.is_on)
-            batch = collate_packed(kept, pad, self.positions) if self.pack else collate(list(itertools.chain(*kept)), pad)
+            alone, ways = list(itertools.chain(*kept)), {"multiple": self.multiple}
+            batch = collate_packed(kept, pad, self.positions, **ways) if self.pack else collate(alone, pad, **ways)
             if len(self.datasets) > 1:
                 batch["num_datasets"] = torch.tensor(len(self.datasets))
             step.micro_batches.append(self.finish(batch) if self.finish else batch)

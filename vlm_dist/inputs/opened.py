@@ -105,11 +105,12 @@ class Inputs:
         self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None,
         finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> Stream:  # fmt: skip
-        """The training samples of one rank; see `Stream`."""
+        """The training samples of one rank, or of the ranks that share its rows; see `Stream`."""
         config = self.config
         batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
         place = {"rank": rank, "world_size": world_size}
         rows = {"epochs": epochs, "pack": self.packs, "positions": positions, "finish": finish}
+        rows["multiple"] = config.engine.sequence_parallel
         return Stream(self.datasets, config.data, self.stream_encoder, self.quarantine, config.seed, **batch, **place, **rows)
 
 

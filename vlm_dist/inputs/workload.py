@@ -102,9 +102,9 @@ def measured(config: Config, encoder: Encoder, stream: Stream, pack: bool) -> Wo
     return Workload(config.data.max_seq_length, filled.sizes, why, filled.videos)
 
 
-def micro_batch(encoder: Encoder, workload: Workload, rows: int, tokens: int | None = None) -> dict[str, Any]:
-    """The tensors of so many such rows, every token of text supervised."""
-    return collate([row_of(encoder, workload, tokens)] * rows, encoder.processor.tokenizer.pad_token_id)
+def micro_batch(encoder: Encoder, workload: Workload, rows: int, tokens: int | None = None, multiple: int = 1) -> dict[str, Any]:
+    """The tensors of so many such rows, every token of text supervised, padded to a multiple of `multiple` tokens."""
+    return collate([row_of(encoder, workload, tokens)] * rows, encoder.processor.tokenizer.pad_token_id, multiple=multiple)
 
 
 def row_of(encoder: Encoder, workload: Workload, tokens: int | None = None) -> Encoded:

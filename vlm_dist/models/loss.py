@@ -20,6 +20,8 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     Only positions that predict a supervised token somewhere in the batch go through the output head; in a model with the kernel
     linear_cross_entropy only the supervised rows themselves, and their logits never exist as a whole.
 
+    Of a model whose rows are cut over ranks (models/sequence.py) the sum over this rank's part.
+
     Args:
         model: takes the batch without `labels`, and `loss_labels`, or `logits_to_keep` as a 1-D tensor of positions.
         batch: `input_ids`, `labels` [B, T] and whatever else the model takes; of a mixture `datasets` [B, T], the data set that each
@@ -43,7 +45,7 @@ def _summed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             return _by_weight(model, inputs, batch)
         rows = {"supervised_rows": batch["supervised_rows"]} if "supervised_rows" in batch else {}
         return model(**inputs, loss_labels=_split(labels_BT, batch), **rows, use_cache=False).loss
-    next_BT = labels_BT[:, 1:]
+    next_BT = _next(labels_BT, model, IGNORED)
     positions_P = (next_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
     if len(positions_P) == 0:  # a blank row: any position will do, none counts
         positions_P = torch.zeros(1, dtype=torch.long, device=labels_BT.device)
@@ -53,11 +55,20 @@ def _summed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="none"
     )
     if "weights" in batch:
-        losses_N = losses_N * (1 + batch["weights"][:, 1:][:, positions_P].flatten() / WEIGHT_UNIT)
+        losses_N = losses_N * (1 + _next(batch["weights"], model, 0)[:, positions_P].flatten() / WEIGHT_UNIT)
     if "datasets" not in batch:
         return losses_N.sum()
-    from_N = batch["datasets"][:, 1:][:, positions_P].flatten()
+    from_N = _next(batch["datasets"], model, 0)[:, positions_P].flatten()
     return losses_N.new_zeros(int(batch["num_datasets"])).index_add(0, from_N, losses_N)
+
+
+def _next(of_tokens_BT: torch.Tensor, model: Any, last: int) -> torch.Tensor:
+    """What belongs to the token after each, of the part of the row that the model computes here (models/sequence.py)."""
+    import torch
+
+    shifted_BT = torch.nn.functional.pad(of_tokens_BT[:, 1:], (0, 1), value=last)
+    cut = getattr(model, "sequence_cut", None)
+    return shifted_BT if cut is None else cut.of(shifted_BT, 1)
 
 
 def _by_weight(model: Any, inputs: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:

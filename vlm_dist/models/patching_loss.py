@@ -84,7 +84,10 @@ def _loss_forward(
         if rows is not None:
             rows.choose(None)
         return original(*arguments, **options)
-    labels = torch.nn.functional.pad(loss_labels[..., 1:], (0, 1), value=reference.IGNORED).flatten(-2)
+    labels, cut = torch.nn.functional.pad(loss_labels[..., 1:], (0, 1), value=reference.IGNORED), vars(model).get("sequence_cut")
+    if cut is not None and cut.is_on:
+        labels, supervised_rows = cut.of(labels, -1), None
+    labels = labels.flatten(-2)
     if rows is not None:
         of_any = (labels != reference.IGNORED).view(-1, labels.shape[-1]).any(0) if supervised_rows is None else None
         rows.choose(supervised_rows if of_any is None else of_any.nonzero().squeeze(1), labels.shape[-1])

@@ -15,6 +15,7 @@ from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
 from vlm_dist.models.ahead import ahead_rule, stays_on_host
 from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.shared_rows import cutting
 from vlm_dist.planning.counts import Count, Operation
 from vlm_dist.planning.parts import Parts
 from vlm_dist.planning.shapes import counting
@@ -55,6 +56,8 @@ class Counted:
     """How often the host waits for the device."""
     kept: Counter[str] = field(default_factory=Counter)
     """Of `saved`, what each part of the model made; see `count_micro_batch`."""
+    sent: int = 0
+    """Bytes that a rank sends to those that share its rows (engine.sequence_parallel)."""
     blocks: Counter[str] = field(default_factory=Counter)
     """Attention blocks of "vision" and "language"."""
 
@@ -110,7 +113,7 @@ def count_micro_batch(
         count.mark()
         before, held = count.live, shapes.held
         try:
-            with parts.watching(model if by_part else None) as counted.blocks:
+            with cutting(model), parts.watching(model if by_part else None) as counted.blocks:
                 with autocast(dtype), _watching_vision(model, family, count, counted):
                     loss = summed_loss(model, inputs)
                 counted.saved, counted.forward_flops, counted.kept = count.live - before, count.flops, shapes.held - held
@@ -121,6 +124,7 @@ def count_micro_batch(
         counted.backward_flops = count.flops - counted.forward_flops
         counted.peak = count.peak - before + (counted.gradients if accumulates else 0)
         counted.work, counted.waits = count.work, count.waits
+        counted.sent = getattr(getattr(model, "sequence_cut", None), "sent", 0)
     return counted
 
 

@@ -13,6 +13,7 @@ from vlm_dist.deepspeed_config import check_batches, zero_stage
 from vlm_dist.errors import ConfigError, DataError, MachineError
 from vlm_dist.inputs.opened import Inputs, inputs_apart
 from vlm_dist.inputs.workload import Workload, assumed, micro_batch
+from vlm_dist.models.shared_rows import check_sequence
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +52,18 @@ class Planner:
 
         name = _mode_of(config)
         self.note(f"counting {rows} x {tokens or self.workload.tokens} tokens, gradient checkpointing: {name}")
-        batch = micro_batch(self.inputs.encoder, self.workload, rows, tokens)
+        batch = micro_batch(self.inputs.encoder, self.workload, rows, tokens, config.engine.sequence_parallel)
         return count_micro_batch(
             config, self.inputs.hf_config, self.inputs.family, torch_dtype(config), batch, accumulates=self.rounds(rows) > 1
         )
 
     def rounds(self, rows: int) -> int:
-        return max(1, self.config.training.global_batch // (rows * self.gpus))
+        return max(1, self.config.training.global_batch // (rows * self.replicas))
+
+    @property
+    def replicas(self) -> int:
+        """GPUs, or groups of them that share rows."""
+        return self.gpus // self.config.engine.sequence_parallel
 
     def total(self, config: Config, counted: Counted) -> int:
         from vlm_dist.planning.memory import memory_of
@@ -71,7 +77,7 @@ class Planner:
         stage = zero_stage(config, self.gpus)
         memory = memory_of(counted, config, stage, self.gpus)
         time = time_of(counted, self.gpu, self.rounds(rows), self.gpus)
-        tokens = self.workload.tokens * rows * self.rounds(rows) * self.gpus
+        tokens = self.workload.tokens * rows * self.rounds(rows) * self.replicas
         return {
             "gradient_checkpointing": _mode_of(config),
             "micro_batch": rows,
@@ -101,7 +107,7 @@ class Planner:
 
     def _most_rows(self, config: Config, counted: Counted) -> int:
         """Among the divisors of a rank's share of the global batch."""
-        share = self.config.training.global_batch // self.gpus
+        share = self.config.training.global_batch // self.replicas
         fixed = self.total(config, counted) - counted.peak
         fitting = [rows for rows in range(1, share + 1) if share % rows == 0 and fixed + 1.1 * rows * counted.peak <= self.gpu.memory]
         return max(fitting, default=1)
@@ -128,6 +134,7 @@ def new_planner(
     """
     config = inputs.config
     check_batches(config, gpus)
+    check_sequence(inputs.family, inputs.hf_config, config.engine.sequence_parallel)
     if config.model.dtype == "auto":
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     return Planner(config, inputs, gpu, gpus, _workload(inputs, size, pictures), note)
@@ -156,6 +163,7 @@ def make_plan(planner: Planner, *, others: bool = True) -> dict[str, Any]:
         "row": {"tokens": planner.workload.tokens, "pictures": list(planner.workload.pictures), "why": planner.workload.why},
         "own": own,
         "weights": weights_in_16bit(planner),
+        "all_to_all": planner.count(config, rows).sent,
         "experts": {"chosen": experts_of(config), "why": why},
     }
     if others:

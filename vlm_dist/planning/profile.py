@@ -22,7 +22,7 @@ def profile(planner: Planner, config: Config | None = None) -> dict[str, Any]:
     config = config or planner.config
     rows = config.training.micro_batch
     planner.note(f"counting {rows} x {planner.workload.tokens} tokens by part, kernels: {config.kernels}")
-    batch = micro_batch(planner.inputs.encoder, planner.workload, rows)
+    batch = micro_batch(planner.inputs.encoder, planner.workload, rows, multiple=planner.config.engine.sequence_parallel)
     inputs = planner.inputs
     counted = count_micro_batch(
         config, inputs.hf_config, inputs.family, torch_dtype(config), batch, accumulates=planner.rounds(rows) > 1, by_part=True

@@ -19,6 +19,7 @@ from vlm_dist.models.load import kept_in_16bit, nf4_config
 from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
 from vlm_dist.models.modes import hold_frozen
 from vlm_dist.models.patching import patch_model
+from vlm_dist.models.sequence import SequenceCut, cut_rows
 from vlm_dist.planning.shapes import Shapes
 from vlm_dist.upstream.bitsandbytes import keep_nf4_layout
 from vlm_dist.upstream.torch import disable_modes, own_buffers, own_parameters
@@ -33,6 +34,8 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
     with disable_modes(), torch.device("meta"):
         model = skeleton(config, hf_config, family, dtype)
         checkpoint_gradients(model, family, config.model.gradient_checkpointing)
+        if (number := config.engine.sequence_parallel) > 1:
+            cut_rows(model, SequenceCut(number, number - 1))  # the last part of a row has most of the answers
         patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
     _give_shapes(model, dtype)
     return hold_frozen(model).train()

@@ -81,9 +81,10 @@ class Shares:
 
 
 def count_over_ranks(step: Step, ranks: Ranks) -> tuple[Counts, Shares]:
-    """The totals of a step over all ranks, and each rank's part."""
+    """The totals of a step over all ranks, rows that several share counted once, and each rank's part."""
     counts = astuple(step.counts)
-    sums, (slots, patches) = ranks.sum_and_gather([*counts, *step.labels], step.counts.slots, step.counts.patches)
+    own = [*counts, *step.labels] if ranks.is_first_of_rows else [0] * (len(counts) + len(step.labels))
+    sums, (slots, patches) = ranks.sum_and_gather(own, step.counts.slots, step.counts.patches)
     totals: list[Any] = [int(value) if float(value).is_integer() else value for value in sums]  # labels have weights
     return Counts(*totals[: len(counts)]), Shares(totals[len(counts) :], slots, patches)
 

@@ -58,6 +58,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.modes import hold_frozen
     from vlm_dist.models.patching import patch_model
     from vlm_dist.models.processor import check_vocabulary
+    from vlm_dist.models.sequence import SequenceCut, cut_rows
     from vlm_dist.models.sharded import Sharding
     from vlm_dist.models.source import fingerprint, weight_files
 
@@ -79,6 +80,8 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
         freeze_sides(model, family, config.model.freeze)
     checkpoint_gradients(model, family, config.model.gradient_checkpointing)
     hold_frozen(model)
+    if ranks.sharing > 1:
+        cut_rows(model, SequenceCut(ranks.sharing, ranks.rank % ranks.sharing, ranks.sharing_group()))
     with gathered_in_use(model):
         patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)
@@ -132,4 +135,6 @@ def open_training_stream(inputs: Inputs, model: Any, ranks: Ranks) -> Stream:
         )
     positions = position_rule(model) if inputs.packs else None
     finish = made_ready(model, ranks.device, choose_dtype(config.model.dtype, ranks.device))
-    return inputs.stream(ranks.rank, ranks.world_size, epochs=config.training.epochs, positions=positions, finish=finish)
+    if not ranks.is_first_of_rows:
+        inputs.quarantine.is_silent = True  # who shares its rows says it
+    return inputs.stream(ranks.replica, ranks.replicas, epochs=config.training.epochs, positions=positions, finish=finish)

@@ -11,6 +11,7 @@ from vlm_dist.models.ahead import ahead_rule, placed
 from vlm_dist.models.generate import autocast
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.modes import buffers_kept
+from vlm_dist.models.shared_rows import cutting
 from vlm_dist.planning.memory import optimizer_bytes
 from vlm_dist.training.outcome import peak_memory
 from vlm_dist.training.prepare import Loaded
@@ -36,7 +37,7 @@ def rehearse(inputs: Inputs, loaded: Loaded, ranks: Ranks) -> str:
         return ""
     rows = config.training.micro_batch
     model = loaded.model.to(ranks.device)
-    batch = placed(ahead_rule(model)(micro_batch(inputs.encoder, inputs.workload, rows)), ranks.device)
+    batch = placed(ahead_rule(model)(micro_batch(inputs.encoder, inputs.workload, rows, multiple=ranks.sharing)), ranks.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -45,10 +46,11 @@ def rehearse(inputs: Inputs, loaded: Loaded, ranks: Ranks) -> str:
     was_training = model.training
     model.train()
     try:
-        for _ in range(min(2, config.training.global_batch // (rows * ranks.world_size))):  # the second meets the gradients of the first
-            with autocast(model), buffers_kept(model):
-                loss = summed_loss(model, batch)
-            loss.backward()
+        for _ in range(min(2, config.training.global_batch // (rows * ranks.replicas))):  # the second meets the gradients of the first
+            with cutting(model):
+                with autocast(model), buffers_kept(model):
+                    loss = summed_loss(model, batch)
+                loss.backward()
         peak = peak_memory(ranks)
     finally:
         for parameter in parameters:

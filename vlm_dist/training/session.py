@@ -234,7 +234,7 @@ class Session:
         run, log = self.run, self.log
         final = run.adapter if self.config.lora is not None else run.model
         summary = self._summary("finished", progress) | {"result": str(final), "quarantined": len(self.stream.quarantine)}
-        if notes := summed(self.ranks.gather(self.stream.encoder.tally.to_dict())):
+        if notes := summed(self.ranks.gather(self.stream.encoder.tally.to_dict())[:: self.ranks.sharing]):
             summary["notes"] = notes
         if self.ranks.is_first:
             write_json(run.summary, summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.inputs.opened import open_inputs
 from vlm_dist.models.going_on import settle
 from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.shared_rows import check_sequence, cutting
 from vlm_dist.planning.fits import check_fits
 from vlm_dist.quiet import quiet_libraries
 from vlm_dist.scoring.evaluate import check_metrics
@@ -59,6 +61,7 @@ def train(config: Config, *, resume_anyway: bool = False, asked: Callable[[], in
     ranks = distributed.start(run, config.distributed.join_timeout_s, config.engine.device)
     config = settle(config)
     check_batches(config, ranks.world_size)
+    ranks = replace(ranks, sharing=config.engine.sequence_parallel)
     check_metrics(config)
     started = time.monotonic()
     with begin(config, ranks, resume_anyway=resume_anyway) as start:
@@ -79,6 +82,7 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
     stream = None
     try:
         inputs = open_inputs(config, run, ranks)
+        check_sequence(inputs.family, inputs.hf_config, ranks.sharing)
         inputs.check_first_samples()
         inputs.config = as_begun(inputs.config, run, ranks)
         check_fits(inputs, ranks)
@@ -158,13 +162,14 @@ def _compute(session: Session, step: Step, num_labels: float, timer: StepTimer) 
     engine, ranks, scale, experts = session.engine, session.ranks, session.scale, session.experts
     experts.begin()
     losses, grad_norm = [], 0.0
-    for batch, there in zip(step.micro_batches, on_device(step.micro_batches, ranks.device), strict=True):
-        session.watchdog.beat("computing")
-        with timer.forward(), experts.forward():
-            loss = summed_loss(engine, there)
-        part = poisoned_unless_finite(loss.sum() + experts.balance(batch))
-        part = part * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
-        engine.backward(scale.apply(part), scale_wrt_gas=False)
-        grad_norm = take_step(engine, session.config.optim.grad_clip, scale.value)
-        losses.append(loss.detach())
+    with cutting(engine):
+        for batch, there in zip(step.micro_batches, on_device(step.micro_batches, ranks.device), strict=True):
+            session.watchdog.beat("computing")
+            with timer.forward(), experts.forward():
+                loss = summed_loss(engine, there)
+            part = poisoned_unless_finite(loss.sum() + experts.balance(batch))
+            part = part * (ranks.world_size / num_labels)  # DeepSpeed averages over ranks: undo
+            engine.backward(scale.apply(part), scale_wrt_gas=False)
+            grad_norm = take_step(engine, session.config.optim.grad_clip, scale.value)
+            losses.append(loss.detach())
     return losses, grad_norm

@@ -94,6 +94,27 @@ def attention_of(hf_config: Any) -> str:
     return hf_config._attn_implementation or ""
 
 
+def attention_interface(name: str) -> Callable[..., Any]:
+    """The function behind the name of an attention implementation."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def register_attention(name: str, function: Callable[..., Any], *, like: str) -> None:
+    """Add an attention implementation to transformers' table, with the masks of another."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
+
+
+def attend_by(hf_config: Any, name: str) -> None:
+    """Let the modules that share this configuration attend by another implementation."""
+    hf_config._attn_implementation = name
+
+
 @contextmanager
 def weight_by_weight(placed: Callable[[Any, str], None]) -> Iterator[None]:
     """Inside, `from_pretrained` reads one weight after another, in the same order everywhere, and calls `placed` with the model and the

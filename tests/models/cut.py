@@ -1,0 +1,118 @@
+"""One rank of a group that shares its rows: losses and gradients of each case, beside those of the whole rows on one rank.
+
+    tests/models/cut.py OUT.json CHECKPOINT ...
+
+Ranks come from the environment, as a launcher tells them. Every rank computes the same cases; rank 0 writes what it found.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from vlm_dist.config import ModelConfig
+from vlm_dist.data.collate import collate, collate_packed
+from vlm_dist.data.encode import Encoder
+from vlm_dist.data.samples import Sample
+from vlm_dist.distributed import start
+from vlm_dist.models.loss import summed_loss
+from vlm_dist.models.patching import patch_model
+from vlm_dist.models.positions import position_rule
+from vlm_dist.models.processor import load_processor
+from vlm_dist.models.sequence import SequenceCut, cut_rows
+
+
+def talk(key: str, parts: list[str | tuple[int, int]], answer: str) -> Sample:
+    """Text and pictures (by their sizes) in order, then an answer."""
+    generator = torch.Generator().manual_seed(len(answer))
+    images, content = [], []
+    for part in parts:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+            continue
+        pixels = torch.randint(0, 255, (part[1], part[0], 3), dtype=torch.uint8, generator=generator)
+        images.append(Image.fromarray(pixels.numpy()))
+        content.append({"type": "image"})
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return Sample(key, "s.tar", turns, images)
+
+
+CASES = {
+    "a picture at the start": [talk("a", [(64, 64), "What colour is it?"], "red and blue")],
+    "a picture at the cut": [talk("b", ["What colour is the shape of this picture?", (64, 64)], "a green cross, a circle and a square")],
+    "several": [talk("c", [(40, 30), "and", (64, 64), "which one is red?"], "the second"), talk("d", [(33, 77), "?"], "yellow")],
+    "none beside one": [talk("e", ["How many?"], "three of them"), talk("f", [(40, 30), "?"], "red")],
+}
+
+
+def batches(encoder: Encoder, model, number: int) -> dict[str, dict]:
+    pad = encoder.processor.tokenizer.pad_token_id
+    encoded = {name: [encoder.encode(sample) for sample in samples] for name, samples in CASES.items()}
+    found = {name: collate(samples, pad, multiple=number) for name, samples in encoded.items()}
+    found["a padded row"] = collate(encoded["several"], pad, multiple=(13 * number if number > 1 else 1))
+    flat = [sample for samples in encoded.values() for sample in samples]
+    found["packed"] = collate_packed([flat[:3], flat[3:]], pad, position_rule(model), 13 * number if number > 1 else 1)
+    return found
+
+
+def gradients(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = summed_loss(model, batch)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compared(checkpoint: str, ranks) -> dict[str, dict]:
+    """Case -> the loss in parts and whole, and the largest difference of a gradient, relative to the largest gradient."""
+    from transformers import AutoModelForImageTextToText
+
+    number = ranks.world_size
+    encoder = Encoder(load_processor(ModelConfig(name=checkpoint), checkpoint), 4096)
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").train()
+    cut = SequenceCut(number, ranks.rank, dist.group.WORLD)
+    rows = {}
+    for kernels, recomputed in (("off", False), ("auto", True)):
+        model = copy.deepcopy(whole)
+        cut_rows(model, cut)
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        patch_model(model, kernels)
+        plain_batches = batches(encoder, whole, 1)
+        for name, batch in batches(encoder, model, number).items():
+            plain = plain_batches[name]
+            expected_loss, expected = gradients(whole, plain)
+            with cut.cutting():
+                loss, found = gradients(model, batch)
+            largest = max(float(one.abs().max()) for one in expected.values())
+            worst, which = 0.0, ""
+            for parameter, one in model.named_parameters():
+                mine = found.get(parameter)
+                mine = torch.zeros_like(one) if mine is None else mine
+                dist.all_reduce(mine)
+                other = expected.get(parameter)
+                error = float((mine - (torch.zeros_like(one) if other is None else other)).abs().max()) / largest
+                worst, which = max((worst, which), (error, parameter))
+            length, tokens = plain["input_ids"].shape[1], batch["input_ids"].shape[1]
+            rows[f"{name}, kernels {kernels}"] = {
+                "loss": ranks.sum(loss), "expected": expected_loss, "worst": worst, "which": which, "padded": tokens - length,
+                "again": summed_loss(model, plain).item(),
+            }  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    out, *checkpoints = sys.argv[1:]
+    ranks = start()
+    rows = {Path(checkpoint).name: compared(checkpoint, ranks) for checkpoint in checkpoints}
+    if ranks.is_first:
+        Path(out).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
