@@ -140,6 +140,12 @@ def test_objects_are_written_as_in_training_and_what_is_dropped_is_told(collator
         collator([{**mood, "objects": [{"bbox": [0, 0, 9_000, 9_000], "label": "x"}]}])
 
 
+def test_a_row_with_a_video_is_refused_by_name(collator):
+    turns = [{"role": "user", "content": "<video>What moves?"}, {"role": "assistant", "content": "A ball."}]
+    with pytest.raises(DataError, match=r"row 0 of the batch: it has videos, which this collator does not take; `vlm-dist data pack`"):
+        collator([{"video": "ball.mp4", "messages": turns}])
+
+
 def test_rows_of_a_real_data_set(collator, tmp_path):
     """Through `datasets`, which gives every part every key."""
     datasets = pytest.importorskip("datasets", reason="datasets comes with the extra for TRL")

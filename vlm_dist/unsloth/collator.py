@@ -94,10 +94,12 @@ def as_sample(row: dict[str, Any]) -> Sample:
     """A data set's row, in any layout that `vlm-dist data pack` reads, in the common form.
 
     Raises:
-        BadSample: no text in it, or its pictures do not agree with it.
+        BadSample: no text in it, its pictures do not agree with it, or it has videos.
     """
     made = _canonical(row)
     sources = made.pop("images")
+    if made.pop("videos", None):
+        raise BadSample("it has videos, which this collator does not take; `vlm-dist data pack` and `vlm-dist train` do")
     turns = made.pop("messages", None)
     if turns is None:
         turns = asked_for(made, "", None) if not made.get("captions") else None
