@@ -162,6 +162,14 @@ def report_lines(raw: Any) -> str:
     return f"the report of {raw['lines']:,} steps opens in {raw['loaded_s']:.1f} s; making it took {raw['made_s']:.0f} s"
 
 
+def sequence_parallel(raw: Any) -> str:
+    shares = {row["ranks"]: [] for row in raw["results"]}
+    for row in raw["results"]:
+        shares[row["ranks"]].append(row["of_whole"])
+    told = ", ".join(f"{max(of):.3f} of {number}" for number, of in shares.items() if number > 1)
+    return f"ranks that share rows keep for the backward pass, of what one rank keeps: {told}"
+
+
 def vision_windows(raw: Any) -> str:
     shares = [share for row in raw["rows"] for share in row["share_of_time"].values()]
     return f"attention in windows takes {min(shares):.2f} to {max(shares):.2f} of the loop's time on a CPU"
@@ -193,7 +201,8 @@ READERS: dict[str, Callable[[Any], str]] = {
     "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "loading": loading,
     "loading_plans": loading_plans, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
     "quickstart": quickstart, "real_pictures": real_pictures, "report_lines": report_lines, "roofline": roofline,
-    "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model, "stream": stream,
+    "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model,
+    "sequence_parallel": sequence_parallel, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "video": video, "video_twin": video_twin,
     "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
