@@ -45,6 +45,13 @@ def test_a_card_that_cuda_does_not_start_on(driver, monkeypatch, settings, tmp_p
 
 
 @no_gpu
+def test_whatever_takes_a_card_says_the_same(driver):
+    with pytest.raises(MachineError, match=r"470\.57\.02"):
+        cards.device_here()
+    assert cards.device_here("cpu").type == "cpu"
+
+
+@no_gpu
 def test_the_doctor_says_the_same(driver):
     from vlm_dist.checking.doctor import _gpus
 
@@ -55,8 +62,7 @@ def test_the_doctor_says_the_same(driver):
 def test_each_rank_has_a_card_of_its_own():
     assert [cards.card_of(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
     assert cards.card_of(3, 1) == 0  # srun --gpus-per-task=1
-    with pytest.raises(MachineError, match="rank 2 of this node sees 2 cards"):
-        cards.card_of(2, 2)
+    assert [cards.card_of(rank, 2) for rank in range(4)] == [0, 1, 0, 1]  # --gpu-bind=closest: two pairs of ranks, each with its cards
     cards.check_cards([("a", ""), ("a", "")])
     cards.check_cards([("a", "x"), ("a", "y"), ("b", "x")])
     with pytest.raises(MachineError, match=r"ranks 0 and 2 share one GPU of a \(x\)"):

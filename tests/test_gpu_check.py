@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, child_environment
+from vlm_dist.config_load import parse_config
 
 PARTS = ("machine", "tested", "tiny", "profiled", "memory", "speed", "pieces", "several")
 
@@ -41,6 +43,30 @@ def test_a_part_that_died_is_told_and_run_again(tmp_path):
     (tmp_path / "machine.json").write_text(json.dumps({"part": "machine", "failed": True, "seconds": 1, "checks": []}))
     result = check("--dry-run", "--out", str(tmp_path), "--parts", "machine")
     assert "done before" not in result.stdout and "failed" not in json.loads((tmp_path / "machine.json").read_text())
+
+
+def test_what_was_found_without_a_card_is_not_taken_for_the_cards(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "gpu_check"))
+    run = importlib.import_module("run")
+    path = tmp_path / "speed.json"
+    for content, done in (({"dry_run": False}, True), ({"dry_run": True}, False), ({"dry_run": False, "unfinished": True}, False)):
+        path.write_text(json.dumps({"checks": [], **content}))
+        assert run.is_done(path, False) is done
+    run._told_as_unfinished("speed", path, "stopped after 255 s", 255.0)
+    told = json.loads(path.read_text())
+    assert told["failed"] and told["checks"][-1]["found"] == "did not come to its end: stopped after 255 s"
+
+
+def test_every_case_of_the_tiny_part_is_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "gpu_check"))
+    tiny = importlib.import_module("tiny")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "heldout"):
+        (tmp_path / "data" / f"{split}.tar").touch()
+    cases = list(tiny.cases(False))
+    assert {option for *_, option in cases} == set(tiny.OPTIONS)
+    for number, case in enumerate(cases):
+        parse_config(json.dumps(tiny.settings(tmp_path, case, f"case-{number}")))
 
 
 def test_without_a_gpu_it_says_so():

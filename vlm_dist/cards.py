@@ -25,7 +25,7 @@ def choose_device(local_rank: int, wanted: Literal["auto", "cpu"] = "auto") -> t
     """The device of a rank, made the current one.
 
     Raises:
-        MachineError: a card is there, but CUDA does not start; or there are too few cards.
+        MachineError: a card is there, but CUDA does not start.
     """
     import torch
 
@@ -48,19 +48,23 @@ def choose_device(local_rank: int, wanted: Literal["auto", "cpu"] = "auto") -> t
     return device
 
 
-def card_of(local_rank: int, visible: int) -> int:
-    """The number of a rank's card among those that it sees: its own number, or the only one (srun --gpus-per-task=1, --gpu-bind).
+def device_here(wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
+    """The card that this process uses, or the CPU where there is none; for what runs in one process.
 
     Raises:
-        MachineError: several are seen, but not so many.
+        MachineError: a card is there, but CUDA does not start.
     """
-    if visible == 1:
-        return 0
-    if local_rank < visible:
-        return local_rank
-    raise MachineError(
-        f"rank {local_rank} of this node sees {visible} cards; start no more ranks than cards, or bind one to each (srun --gpus-per-task=1)"
-    )
+    import torch
+
+    if wanted == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return choose_device(0, wanted)
+
+
+def card_of(local_rank: int, visible: int) -> int:
+    """The number of a rank's card among those that it sees: its own number, the only one (srun --gpus-per-task=1), or, where each pair of
+    ranks sees a pair of cards of its own (--gpu-bind=closest), its place among those. Too few cards are found by `check_cards`."""
+    return local_rank % visible
 
 
 def card_id(device: torch.device) -> str:

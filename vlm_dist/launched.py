@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlm_dist.errors import MachineError
 
@@ -75,8 +76,22 @@ def start_id() -> str:
         if names[0] in os.environ and (names[0] != "SLURM_JOB_ID" or _from_slurm()):
             return "/".join(os.environ.get(name, "") for name in names)
     if os.environ.get("CROSS_SIZE") == "1":  # deepspeed on one node: the process that starts the ranks; its starts on several share nothing
-        return f"{socket.gethostname()}/{os.getppid()}"
+        return f"{socket.gethostname()}/{_starter()}"
     return ""
+
+
+def _starter() -> int:
+    """The number of deepspeed's launcher, above whatever shell or profiler it starts ranks in; else of the process above this one."""
+    number = os.getppid()
+    while number > 1:
+        try:
+            words = Path(f"/proc/{number}/cmdline").read_bytes()
+            if b"deepspeed.launcher.launch" in words:
+                return number
+            number = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+    return os.getppid()
 
 
 def alone(names: Iterable[str]) -> str:
@@ -107,6 +122,8 @@ def _number(name: str, names: dict[str, str], values: dict[str, str]) -> int | N
 
 def _meeting_point(names: dict[str, str], values: dict[str, str], said_by: str) -> tuple[str, int]:
     port = _number("MASTER_PORT", names, values)
+    if port is not None and not 1 <= port <= 65_535:
+        raise MachineError(f"{names['MASTER_PORT']}='{port}' is set, expected a port of 1 to 65535; {_unset(names)}")
     if "JOB" in values:
         port = port if port is not None else port_of(values["JOB"])
         if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in values:

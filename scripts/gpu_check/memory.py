@@ -11,8 +11,6 @@ from pathlib import Path
 from part import Part, last_line, run
 from tiny import make_inputs, settings
 
-WITHIN = 0.10
-
 
 def shallow(part: Part) -> None:
     """A 3B with few layers: counted against measured, by the tests that hold it."""

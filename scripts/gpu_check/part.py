@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import math
@@ -47,6 +48,7 @@ class Part:
 
     def find(self, verdict: str, name: str, found: object) -> None:
         self.checks.append({"verdict": verdict, "name": name, "found": str(found)})
+        self._write(unfinished=True)  # what is known is kept, whatever ends this part
         print(f"{verdict:8} {name}: {found}", flush=True)
 
     def judge(self, good: bool, name: str, found: object, otherwise: str = "wrong") -> None:
@@ -63,15 +65,20 @@ class Part:
             return self.find("wrong", name, f"{type(error).__name__}: {said[0][:200] if said else ''}")
 
     def write(self) -> None:
+        self._write()
+
+    def _write(self, **more: bool) -> None:
         content = {
             "part": Path(sys.argv[0]).stem, "command": shlex.join(["python", *sys.argv]), "dry_run": self.dry,
             "machine": describe_machine(),
             "seconds": round(time.monotonic() - self._begun, 1), "checks": self.checks, "results": self.results,
+            **more,
         }  # fmt: skip
         self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
         self.arguments.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
+@functools.cache
 def describe_machine() -> dict[str, Any]:
     """GPU, driver, versions."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]

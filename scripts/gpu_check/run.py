@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,11 +41,13 @@ def folder_of(arguments: argparse.Namespace, gpus: list[str]) -> Path:
     return ROOT / "docs" / "benchmarks" / "gpu" / name
 
 
-def is_done(path: Path) -> bool:
+def is_done(path: Path, dry: bool) -> bool:
+    """Whether a part went to its end, on a card or, where `dry`, without one."""
     try:
-        return "failed" not in json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return False
+    return not {"failed", "unfinished"} & content.keys() and content.get("dry_run") is dry
 
 
 def run_part(part: str, path: Path, dry: bool) -> None:
@@ -50,24 +55,27 @@ def run_part(part: str, path: Path, dry: bool) -> None:
     command = [sys.executable, f"scripts/gpu_check/{part}.py", "--out", str(path), "--budget", str(BUDGETS[part]), *["--dry-run"] * dry]
     begun = time.monotonic()
     path.unlink(missing_ok=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        code: int | str = subprocess.run(command, cwd=ROOT, timeout=BUDGETS[part] * 1.5 + 30, check=False).returncode
+        ended = f"exit code {process.wait(BUDGETS[part] * 1.5 + 30)}"
     except subprocess.TimeoutExpired:
-        code = f"stopped after {time.monotonic() - begun:.0f} s"
-    if not path.exists():
-        found = {
-            "verdict": "wrong",
-            "name": part,
-            "found": f"ended without a result: {code if isinstance(code, str) else f'exit code {code}'}",
-        }
-        content = {
-            "part": part,
-            "failed": True,
-            "seconds": round(time.monotonic() - begun, 1),
-            "machine": describe_machine(),
-            "checks": [found],
-        }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        ended = f"stopped after {time.monotonic() - begun:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what it left running would disturb the next part
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if not is_done(path, dry):
+        _told_as_unfinished(part, path, ended, time.monotonic() - begun)
+
+
+def _told_as_unfinished(part: str, path: Path, ended: str, seconds: float) -> None:
+    """Beside what the part had found by then."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        content = {"part": part, "machine": describe_machine(), "checks": []}
+    checks = [*content["checks"], {"verdict": "wrong", "name": part, "found": f"did not come to its end: {ended}"}]
+    path.write_text(json.dumps({**content, "failed": True, "seconds": round(seconds, 1), "checks": checks}, indent=1) + "\n")
 
 
 def show(folder: Path, parts: list[str]) -> int:
@@ -95,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts:
         path = folder / f"{part}.json"
-        if is_done(path) and not arguments.again:
+        if is_done(path, arguments.dry_run) and not arguments.again:
             print(f"== {part}: done before ({path})", flush=True)
         else:
             print(f"== {part}", flush=True)

@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "": {},
     "checkpointing off": {"model": {"gradient_checkpointing": False}},
     "packed": {"data": {"packing": True}},
-    "adamw_8bit": {"optim": {"optimizer": "adamw_8bit"}},
+    "adamw_8bit": {"optim": {"name": "adamw_8bit"}},
     "offload": {"engine": {"offload": "optimizer"}},
     "kernels off": {"kernels": "off"},
     "float16": {"model": {"dtype": "float16"}},

@@ -39,6 +39,7 @@ def say(monkeypatch, **variables: str) -> None:
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set, but RANK is not"),
         ({"RANK": "1"}, "RANK=1 is set, but WORLD_SIZE is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "x"}, "MASTER_PORT='x' is set, expected a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT='70000' is set, expected a port of 1 to 65535"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "but MASTER_ADDR is not set"),
         ({**SLURM, "SLURM_STEP_NUM_NODES": "2"}, "srun on several nodes: MASTER_ADDR is not set"),
     ],

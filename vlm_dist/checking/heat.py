@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist.cards import device_here
 from vlm_dist.data.encode import Encoded
 from vlm_dist.data.view import feature_maps
 from vlm_dist.inputs.opened import Inputs
@@ -27,9 +28,7 @@ class Heat:
     """
 
     def __init__(self, inputs: Inputs):
-        import torch
-
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = device_here(inputs.config.engine.device)
         config, self.processor = inputs.config, inputs.processor
         self.model = load_weights(config.model, inputs.source, inputs.family, device, lora=config.lora)
         self._tower = self.model.get_submodule(inputs.family.vision)

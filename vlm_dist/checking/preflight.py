@@ -33,7 +33,7 @@ def preflight(config: Config) -> dict[str, Any]:
         MachineError: the ranks do not find one another.
     """
     run = Path(config.output_dir) / config.name
-    ranks = distributed.start(os.path.abspath(run), config.distributed.join_timeout_s)
+    ranks = distributed.start(os.path.abspath(run), config.distributed.join_timeout_s, config.engine.device)
     checks = [*_each_node(config, ranks), *_versions(ranks), *_clocks(ranks), *_shared(Path(config.output_dir), ranks), *_links(ranks)]
     return {"ended": "finished", "fit": all(check.state != "bad" for check in checks), "checks": [check.to_dict() for check in checks]}
 

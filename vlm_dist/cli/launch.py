@@ -110,6 +110,9 @@ def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
     size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}",
             f"--cpus-per-task={arguments.cpus}"]  # fmt: skip
     python = shutil.which(os.environ.get("VLM_DIST_PYTHON", sys.executable)) or sys.executable
+    for path in (os.path.abspath(python), str(starter_file("launch/train.py"))):
+        if "," in path:
+            raise ConfigError(f"--slurm: '{path}' has a comma in it, at which sbatch would cut it; use a path without one")
     where = f"--export=ALL,VLM_DIST_PYTHON={os.path.abspath(python)},VLM_DIST_TRAIN={starter_file('launch/train.py')}"
     options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", f"--chdir={Path.cwd()}", where]
     return ["sbatch", *options, str(starter_file("launch/slurm/train.sbatch")), os.path.abspath(arguments.config), *arguments.overrides]

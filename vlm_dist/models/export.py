@@ -94,8 +94,10 @@ def place_for(size: int, device: torch.device) -> torch.device | None:
     """Where a model of so many bytes can be loaded and run: on this card beside what it holds, or on the CPU; None: nowhere."""
     import torch
 
-    if device.type == "cuda" and size * ROOM <= torch.cuda.mem_get_info(device)[0]:
-        return device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of freed blocks is room too
+        if size * ROOM <= torch.cuda.mem_get_info(device)[0]:
+            return device
     return torch.device("cpu") if size * ROOM <= available_memory() else None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_dist.cards import device_here
 from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.video import Clip, Shown
 from vlm_dist.errors import BadSample, DataError, ModelError
@@ -64,10 +65,9 @@ def open_trained(
     Raises:
         ModelError: there is no such model, or its chat template takes no system prompt.
     """
-    import torch
 
     trained_with = system_prompt_of(source) or ""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_here()
     model, processor = load_trained(source, device, base=base, base_model=base_model)
     if system:
         _check_system(processor, system, source)

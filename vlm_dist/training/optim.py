@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import OptimConfig
-from vlm_dist.errors import MachineError
+from vlm_dist.errors import MachineError, words_of
 from vlm_dist.families import Family
 from vlm_dist.models.experts import of_experts
 from vlm_dist.upstream.deepspeed import shape_of
@@ -53,10 +53,10 @@ def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.o
         os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # DeepSpeed has its own, of CUDA that is missing or does not fit
         raise MachineError(
-            f"engine.offload: DeepSpeed's CPU optimizer cannot be compiled ({str(error).splitlines()[0][:200]}); it needs g++. "
-            "Install that, or set engine.offload: none"
+            f"engine.offload: DeepSpeed's CPU optimizer cannot be compiled ({words_of(error)}); it needs g++, and "
+            "beside a GPU nvcc of torch's CUDA version. Install that, or set engine.offload: none"
         ) from None
 
 

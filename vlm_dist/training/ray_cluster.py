@@ -19,7 +19,8 @@ from vlm_dist.redaction import redacted
 from vlm_dist.training.ray_stop import signals_held
 from vlm_dist.upstream.ray import free_by_node
 
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")  # no secrets: Ray shows them
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS",
+             "GLOO_SOCKET_IFNAME")  # fmt: skip  # no secrets: Ray shows them
 TELL_S = 10.0  # between two lines of a run that waits
 LOCAL = "local"
 
@@ -65,7 +66,7 @@ def connect(config: RayConfig) -> bool:
     """
     import ray
 
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment = {name: os.environ[name] for name in os.environ if name in PASSED_ON or name.startswith("NCCL_")}
     environment = {name: redacted(value) for name, value in environment.items()}
     environment["PYTHONPATH"] = os.pathsep.join(_python_path())
     address = config.address or os.environ.get("RAY_ADDRESS") or _cluster_here()

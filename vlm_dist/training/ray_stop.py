@@ -64,7 +64,8 @@ def leave_drained_node() -> None:
     """
     from ray.train import get_context
 
-    if get_context().get_world_rank() in preemption_notice().preempted_ranks:
+    notice = preemption_notice()  # None where the word has reached another rank alone
+    if notice is not None and get_context().get_world_rank() in notice.preempted_ranks:
         os._exit(1)
     time.sleep(NOTICED_S)
     raise RuntimeError("another worker's node is taken away; the run is saved and goes on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_dist.cards import device_here
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import ModelError
 from vlm_dist.quiet import quiet_libraries
@@ -57,7 +58,7 @@ class FastVisionModel:
         names = {None: "auto"} | {key: name for name in ("bfloat16", "float16", "float32") for key in (name, getattr(torch, name))}
         if dtype not in names:
             raise ModelError(f"dtype={dtype} is not supported; use None, torch.bfloat16, torch.float16 or torch.float32")
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = device_here()
         settings: dict[str, Any] = {
             "load_in_4bit": load_in_4bit,
             "dtype": names[dtype],
