@@ -102,6 +102,18 @@ def test_numbers_of_another_size_are_scaled():
     ]  # fmt: skip
 
 
+def test_names_and_forms_that_others_use():
+    for key in ("label", "category", "name", "class", "text"):
+        assert read({"bbox": [1, 2, 3, 4], key: "cat"})[0].label == "cat"
+    for form in ({"format": "xywh"}, {"bbox_format": "coco"}):
+        assert read({"bbox": [10, 20, 5, 6], **form})[0].box == (10, 20, 15, 26)
+    assert read({"bbox": [10, 20, 5, 6]}, bbox_format="xywh")[0].box == (10, 20, 15, 26)
+    with pytest.raises(BadSample, match=r"objects\[0\]: the form of its bbox is 'cxcywh'; expected one of xyxy, voc"):
+        read({"bbox": [1, 2, 3, 4], "format": "cxcywh"})
+    record = {"messages": chat("<image>Where?", "There."), "objects": [{**CAT, "score": 0.9}], "bbox_format": "xyxy"}
+    assert parse_sample(raw(record), max_image_pixels=10**6, caption_prompt="?").notes == {("object key", "score")}
+
+
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_turned_pictures(turn):
     """Numbers are those of the upright picture; those of the picture before the turn say so by its size."""

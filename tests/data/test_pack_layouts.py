@@ -14,7 +14,7 @@ from PIL import Image
 
 from scripts import layouts_page
 from vlm_dist.cli.main import main
-from vlm_dist.data.samples import outline
+from vlm_dist.data.samples import outline, parse_sample
 from vlm_dist.data.shards import read_in_order, write_shards
 
 Q, A = "Which colour?", "red"
@@ -263,7 +263,7 @@ def test_coco(folder, capsys):
     assert pack(folder / "i.json", folder / "out") == 0
     assert "1 boxes around crowds (iscrowd) are left out" in capsys.readouterr().out
     boxes = [{"bbox": [1, 2, 5, 6.5], "label": "cat"}]
-    assert jsons(folder / "out") == [{"objects": boxes, "width": 16, "height": 12, "image_id": 1}]
+    assert jsons(folder / "out") == [{"objects": boxes, "width": 16, "height": 12, "image_id": 1, "objects_size": [16, 12]}]
     left = (folder / "out" / "left_out.jsonl").read_text()
     assert "picture '3.jpg' has boxes around crowds (iscrowd) alone" in left
     assert "picture 'none.jpg' has no annotation" in left and "the picture '9', which 'images' does not have" in left
@@ -277,6 +277,33 @@ def test_coco(folder, capsys):
     (raw,) = packed(folder / "small")
     found = outline(raw, max_image_pixels=10**6, caption_prompt="")
     assert found.sizes == [(8, 6)] and found.objects[0].points == ((0.5, 1.0), (2.5, 3.25))
+
+
+def test_boxes_of_a_picture_that_was_larger_or_is_turned(folder):
+    """COCO's width and height say what its boxes refer to."""
+    turned = Image.new("RGB", (64, 48))
+    turned.getexif()[0x0112] = 6
+    turned.save(folder / "turned.jpg", exif=turned.getexif())
+    Image.new("RGB", (64, 48)).save(folder / "less.jpg")
+    sizes = (("less.jpg", 128, 96), ("turned.jpg", 64, 48))
+    images = [{"id": n, "file_name": name, "width": width, "height": height} for n, (name, width, height) in enumerate(sizes)]
+    boxes = [{"image_id": number, "category_id": 5, "bbox": [4, 2, 40, 30]} for number in (0, 1)]
+    (folder / "i.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 5, "name": "cat"}]}))
+    assert pack(folder / "i.json", folder / "out") == 0
+    less, upright = (outline(raw, max_image_pixels=10**6, caption_prompt="").objects[0].box for raw in packed(folder / "out"))
+    assert less == (2, 1, 22, 16) and upright == (48 - 32, 4, 48 - 2, 44)
+
+
+def test_the_index_of_a_part_says_which_picture(folder):
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(folder / name)
+    content = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "Which?"}]
+    said = {"role": "assistant", "content": [{"type": "text", "text": "blue, red"}]}
+    (folder / "i.json").write_text(json.dumps([{"messages": [{"role": "user", "content": content}, said], "images": ["a.png", "b.png"]}]))
+    assert pack(folder / "i.json", folder / "out") == 0
+    (raw,) = packed(folder / "out")
+    sample = parse_sample(raw, max_image_pixels=10**6, caption_prompt="")
+    assert [image.getpixel((0, 0)) for image in sample.images] == [(0, 0, 255), (255, 0, 0)]
 
 
 def test_addresses_are_named_and_tools_go_in(folder, capsys):

@@ -192,3 +192,14 @@ def test_an_outline_tells_what_decoding_would_give():
     messages, sizes, *_ = outline(raw, max_image_pixels=10_000, caption_prompt="")
     sample = parse_sample(raw, max_image_pixels=10_000, caption_prompt="")
     assert messages == sample.messages and sizes == [image.size for image in sample.images] == [(30, 20), (6, 8)]
+
+
+def test_two_pictures_of_one_number_are_told():
+    found = parse(jpg=picture(form="JPEG"), png=picture(), json=as_json({"messages": TURNS}))
+    assert len(found.images) == 2 and ("pictures", ".jpg and .png") in found.notes
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train"])
+def test_a_record_that_is_not_to_be_learnt_from_is_not(key):
+    with pytest.raises(BadSample, match=f"json: '{key}' of the whole record is false: not learnt from, as it says"):
+        parse(png=picture(), json=as_json({"messages": TURNS, key: False}))

@@ -23,6 +23,10 @@ Point = tuple[float, float]
 KINDS: tuple[Kind, ...] = ("bbox", "point", "polygon")
 GRIDS = ((1, 1), (100, 100), (1000, 1000))  # sizes that stand for shares of the width and the height
 SLACK = 1.0  # pixels outside of the picture that are clipped
+LABELS = ("label", "category", "name", "class", "text")
+"""What an object is called: the first of these keys that it has."""
+FORMATS = ("format", "bbox_format")
+CORNERS, WIDTHS = ("xyxy", "voc", "pascal_voc", "corners"), ("xywh", "coco")
 SWIFT = {"ref", "bbox", "bbox_type", "image_id"}  # keys of ms-swift's form
 Orientation = Callable[[int], int]
 """Number of a picture -> its EXIF orientation."""
@@ -96,21 +100,41 @@ def read_objects(record: dict[str, Any], sizes: Sequence[Size], orientation: Ori
     if value is None or not are_objects(value):
         return []
     given = record.get("objects_size")
-    return [_read(one, number, given, sizes, orientation) for number, one in enumerate(listed(value))]
+    form = next((record[key] for key in FORMATS if isinstance(record.get(key), str)), None)
+    return [_read(one, number, given, form, sizes, orientation) for number, one in enumerate(listed(value))]
 
 
-def _read(one: dict[str, Any], number: int, given: Any, sizes: Sequence[Size], orientation: Orientation) -> Marked:
+def unread_object_keys(value: Any) -> set[str]:
+    """Keys of a record's `objects` that nothing reads."""
+    known = {*KINDS, *LABELS, *FORMATS, "image", "size"}
+    given = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    return {str(key)[:60] for one in given for key in one if key not in known}
+
+
+def _corners(points: list[Point], form: Any, where: str) -> list[Point]:
+    """Two corners, also where the second is a width and a height."""
+    if form is None or form in CORNERS:
+        return points
+    if form in WIDTHS:
+        (x, y), (width, height) = points
+        return [(x, y), (x + width, y + height)]
+    raise BadSample(f"{where}: the form of its bbox is {str(form)[:40]!r}; expected one of {', '.join((*CORNERS, *WIDTHS))}")
+
+
+def _read(one: dict[str, Any], number: int, given: Any, form: Any, sizes: Sequence[Size], orientation: Orientation) -> Marked:
     where = f"objects[{number}]"
     kinds: list[Kind] = [kind for kind in KINDS if one.get(kind) is not None]
     if len(kinds) != 1:
         raise BadSample(f"{where}: has {' and '.join(kinds) or 'no place'}; expected one of bbox, point and polygon")
-    label, image = one.get("label", ""), one.get("image", 0)
+    label, image = next((one[key] for key in LABELS if one.get(key) is not None), ""), one.get("image", 0)
     if not isinstance(label, str):
         raise BadSample(f"{where}: label is {str(label)[:40]!r}; expected a text")
     if not isinstance(image, int) or isinstance(image, bool) or not 0 <= image < len(sizes):
         raise BadSample(f"{where}: image is {str(image)[:40]!r}; the sample has {len(sizes)} pictures, counted from 0")
     kind, size = kinds[0], sizes[image]
     points = _numbers(one[kind], kind, where)
+    if kind == "bbox":
+        points = _corners(points, next((one[key] for key in FORMATS if one.get(key) is not None), form), where)
     if kind == "bbox" and not (points[0][0] < points[1][0] and points[0][1] < points[1][1]):
         raise BadSample(f"{where}: bbox {one[kind]} is inverted or empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
     other = one.get("size", given)

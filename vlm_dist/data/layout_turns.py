@@ -127,7 +127,9 @@ class Turns:
             return {"type": "text", "text": part["text"]}
         if kind in (*IMAGE_PARTS, "inline_data", "inlineData"):
             own = {key: value for key, value in part.items() if key not in ("type", "text")}
-            self._place(source_of(own.get("inline_data") or own.get("inlineData") or own))
+            index = own.get("index")  # of the column, from 0
+            number = index + 1 if isinstance(index, int) and not isinstance(index, bool) else None
+            self._place(source_of(own.get("inline_data") or own.get("inlineData") or own), number)
             return {"type": "image"}
         if kind in VIDEO_PARTS:
             own = source_of(next((part[key] for key in VIDEO_PARTS if is_present(part.get(key))), None))

@@ -77,11 +77,11 @@ def read_picture(pictures: Pictures, source: Any, notes: Counter[str]) -> tuple[
 def with_sizes(made: dict[str, Any], before: list[Size | None], notes: Counter[str]) -> dict[str, Any]:
     """A record with objects whose pictures were made smaller: their numbers stay, and `objects_size`, of several pictures each object's
     `size`, says what they refer to."""
-    if not made.get("objects") or not any(before) or "objects_size" in made:
+    if not made.get("objects") or not any(before):
         return made
-    if len(before) == 1:
+    if "objects_size" in made or len(before) == 1:
         notes["sized"] += 1
-        return {**made, "objects_size": list(before[0] or ())}
+        return {"objects_size": list(before[0] or ()), **made}
     objects = made["objects"]
     if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
         raise BadSample("'objects' of several pictures that are made smaller; expected a list of {bbox | point | polygon, label, image}")

@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vlm_dist.data.boxes import Marked, Orientation, are_objects, read_objects
+from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, read_objects, unread_object_keys
 from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
 from vlm_dist.data.layout_turns import looks_like_turns
 from vlm_dist.data.layout_values import is_present, shown
 from vlm_dist.data.layouts import canonical
-from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, text_of, unread_keys
+from vlm_dist.data.messages import WEIGHTS, check_messages, line_breaks_lost, read_messages, text_of, unread_keys
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
 from vlm_dist.data.placing import asked_for, check_placeholders, placeholders_of, size_of
 from vlm_dist.data.tally import Note
@@ -145,6 +146,9 @@ def picture_members(raw: dict[str, Any]) -> list[str]:
 def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
     """The JSON in the one form of records (layouts.py); as it is beside a text of its own."""
     record = open_record(raw)
+    for key in WEIGHTS:
+        if isinstance(value := record.get(key), bool | int | float) and not value:
+            raise BadSample(f"json: '{key}' of the whole record is {str(value).lower()}: not learnt from, as it says")
     if not record or ("messages" not in record and "conversations" not in record and any(name in raw for name in TEXT_MEMBERS)):
         return record
     try:
@@ -238,9 +242,16 @@ def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
     notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name) and not is_of_video(name)}
     known = METADATA | VIDEO_KEYS if has_videos(raw) else METADATA
+    known = known | set(FORMATS) if record.get("objects") else known
+    pictures = defaultdict(list)
+    for name in picture_members(raw):
+        pictures[int((PICTURE_MEMBER.fullmatch(name) or [0, 0])[1] or 0)].append(f".{name}")
+    notes |= {("pictures", " and ".join(names)) for names in pictures.values() if len(names) > 1}
     notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in known and value is not None}
     if (objects := record.get("objects")) and not are_objects(objects):
         notes.add(("key", f"objects ({NO_OBJECTS})"))
+    elif objects:
+        notes |= {("object key", key) for key in unread_object_keys(objects)}
     elif not objects and (found := next((one for one in PLACEHOLDERS if one.encode() in raw.get("json", b"")), None)):
         notes.add(("placeholder", found))
     if line_breaks_lost(record.get("messages") or ()):

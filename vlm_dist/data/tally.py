@@ -12,6 +12,8 @@ Note = tuple[str, str]
 
 KINDS = {
     "key": "keys of the JSON that nothing reads",
+    "object key": "keys of objects that nothing reads",
+    "pictures": "pictures of one number, taken by the names of their endings",
     "turn key": "keys of a turn that nothing reads",
     "member": "files beside a sample that nothing reads",
     "placeholder": "placeholders of objects in samples that have none, which stay text",
