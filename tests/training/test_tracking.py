@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +116,7 @@ def test_two_runs_of_one_name_are_two_and_a_restart_is_one(settings, tmp_path, m
     ids = [json.loads((run / "tracking.json").read_text())["wandb"]["id"] for run in (first, second)]
     assert ids[0] != ids[1]
     (first / "summary.json").unlink()
+    time.sleep(1.1)  # W&B's folder of an offline run is named by the second
     start(settings, tmp_path, wandb="offline")
     runs = [record.run for record in records_of(first) if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {ids[0]} and [run.job_type for run in runs] == ["train", "resume"]
