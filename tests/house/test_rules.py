@@ -168,3 +168,14 @@ def test_only_one_module_imports_trl():
 
 def test_our_kernels_folder_is_no_package_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_weights_caches_or_results_of_runs_are_tracked():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    told = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = [name for name in told.split("\0") if name and (ROOT / name).is_file()]
+    assert len(tracked) > 400
+    assert not [name for name in tracked if name.startswith(("outputs/", "runs/", "data/", ".cache/"))]
+    assert not [name for name in tracked if name.endswith((".safetensors", ".bin", ".pt", ".gguf", ".tar", ".whl"))]
+    assert not [name for name in tracked if (ROOT / name).stat().st_size > 400_000]
