@@ -36,6 +36,7 @@ def verdict(seen: dict[str, Any], grey: dict[str, Any], summary: dict[str, Any],
         "standard_errors_above_chance": round(above, 1), "by_kind": {
             kind: {"held_out": value, "no_picture": grey["by_kind"].get(kind)} for kind, value in sorted(seen["by_kind"].items())
         }, "before": summary.get("eval", {}).get("before"), "steps": summary.get("step", len(steps)),
+        "training_s": summary.get("wall_s"),
         "loss": [round(steps[0]["loss"], 3), round(sum(line["loss"] for line in steps[-20:]) / len(steps[-20:]), 3)] if steps else None,
     }  # fmt: skip
 

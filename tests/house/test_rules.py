@@ -173,8 +173,10 @@ def test_our_kernels_folder_is_no_package_of_that_name():
 def test_no_weights_caches_or_results_of_runs_are_tracked():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    told = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    tracked = [name for name in told.split("\0") if name and (ROOT / name).is_file()]
+    told = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if told.returncode:
+        pytest.skip(f"git does not list this checkout: {told.stderr.strip()}")
+    tracked = [name for name in told.stdout.split("\0") if name and (ROOT / name).is_file()]
     assert len(tracked) > 400
     assert not [name for name in tracked if name.startswith(("outputs/", "runs/", "data/", ".cache/"))]
     assert not [name for name in tracked if name.endswith((".safetensors", ".bin", ".pt", ".gguf", ".tar", ".whl"))]
