@@ -12,6 +12,7 @@ $python scripts/cli_page.py
 $python scripts/layouts_page.py
 $python scripts/testing_page.py
 $python scripts/benchmarks_page.py
+$python scripts/gpu_page.py
 $python scripts/draw_architecture.py
 case "${1:-build}" in
     build) $python -m mkdocs build --strict ;;

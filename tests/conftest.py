@@ -66,7 +66,9 @@ def _poison_fresh_memory(monkeypatch):
 
     def poisoned(*size, **options):
         tensor = empty(*size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
+        if tensor.is_floating_point() and tensor.device.type == "cpu":
+            tensor.detach().fill_(float("nan"))
+        return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
 

@@ -18,7 +18,7 @@ import pytest
 
 import vlm_dist
 import vlm_kernels
-from scripts import benchmarks_page, cli_page, draw_architecture, testing_page
+from scripts import benchmarks_page, cli_page, draw_architecture, gpu_page, testing_page
 from tests.browser import browser
 from tests.conftest import ROOT, child_environment
 from vlm_dist.cli.main import build_parser
@@ -34,6 +34,7 @@ DOCS = ROOT / "docs"
         (benchmarks_page.page, "benchmarks/README.md", "benchmarks_page.py"),
         (draw_architecture.draw, "architecture.svg", "draw_architecture.py"),
         (testing_page.page, "testing.md", "testing_page.py"),
+        (lambda: gpu_page.page(gpu_page.PAGE.read_text(encoding="utf-8")), "gpu.md", "gpu_page.py"),
     ],
 )
 def test_made_pages_are_those_that_the_code_makes(made, page, script):

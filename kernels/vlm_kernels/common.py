@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ def source_of(x: torch.Tensor) -> Source | None:
     return None if known is None else (known[0], tuple(tensor.detach() for tensor in known[1]))
 
 
+@functools.cache
 def row_block(columns: int) -> tuple[int, int]:
     """(BLOCK, num_warps) of a program that holds a whole row.
 

@@ -23,6 +23,8 @@ import triton.language as tl
 
 from vlm_kernels import reference
 from vlm_kernels.common import Compilation, as_rows, check_same_shape, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import operation
 
 BLOCK = 1024
 
@@ -67,13 +69,13 @@ def _backward_kernel(
         tl.store(Y + row * N + columns, (gelu * up).to(Y.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("vlm_kernels::geglu", mutates_args=())
+@operation("geglu")
 def _geglu(gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> torch.Tensor:
     rows, ups = as_rows(gate), as_rows(up)
     M, N = rows.shape
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if gate.numel():
-        _forward_kernel[(M, triton.cdiv(N, BLOCK))](rows, ups, y, rows.stride(0), ups.stride(0), N, TANH=tanh, BLOCK=BLOCK)
+        launch(_forward_kernel, (M, triton.cdiv(N, BLOCK)), rows, ups, y, rows.stride(0), ups.stride(0), N, TANH=tanh, BLOCK=BLOCK)
     return y
 
 
@@ -82,7 +84,7 @@ def _(gate, up, tanh):
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-@torch.library.custom_op("vlm_kernels::geglu_backward", mutates_args=())
+@operation("geglu_backward")
 def _geglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> tuple[torch.Tensor, torch.Tensor]:
     rows, ups, dy = as_rows(gate), as_rows(up), dy.contiguous()
     M, N = rows.shape
@@ -90,7 +92,7 @@ def _geglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tanh
     if gate.numel():
         grid = (M, triton.cdiv(N, BLOCK))
         strides = rows.stride(0), ups.stride(0), N
-        _backward_kernel[grid](dy, rows, ups, dgate, dup, dy, *strides, N, TANH=tanh, WITH_Y=False, BLOCK=BLOCK)
+        launch(_backward_kernel, grid, dy, rows, ups, dgate, dup, dy, *strides, N, TANH=tanh, WITH_Y=False, BLOCK=BLOCK)
     return dgate, dup
 
 
@@ -128,7 +130,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, *, tanh: bool = True) -> torch.T
     return _geglu(gate, up, tanh) if runs_kernel(gate) else reference.geglu(gate, up, tanh=tanh)
 
 
-@torch.library.custom_op("vlm_kernels::geglu_gradients", mutates_args=())
+@operation("geglu_gradients")
 def _geglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> tuple[torch.Tensor, torch.Tensor]:
     M, N = gate.shape
     dy = dy.contiguous()
@@ -136,7 +138,7 @@ def _geglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tan
     if gate.numel():
         grid = (M, triton.cdiv(N, BLOCK))
         strides = gate.stride(0), up.stride(0), 2 * N
-        _backward_kernel[grid](dy, gate, up, both, both[:, N:], y, *strides, N, TANH=tanh, WITH_Y=True, BLOCK=BLOCK)
+        launch(_backward_kernel, grid, dy, gate, up, both, both[:, N:], y, *strides, N, TANH=tanh, WITH_Y=True, BLOCK=BLOCK)
     return both, y
 
 

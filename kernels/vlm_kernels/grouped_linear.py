@@ -23,6 +23,8 @@ import triton.language as tl
 
 from vlm_kernels import reference
 from vlm_kernels.common import AMPERE, INTERPRETED, Compilation, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import operation
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def _in_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("vlm_kernels::grouped_linear", mutates_args=())
+@operation("grouped_linear")
 def _linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, transposed: bool) -> torch.Tensor:
     (S, K), G, N = x.shape, len(weight), weight.shape[2 if transposed else 1]
     x, weight = _in_rows(x), weight.contiguous()
@@ -121,8 +123,20 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, transpo
     if y.numel():
         blocks = linear_blocks(S, G, N, K, x.itemsize)
         tiles = S // blocks["BLOCK_M"] + min(G, S)
-        _linear_kernel[(tiles * triton.cdiv(N, blocks["BLOCK_N"]),)](
-            x, weight, counts, y, G, N, K, x.stride(0), TRANSPOSED=transposed, **blocks, INTERPRETED_DOT=INTERPRETED
+        launch(
+            _linear_kernel,
+            (tiles * triton.cdiv(N, blocks["BLOCK_N"]),),
+            x,
+            weight,
+            counts,
+            y,
+            G,
+            N,
+            K,
+            x.stride(0),
+            TRANSPOSED=transposed,
+            **blocks,
+            INTERPRETED_DOT=INTERPRETED,
         )
     return y
 
@@ -132,7 +146,7 @@ def _(x, weight, counts, transposed):
     return torch.empty((len(x), weight.shape[2 if transposed else 1]), dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("vlm_kernels::grouped_outer", mutates_args=())
+@operation("grouped_outer")
 def _outer(left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     G, N, K = len(counts), left.shape[1], right.shape[1]
     left, right = _in_rows(left), _in_rows(right)
@@ -140,7 +154,8 @@ def _outer(left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor) -> tor
     if y.numel():
         blocks = outer_blocks(G, N, K, left.itemsize)
         programs = G * triton.cdiv(N, blocks["BLOCK_N"]) * triton.cdiv(K, blocks["BLOCK_K"])
-        _outer_kernel[(programs,)](
+        launch(
+            _outer_kernel, (programs,),
             left, right, counts, y, G, N, K, left.stride(0), right.stride(0), **blocks, INTERPRETED_DOT=INTERPRETED
         )  # fmt: skip
     return y

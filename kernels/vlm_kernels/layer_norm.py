@@ -19,6 +19,8 @@ import triton.language as tl
 
 from vlm_kernels import reference
 from vlm_kernels.common import Compilation, as_rows, programs_for, row_block, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import operation
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _backward_kernel(DY, X, W, MEAN, RSTD, DX, DW, DB, M, x_stride, N, WITH_DW: 
         tl.store(DB + program.to(tl.int64) * N + columns, db, mask=inside)
 
 
-@torch.library.custom_op("vlm_kernels::layer_norm", mutates_args=())
+@operation("layer_norm")
 def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = as_rows(x)
     M, N = rows.shape
@@ -71,7 +73,7 @@ def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: 
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
         block, warps = row_block(N)
-        _forward_kernel[(M,)](rows, weight, bias, y, mean, rstd, rows.stride(0), N, eps, BLOCK=block, num_warps=warps)
+        launch(_forward_kernel, (M,), rows, weight, bias, y, mean, rstd, rows.stride(0), N, eps, BLOCK=block, num_warps=warps)
     return y, mean, rstd
 
 
@@ -81,7 +83,7 @@ def _(x, weight, bias, eps):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("vlm_kernels::layer_norm_backward", mutates_args=())
+@operation("layer_norm_backward")
 def _layer_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, with_dw: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,8 +95,23 @@ def _layer_norm_backward(
     partial = torch.zeros((2, programs, N) if with_dw else (2, 0, N), dtype=torch.float32, device=x.device)
     if x.numel():
         block, warps = row_block(N)
-        _backward_kernel[(programs,)](
-            dy, rows, weight, mean, rstd, dx, partial[0], partial[1], M, rows.stride(0), N, WITH_DW=with_dw, BLOCK=block, num_warps=warps
+        launch(
+            _backward_kernel,
+            (programs,),
+            dy,
+            rows,
+            weight,
+            mean,
+            rstd,
+            dx,
+            partial[0],
+            partial[1],
+            M,
+            rows.stride(0),
+            N,
+            WITH_DW=with_dw,
+            BLOCK=block,
+            num_warps=warps,
         )
     if not with_dw:
         return dx, weight.new_empty(0), weight.new_empty(0)

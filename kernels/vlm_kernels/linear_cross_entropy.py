@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 
 from vlm_kernels.common import Compilation, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import operation
 from vlm_kernels.reference import IGNORED
 
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 16 << 20}
@@ -82,7 +84,8 @@ def _row_losses(
     if runs_kernel(logits):
         loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         block = min(4096, triton.next_power_of_2(logits.shape[1]))
-        _row_kernel[(len(logits),)](
+        launch(
+            _row_kernel, (len(logits),),
             logits, labels, loss, logits.shape[1], logits.stride(0), smoothing, z_loss, softcap or 1.0, HAS_CAP=softcap > 0,
             WITH_GRAD=with_grad, BLOCK=block, num_warps=8,
         )  # fmt: skip
@@ -118,7 +121,7 @@ def workspace_bytes(rows: int, weight: torch.Tensor, kind: str = "cuda") -> int:
     return chunk + (4 * weight.numel() if weight.requires_grad else 0)
 
 
-@torch.library.custom_op("vlm_kernels::linear_cross_entropy", mutates_args=())
+@operation("linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, smoothing: float, z_loss: float,
     softcap: float, with_grad: bool, with_dw: bool, known: torch.Tensor | None,

@@ -24,6 +24,8 @@ import triton.language as tl
 
 from vlm_kernels import reference
 from vlm_kernels.common import Compilation, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import Operation, bytes_of, operation
 
 BLOCK = 1024  # bytes of codes a program reads
 
@@ -56,7 +58,7 @@ def _kernel(
     tl.store(W + weight, tl.interleave(high, low).to(W.dtype.element_ty), mask=weight < num_weights)
 
 
-@torch.library.custom_op("vlm_kernels::nf4_dequantize", mutates_args=())
+@operation("nf4_dequantize")
 def _nf4_dequantize(
     codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, scale_table: torch.Tensor | None, outer: torch.Tensor | None,
     offset: torch.Tensor | None, shape: list[int], dtype: torch.dtype, blocksize: int, outer_blocksize: int,
@@ -70,16 +72,17 @@ def _write(
     codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, scale_table: torch.Tensor | None, outer: torch.Tensor | None,
     offset: torch.Tensor | None, w: torch.Tensor, blocksize: int, outer_blocksize: int,
 ) -> None:  # fmt: skip
-    codes = codes.contiguous().view(torch.uint8).flatten()
+    codes = bytes_of(codes)
     if w.numel():
         nested = scale_table is not None
-        _kernel[(triton.cdiv(codes.numel(), BLOCK),)](
+        launch(
+            _kernel, (triton.cdiv(codes.numel(), BLOCK),),
             codes, absmax, table, scale_table if nested else table, outer if nested else table, offset if nested else table, w,
             codes.numel(), w.numel(), BLOCKSIZE=blocksize, OUTER_BLOCK=outer_blocksize, NESTED=nested, BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-_nf4_dequantize_into = torch.library.custom_op("vlm_kernels::nf4_dequantize_into", _write, mutates_args={"w"})
+_nf4_dequantize_into = Operation("nf4_dequantize_into", _write, {"w"})
 
 
 @_nf4_dequantize_into.register_fake
@@ -107,7 +110,7 @@ def nf4_dequantize(
         w: [N, K], the `state.shape`, in that dtype.
     """
     nested = state.state2 if state.nested else None
-    if not runs_kernel(codes):
+    if not runs_kernel(state.absmax):
         absmax = state.absmax
         if nested is not None:
             absmax = reference.nested_absmax(absmax, state.offset, nested.code, nested.absmax, nested.blocksize)

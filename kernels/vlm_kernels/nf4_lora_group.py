@@ -93,15 +93,19 @@ class Reading:
     layers: Sequence[Layer]
     p: float
     seeds: Sequence[int]
+    below: int = 0
+    """Rows of zeros below each weight, where there are several, as high."""
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[N, K]: their weights above one another."""
         if len(self.layers) == 1:
             return nf4_dequantize(self.layers[0].codes, self.layers[0].state, dtype)
-        widths = [layer.width for layer in self.layers]
-        W = torch.empty((sum(widths), self.layers[0].A.shape[1]), dtype=dtype, device=self.layers[0].codes.device)
-        for layer, part in zip(self.layers, W.split(widths), strict=True):
-            nf4_dequantize(layer.codes, layer.state, out=part)
+        heights = [layer.width + self.below for layer in self.layers]
+        W = torch.empty((sum(heights), self.layers[0].A.shape[1]), dtype=dtype, device=self.layers[0].state.absmax.device)
+        for layer, part in zip(self.layers, W.split(heights), strict=True):
+            nf4_dequantize(layer.codes, layer.state, out=part[: layer.width])
+        if self.below:
+            W.view(len(heights), heights[0], -1)[:, -self.below :].zero_()
         return W
 
     def down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -160,29 +164,32 @@ class Reading:
         return h.split([layer.rank for layer in self.layers], dim=1)
 
 
-def biases_of(layers: Sequence[Layer], dtype: torch.dtype) -> torch.Tensor | None:
-    """[N], if they have any."""
+def biases_of(layers: Sequence[Layer], dtype: torch.dtype, below: int = 0) -> torch.Tensor | None:
+    """[N], if they have any; with so many zeros behind each."""
     if all(layer.bias is None for layer in layers):
         return None
-    parts = [layer.codes.new_zeros(layer.width, dtype=dtype) if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+    parts = [layer.A.new_zeros(layer.width, dtype=dtype) if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+    if below:
+        nothing = parts[0].new_zeros(below)
+        parts = [piece for part in parts for piece in (part, nothing)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, source: Source | None, reading: Reading, copies: Copies, *factors):
-        count = len(reading.layers)
+        count, rows = len(reading.layers), x.reshape(-1, x.shape[-1])
         narrow = copies.of(factors, x.dtype)
         As, Bs = narrow[:count], narrow[count:]
         ys = []
         for layer in reading.layers:
             W = nf4_dequantize(layer.codes, layer.state, x.dtype)
             ys.append(torch.nn.functional.linear(x, W, biases_of([layer], x.dtype)))
-        h = reading.down(x, stacked(As))
-        reading.up(ys, h, Bs)
+        h = reading.down(rows, stacked(As))
+        reading.up([y.view(len(rows), -1) for y in ys], h, Bs)
         ctx.make, kept = source or (None, (x,))
         ctx.save_for_backward(h, *kept)
-        ctx.reading, ctx.narrow, ctx.factors = reading, narrow, factors
+        ctx.reading, ctx.narrow, ctx.factors, ctx.shape = reading, narrow, factors, x.shape
         return tuple(ys)
 
     @staticmethod
@@ -190,10 +197,12 @@ class _Group(torch.autograd.Function):
         h, *kept = ctx.saved_tensors
         reading, count = ctx.reading, len(ctx.reading.layers)
         gradients = side_by_side(ctx.factors, h.dtype)
-        x = ctx.make(*kept).reshape(len(h), -1) if ctx.make else kept[0]
+        x = (ctx.make(*kept) if ctx.make else kept[0]).reshape(len(h), -1)
+        dys = [dy.reshape(len(h), -1) for dy in dys]
         sides = ctx.narrow[:count], ctx.narrow[count:], gradients[:count], gradients[count:]
         dx = reading.backward(dys, torch.cat(dys, dim=1) if count > 1 else dys[0], x, h, *sides, ctx.needs_input_grad[0])
         back = given_back(gradients, ctx.factors)
+        dx = dx if dx is None else dx.view(ctx.shape)
         return dx, None, None, None, *(one if needed else None for one, needed in zip(back, ctx.needs_input_grad[4:], strict=True))
 
 
@@ -212,12 +221,10 @@ def nf4_lora_group(x: torch.Tensor, layers: Sequence[Layer], copies: Copies, *, 
         ValueError: shapes do not fit.
     """
     check_layers("nf4_lora_group", x.shape[-1], layers)
-    rows = x.reshape(-1, x.shape[-1])
     reading = Reading(layers, dropout, [draw_seed(dropout) for _ in layers])
     factors = [layer.A for layer in layers] + [layer.B for layer in layers]
     with torch.autocast(x.device.type, enabled=False):
-        ys = _Group.apply(rows, source_of(x), reading, copies, *factors)
-    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return _Group.apply(x, source_of(x), reading, copies, *factors)
 
 
 def check_layers(name: str, width: int, layers: Sequence[Layer]) -> None:

@@ -8,8 +8,9 @@
     FLOPs     2 M N K + 2 M r (K + N) forward; twice that backward with dx, without dW
     backward  g = s dy B;  dx = dy W + m (g A),  dA = g^T (m x),  dB = s dy^T h
 
-A large batch dequantises W to a buffer and multiplies by cuBLAS; up to SMALL rows (generation) go through one kernel that dequantises
-tile by tile: W is then read in 4 bit and never written. Cards before Ampere (compute capability 8.0) take the first way for all of them.
+A large batch dequantises W to a buffer and multiplies by cuBLAS. Up to SMALL rows (generation) go through bitsandbytes' product on a card:
+W is then read in 4 bit and never written. (A kernel of our own for it took three to nine times as long on an H200:
+docs/benchmarks/gpu/h200/pieces.json.)
 """
 
 from __future__ import annotations
@@ -21,43 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vlm_kernels.common import AMPERE, INTERPRETED, Compilation, is_counted, multiplies_tiles, runs_kernel, triton_type
-from vlm_kernels.nf4_dequantize import block_scale, nf4_dequantize
+from vlm_kernels.common import Compilation, is_counted, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.nf4_dequantize import nf4_dequantize
 
 SMALL = 16
-"""Rows up to which the fused kernel runs: one tile of the tensor cores."""
-TILE = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}
-
-
-@triton.jit
-def _small_batch_kernel(
-    X, CODES, ABSMAX, TABLE, SCALE_TABLE, OUTER, OFFSET, Y, M, N, K, x_stride, BLOCKSIZE: tl.constexpr, OUTER_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED_DOT: tl.constexpr,
-):  # fmt: skip
-    """y = x W^T for up to BLOCK_M rows: each program makes BLOCK_N columns of y."""
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    offset = tl.load(OFFSET)
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        x = tl.load(X + rows[:, None] * x_stride + columns[None, :], mask=(rows[:, None] < M) & (columns[None, :] < K), other=0.0)
-        pair_column = start // 2 + tl.arange(0, BLOCK_K // 2)
-        inside = (outputs[:, None] < N) & (pair_column[None, :] < K // 2)
-        pair = tl.load(CODES + outputs[:, None].to(tl.int64) * (K // 2) + pair_column[None, :], mask=inside, other=0).to(tl.int32)
-        values = tl.interleave(tl.load(TABLE + (pair >> 4)), tl.load(TABLE + (pair & 15)))
-        block = start // BLOCKSIZE + tl.arange(0, BLOCK_K // BLOCKSIZE)
-        inside = (outputs[:, None] < N) & (block[None, :] < K // BLOCKSIZE)
-        block = outputs[:, None].to(tl.int64) * (K // BLOCKSIZE) + block[None, :]
-        scale = block_scale(ABSMAX, SCALE_TABLE, OUTER, offset, block, inside, OUTER_BLOCK, NESTED)
-        tile = tl.reshape(values, (BLOCK_N, BLOCK_K // BLOCKSIZE, BLOCKSIZE)) * scale[:, :, None]
-        w = tl.reshape(tile, (BLOCK_N, BLOCK_K)).to(x.dtype)
-        if INTERPRETED_DOT:  # the interpreter multiplies bfloat16 as if it were integers
-            total += tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32))
-        else:
-            total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
-    inside = (rows[:, None] < M) & (outputs[None, :] < N)
-    tl.store(Y + rows[:, None] * N + outputs[None, :], total.to(Y.dtype.element_ty), mask=inside)
+"""Rows up to which W is read in 4 bit: one tile of the tensor cores."""
 
 
 @triton.jit
@@ -79,7 +49,7 @@ def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     y = torch.empty_like(x)
     if is_counted(x):
         return y
-    _dropout_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, seed, x.numel(), p, BLOCK=1024)
+    launch(_dropout_kernel, (triton.cdiv(x.numel(), 1024),), x, y, seed, x.numel(), p, BLOCK=1024)
     return y
 
 
@@ -118,21 +88,11 @@ class _NF4LoraLinear(torch.autograd.Function):
 
 def _base(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
     """x W^T."""
-    N, K = state.shape
-    fits = x.numel() > 0 and len(x) <= SMALL and K % state.blocksize == 0 and state.blocksize <= TILE["BLOCK_K"]
-    if not fits or not runs_kernel(x) or is_counted(x) or not multiplies_tiles(x):
-        return torch.nn.functional.linear(x, nf4_dequantize(codes, state, x.dtype))
-    nested = state.state2 if state.nested else None
-    more = (nested.code, nested.absmax, state.offset) if nested is not None else (state.code, state.code, state.code)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = torch.empty((len(x), N), dtype=x.dtype, device=x.device)
-    packed = codes.contiguous().view(torch.uint8).flatten()
-    _small_batch_kernel[(triton.cdiv(N, TILE["BLOCK_N"]),)](
-        x, packed, state.absmax, state.code, *more, y, len(x), N, K, x.stride(0), BLOCKSIZE=state.blocksize,
-        OUTER_BLOCK=nested.blocksize if nested is not None else 1, NESTED=nested is not None, **TILE, INTERPRETED_DOT=INTERPRETED,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return y
+    if x.is_cuda and 0 < len(x) <= SMALL and not is_counted(x):
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(x.detach(), codes, state)
+    return torch.nn.functional.linear(x, nf4_dequantize(codes, state, x.dtype))
 
 
 def nf4_lora_linear(
@@ -173,15 +133,7 @@ def draw_seed(dropout: float) -> int:
 
 
 def compilations() -> Iterator[Compilation]:
-    """The small-batch kernel at real layers, and dropout."""
+    """Dropout."""
     bf16 = triton_type(torch.bfloat16)
-    for N, K in ((4096, 4096), (18944, 3584), (3584, 18944), (28672, 8192)):
-        for nested in (True, False):
-            pointers = {"X": bf16, "CODES": "*u8", "ABSMAX": "*u8" if nested else "*fp32", "TABLE": "*fp32",
-                        "SCALE_TABLE": "*fp32", "OUTER": "*fp32", "OFFSET": "*fp32", "Y": bf16, "M": "i32", "N": "i32",
-                        "K": "i32", "x_stride": "i32"}  # fmt: skip
-            constants = {"BLOCKSIZE": 64, "OUTER_BLOCK": 256, "NESTED": nested, **TILE, "INTERPRETED_DOT": False}
-            options = {"enable_fp_fusion": False}
-            yield Compilation(_small_batch_kernel, f"{K} to {N}", pointers, constants, options=options, least=AMPERE)
     pointers = {"X": bf16, "Y": bf16, "seed": "i32", "n": "i64", "p": "fp32"}
     yield Compilation(_dropout_kernel, "any input", pointers, {"BLOCK": 1024})

@@ -25,6 +25,8 @@ import triton.language as tl
 
 from vlm_kernels import reference
 from vlm_kernels.common import Compilation, as_rows, check_same_shape, programs_for, remember, row_block, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import operation
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def _backward_kernel(
         tl.store(DW + program.to(tl.int64) * N + columns, dw, mask=inside)
 
 
-@torch.library.custom_op("vlm_kernels::rms_norm", mutates_args=())
+@operation("rms_norm")
 def _rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float, multiply_wide: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -88,7 +90,8 @@ def _rms_norm(
     if x.numel():
         more = as_rows(residual) if residual is not None else rows
         block, warps = row_block(N)
-        _forward_kernel[(M,)](
+        launch(
+            _forward_kernel, (M,),
             rows, more, weight, y, s, rstd, rows.stride(0), more.stride(0), N, eps, offset,
             HAS_RESIDUAL=residual is not None, WIDE=multiply_wide, BLOCK=block, num_warps=warps,
         )  # fmt: skip
@@ -103,7 +106,7 @@ def _(x, residual, weight, eps, offset, multiply_wide):
     return x.new_empty(x.shape, dtype=dtype), s, x.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("vlm_kernels::rms_norm_backward", mutates_args=())
+@operation("rms_norm_backward")
 def _rms_norm_backward(
     dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, offset: float, with_dw: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +119,8 @@ def _rms_norm_backward(
     partial = torch.zeros((programs, N) if with_dw else (0, N), dtype=torch.float32, device=s.device)
     if s.numel():
         block, warps = row_block(N)
-        _backward_kernel[(programs,)](
+        launch(
+            _backward_kernel, (programs,),
             dy, dy if ds is None else ds, rows, weight, rstd, dx, partial, M, rows.stride(0), N, offset,
             HAS_DS=ds is not None, WITH_DW=with_dw, BLOCK=block, num_warps=warps,
         )  # fmt: skip

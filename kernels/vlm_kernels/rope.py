@@ -23,6 +23,8 @@ import triton.language as tl
 
 from vlm_kernels import reference
 from vlm_kernels.common import Compilation, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import operation
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def _blocks(heads: int, rotated: int, head_dim: int) -> dict[str, int]:
     }
 
 
-@torch.library.custom_op("vlm_kernels::rope", mutates_args=())
+@operation("rope")
 def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, axis: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +88,8 @@ def _rope(
     qy, ky = torch.empty_like(q), torch.empty_like(k)
     B, H, T, D = q.shape
     if q.numel():
-        _kernel[(B * T,)](
+        launch(
+            _kernel, (B * T,),
             q, k, qy, ky, cos, sin, axis, T, *q.stride()[:3], *k.stride()[:3], *qy.stride()[:3], *ky.stride()[:3],
             cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0,
             H=H, KH=k.shape[1], D=D, HALF=cos.shape[-1] // 2, INVERSE=inverse, **_blocks(H, cos.shape[-1], D),

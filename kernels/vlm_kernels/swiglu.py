@@ -19,6 +19,8 @@ import triton.language as tl
 
 from vlm_kernels import reference
 from vlm_kernels.common import Compilation, as_rows, check_same_shape, runs_kernel, triton_type
+from vlm_kernels.launch import launch
+from vlm_kernels.operation import operation
 
 BLOCK = 1024
 
@@ -52,13 +54,13 @@ def _backward_kernel(
         tl.store(Y + row * N + columns, (gate * sigmoid * up).to(Y.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("vlm_kernels::swiglu", mutates_args=())
+@operation("swiglu")
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     rows, ups = as_rows(gate), as_rows(up)
     M, N = rows.shape
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if gate.numel():
-        _forward_kernel[(M, triton.cdiv(N, BLOCK))](rows, ups, y, rows.stride(0), ups.stride(0), N, BLOCK=BLOCK)
+        launch(_forward_kernel, (M, triton.cdiv(N, BLOCK)), rows, ups, y, rows.stride(0), ups.stride(0), N, BLOCK=BLOCK)
     return y
 
 
@@ -67,14 +69,14 @@ def _(gate, up):
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-@torch.library.custom_op("vlm_kernels::swiglu_backward", mutates_args=())
+@operation("swiglu_backward")
 def _swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, ups, dy = as_rows(gate), as_rows(up), dy.contiguous()
     M, N = rows.shape
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if gate.numel():
         grid = (M, triton.cdiv(N, BLOCK))
-        _backward_kernel[grid](dy, rows, ups, dgate, dup, dy, rows.stride(0), ups.stride(0), N, N, WITH_Y=False, BLOCK=BLOCK)
+        launch(_backward_kernel, grid, dy, rows, ups, dgate, dup, dy, rows.stride(0), ups.stride(0), N, N, WITH_Y=False, BLOCK=BLOCK)
     return dgate, dup
 
 
@@ -110,7 +112,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return _swiglu(gate, up) if runs_kernel(gate) else reference.swiglu(gate, up)
 
 
-@torch.library.custom_op("vlm_kernels::swiglu_gradients", mutates_args=())
+@operation("swiglu_gradients")
 def _swiglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     M, N = gate.shape
     dy = dy.contiguous()
@@ -118,7 +120,7 @@ def _swiglu_gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) ->
     if gate.numel():
         grid = (M, triton.cdiv(N, BLOCK))
         strides = gate.stride(0), up.stride(0), 2 * N
-        _backward_kernel[grid](dy, gate, up, both, both[:, N:], y, *strides, N, WITH_Y=True, BLOCK=BLOCK)
+        launch(_backward_kernel, grid, dy, gate, up, both, both[:, N:], y, *strides, N, WITH_Y=True, BLOCK=BLOCK)
     return both, y
 
 

@@ -3,8 +3,10 @@
     python scripts/bench/kernels.py --out docs/benchmarks/kernels_GPU.json
     python scripts/bench/kernels.py --dry-run            # here, on a CPU: small sizes, once each, no claim
 
-For each contender: the median of CUDA-event times over buffers that are rotated, so that the L2 cache does not hold them; the bytes that
-the computation cannot avoid (from the kernels' headers) over that time, as a share of the copy bandwidth measured in the same run.
+For each contender: the median of CUDA-event times of a CUDA graph of it (so that the card's time is measured, not Python's), over buffers
+that are rotated, so that the L2 cache does not hold them; the bytes that the computation cannot avoid (from the kernels' headers) over that
+time, as a share of the copy bandwidth measured in the same run; and `host_us`, how long the host is busy with a call. What asks the card
+in between (`loop`, linear_cross_entropy) cannot be put into a graph, and is timed as it is.
 linear_cross_entropy is compared by time and by peak memory, at 10 %, 50 % and 100 % supervised rows.
 """
 
@@ -31,6 +33,8 @@ from vlm_dist.environment import describe_environment
 from vlm_dist.run_dir import write_json
 from vlm_kernels import reference
 
+ASKING = ("loop",)
+"""Contenders that ask the card how much there is."""
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 
@@ -51,6 +55,33 @@ class Clock:
 
     def __init__(self, device: str, rounds: int):
         self.device, self.rounds = device, rounds
+
+    def host_us(self, call: Callable, inputs: tuple) -> float:
+        """How long the host is busy with a call that has been made before."""
+        times = []
+        for _ in range(self.rounds):
+            begun = time.perf_counter()
+            call(*inputs)
+            times.append(1e6 * (time.perf_counter() - begun))
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        return statistics.median(times)
+
+    def graphs_ms(self, call: Callable, buffers: list[tuple]) -> float:
+        """`median_ms` of a CUDA graph of the call for each of the inputs."""
+        if self.device == "cpu":
+            return self.median_ms(call, buffers)
+        graphs = []
+        for inputs in buffers:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                call(*inputs)
+            torch.cuda.current_stream().wait_stream(beside)
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                call(*inputs)
+        return self.median_ms(lambda graph: graph.replay(), [(graph,) for graph in graphs])
 
     def median_ms(self, call: Callable, buffers: list[tuple]) -> float:
         for inputs in buffers[:2]:
@@ -90,9 +121,9 @@ def random(*shape: int, device: str, grad: bool = False) -> torch.Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_(grad)
 
 
-def liger_functions() -> dict[str, Callable]:
-    """Liger-Kernel's ops by our names; none where it is not installed."""
-    if not HAS_LIGER:
+def liger_functions(device: str) -> dict[str, Callable]:
+    """Liger-Kernel's ops by our names; none where it is not installed, and none on a CPU, where Triton starts nothing."""
+    if not HAS_LIGER or device == "cpu":
         return {}
     from liger_kernel.ops import geglu, layer_norm, rms_norm, rope, swiglu
 
@@ -105,12 +136,12 @@ def liger_functions() -> dict[str, Callable]:
     }
 
 
-def cases(device: str, tokens: int, small: bool) -> Iterator[Case]:
-    liger = liger_functions()
+def cases(device: str, tokens: int, small: bool, compiled: bool) -> Iterator[Case]:
+    liger = liger_functions(device)
 
     def contenders(name: str, ours: Callable, plain: Callable) -> dict[str, Callable]:
         found = {"ours": ours, "torch": plain}
-        if device == "cuda":
+        if compiled:
             found["torch.compile"] = torch.compile(plain)
         return found | ({"liger": liger[name]} if name in liger else {})
 
@@ -200,7 +231,7 @@ def cross_entropy(device: str, tokens: int, small: bool, clock: Clock) -> Iterat
         return torch.nn.functional.cross_entropy((h @ weight.T).float(), labels, ignore_index=-100, reduction="sum")
 
     found: dict[str, Callable] = {"ours": lambda h, labels: vlm_kernels.linear_cross_entropy(h, weight, labels)[0], "torch": plain}
-    if HAS_LIGER:
+    if HAS_LIGER and device == "cuda":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
@@ -241,6 +272,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds for each")
     parser.add_argument("--dry-run", action="store_true", help="small sizes, on whatever is here")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,12 +283,14 @@ def main() -> None:
     bandwidth = copy_bandwidth(device, clock, small)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     rows = []
-    for case in cases(device, 8 if small else arguments.tokens, small):
+    for case in cases(device, 8 if small else arguments.tokens, small, device == "cuda" and not arguments.no_compile):
         row: dict[str, Any] = {"kernel": case.name, "shape": case.shape, "bytes": case.bytes_moved}
         buffers = [case.inputs() for _ in range(2 if small else 4)]
         for name, call in case.contenders.items():
-            milliseconds = clock.median_ms(with_backward(call) if case.backward else call, buffers)
-            row[name] = {"ms": milliseconds, "of_copy_bandwidth": case.bytes_moved / (milliseconds / 1000) / bandwidth}
+            whole = with_backward(call) if case.backward else call
+            milliseconds = clock.median_ms(whole, buffers) if name in ASKING else clock.graphs_ms(whole, buffers)
+            found = {"ms": milliseconds, "of_copy_bandwidth": case.bytes_moved / (milliseconds / 1000) / bandwidth}
+            row[name] = {**found, "host_us": clock.host_us(whole, buffers[0])}
         rows.append(row)
         print_row(row)
     for row in cross_entropy(device, 8 if small else arguments.tokens, small, clock):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from part import PEERS, Part, last_line, run
 
-NEEDED = ("torch", "triton", "transformers", "deepspeed", "bitsandbytes", "peft", "webdataset", "pydantic", "ruamel.yaml", "jinja2", "PIL")
+NEEDED = ("torch", "triton", "transformers", "deepspeed", "bitsandbytes", "peft", "webdataset", "pydantic", "ruamel.yaml", "jinja2", "PIL",
+          "simplejpeg")  # fmt: skip
 
 
 def has(module: str) -> bool:

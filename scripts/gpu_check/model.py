@@ -86,17 +86,24 @@ def trainable(model: Any, family: Family, config: Config, kernels: str, *, check
     return adapted.train(), patches
 
 
-def batch_of(config: Config, processor: Any, rows: int, device: str, *, dry: bool) -> dict[str, torch.Tensor]:
-    """Rows of data.max_seq_length tokens with one picture each."""
+def batch_of(config: Config, processor: Any, rows: int, *, dry: bool) -> dict[str, torch.Tensor]:
+    """Rows of data.max_seq_length tokens with one picture each, as the collator gives them."""
     from vlm_dist.data.encode import Encoder
     from vlm_dist.inputs.workload import assumed, micro_batch
 
     encoder = Encoder(processor, 100_000)
     side = 56 if dry else 896
-    return {name: tensor.to(device) for name, tensor in micro_batch(encoder, assumed(config, encoder, (side, side), 1), rows).items()}
+    return micro_batch(encoder, assumed(config, encoder, (side, side), 1), rows)
 
 
-def packed_batch_of(config: Config, processor: Any, model: Any, device: str, *, dry: bool) -> dict[str, torch.Tensor]:
+def on_device(batch: dict[str, torch.Tensor], model: Any, device: str) -> dict[str, torch.Tensor]:
+    """As training gives it to the model: what it would work out of the integers is worked out before, and stays where it is asked."""
+    from vlm_dist.models.ahead import ahead_rule, placed
+
+    return placed(ahead_rule(model)(batch), torch.device(device))
+
+
+def packed_batch_of(config: Config, processor: Any, model: Any, *, dry: bool) -> dict[str, torch.Tensor]:
     """One row of data.max_seq_length tokens: four samples one behind the other, with a picture of a quarter of the patches each."""
     from vlm_dist.data.collate import collate_packed
     from vlm_dist.data.encode import Encoder
@@ -106,5 +113,4 @@ def packed_batch_of(config: Config, processor: Any, model: Any, device: str, *, 
     encoder = Encoder(processor, 100_000)
     side = 28 if dry else 448
     one = row_of(encoder, assumed(config, encoder, (side, side), 1), config.data.max_seq_length // 4)
-    batch = collate_packed([[one] * 4], processor.tokenizer.pad_token_id, position_rule(model))
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return collate_packed([[one] * 4], processor.tokenizer.pad_token_id, position_rule(model))

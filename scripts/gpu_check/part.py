@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "bitsandbytes", "peft", "accelerate", "trl", "liger-kernel", "unsloth")
 PEERS = {"trl": "trl", "liger": "liger_kernel", "unsloth": "unsloth"}
+
+
+class LeftOut(Exception):
+    """Why something is not measured here."""
 
 
 class Part:
@@ -36,6 +41,7 @@ class Part:
         self.dry: bool = self.arguments.dry_run
         self.checks: list[dict[str, str]] = []
         self.results: dict[str, Any] = {}
+        self.tracebacks: dict[str, str] = {}
         self._begun = time.monotonic()
 
     @property
@@ -60,8 +66,11 @@ class Part:
             return self.find("skipped", name, "no time left in this part")
         try:
             return call()
+        except LeftOut as why:
+            return self.find("skipped", name, why)
         except Exception as error:
             said = str(error).strip().splitlines()
+            self.tracebacks[name] = without_places(traceback.format_exc(limit=-12))
             return self.find("wrong", name, f"{type(error).__name__}: {said[0][:200] if said else ''}")
 
     def write(self) -> None:
@@ -72,10 +81,17 @@ class Part:
             "part": Path(sys.argv[0]).stem, "command": shlex.join(["python", *sys.argv]), "dry_run": self.dry,
             "machine": describe_machine(),
             "seconds": round(time.monotonic() - self._begun, 1), "checks": self.checks, "results": self.results,
-            **more,
+            "tracebacks": self.tracebacks, **more,
         }  # fmt: skip
         self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
         self.arguments.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def without_places(text: str) -> str:
+    """Without where this machine keeps the checkout and its packages."""
+    for place in sorted({str(ROOT), *filter(os.path.isabs, sys.path)}, key=len, reverse=True):
+        text = text.replace(place + os.sep, "")
+    return text
 
 
 @functools.cache

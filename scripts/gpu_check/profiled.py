@@ -3,6 +3,7 @@ which attention ran."""
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import batch_of, configuration, random_model, trainable
+from model import batch_of, configuration, on_device, random_model, trainable
 from part import Part
 
 ATTENTION = ("flash", "fmha", "cutlass", "cudnn", "scaled_dot_product")
@@ -30,16 +31,29 @@ def syncs(call: Callable[[], Any]) -> list[str]:
     return [f"{Path(one.filename).name}:{one.lineno}" for one in told if "synchroniz" in str(one.message)]
 
 
+def timed(part: Part, call: Callable[[], Any]) -> tuple[float, float]:
+    """Median microseconds of a micro-batch, and of the host in it, without a profiler."""
+    whole, host = [], []
+    for _ in range(1 if part.dry else 7):
+        begun = time.perf_counter()
+        call()
+        handed = time.perf_counter()
+        if not part.dry:
+            torch.cuda.synchronize()
+        whole.append(1e6 * (time.perf_counter() - begun))
+        host.append(1e6 * (handed - begun))
+    return statistics.median(whole), statistics.median(host)
+
+
 def profile(part: Part, call: Callable[[], Any]) -> None:
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU] if part.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    wall_us, host_us = timed(part, call)
     with torch.profiler.profile(activities=activities) as profiled:
-        begun = time.perf_counter()
         call()
         if not part.dry:
             torch.cuda.synchronize()
-        wall_us = 1e6 * (time.perf_counter() - begun)
     rows = profiled.key_averages()
     on_card = [row for row in rows if str(row.device_type).endswith("CUDA")]
     busy_us = sum(row.self_device_time_total for row in on_card)
@@ -47,7 +61,8 @@ def profile(part: Part, call: Callable[[], Any]) -> None:
     attention = sorted({row.key[:90] for row in (rows if part.dry else on_card) if any(name in row.key.lower() for name in ATTENTION)})
     slowest = sorted(on_card or rows, key=lambda row: -(row.self_device_time_total or row.self_cpu_time_total))[:25]
     times = [{"name": row.key[:120], "count": row.count, "us": row.self_device_time_total or row.self_cpu_time_total} for row in slowest]
-    part.results["profile"] = {"wall_us": wall_us, "busy_us": busy_us, "launches": launches, "attention": attention, "slowest": times}
+    times_us = {"wall_us": wall_us, "host_us": host_us, "busy_us": busy_us}
+    part.results["profile"] = {**times_us, "launches": launches, "attention": attention, "slowest": times}
     part.judge(bool(attention), "attention", ", ".join(attention)[:200] or "no fused kernel among those that ran", "slow")
     if not part.dry:
         idle = 1 - busy_us / wall_us
@@ -66,7 +81,7 @@ def main() -> None:
         model, processor, family = random_model(folder, part.device, dry=part.dry)
         config = configuration(folder, dry=part.dry)
         model, patches = trainable(model, family, config, "auto", checkpointing=False)
-        batch = batch_of(config, processor, 1, part.device, dry=part.dry)
+        batch = on_device(batch_of(config, processor, 1, dry=part.dry), model, part.device)
         part.results["kernels"] = str(patches)
 
         def micro_batch() -> None:

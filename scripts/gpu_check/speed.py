@@ -7,6 +7,7 @@ counts them, over time and the card's dense bfloat16 peak.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import statistics
 import tempfile
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import batch_of, configuration, packed_batch_of, random_model, trainable
-from part import Part
+from model import batch_of, configuration, on_device, packed_batch_of, random_model, trainable
+from part import LeftOut, Part, version_of
 
-STEPS, WARM = 15, 5
+STEPS, WARM = 10, 3
 PACKED = "4 samples in a row"
-ROWS = {"1 row, recomputed": (1, True), "1 row": (1, False), "4 rows": (4, True), PACKED: (1, False)}
+ROWS = {"1 row, recomputed": (1, True), "4 rows": (4, True), "1 row": (1, False), PACKED: (1, False)}
 
 
 def timed(part: Part, step: Callable[[], Any]) -> dict[str, float]:
@@ -59,7 +60,7 @@ def flops_of_a_row(part: Part, folder: Path, processor: Any) -> int:
         name = str(folder)
         model = {"name": name, "dtype": "bfloat16", "gradient_checkpointing": False}
         config = configuration(folder, dry=part.dry, kernels="off", model=model)
-        batch = batch_of(config, processor, 1, "cpu", dry=part.dry)
+        batch = batch_of(config, processor, 1, dry=part.dry)
         part.results["flops_of_a_row"] = count_micro_batch(config, *read_model_config(config.model, name), torch.bfloat16, batch).flops
     return part.results["flops_of_a_row"]
 
@@ -73,9 +74,10 @@ def ours(part: Part, folder: Path, label: str, kernels: str) -> dict[str, Any]:
     config = configuration(folder, dry=part.dry, kernels=kernels)
     model, patches = trainable(model, family, config, kernels, checkpointing=recomputed)
     if label == PACKED:
-        batch = packed_batch_of(config, processor, model, part.device, dry=part.dry)
+        batch = packed_batch_of(config, processor, model, dry=part.dry)
     else:
-        batch = batch_of(config, processor, rows, part.device, dry=part.dry)
+        batch = batch_of(config, processor, rows, dry=part.dry)
+    batch = on_device(batch, model, part.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=not part.dry)
     labels = int((batch["labels"] != -100).sum())
 
@@ -106,10 +108,15 @@ def by_trl(part: Part, folder: Path, rows: int, recomputed: bool, *, liger: bool
     model, processor, family = random_model(folder, part.device, dry=part.dry)
     config = configuration(folder, dry=part.dry, kernels="off")
     model, _ = trainable(model, family, config, "off", checkpointing=False)
-    batch = {name: tensor.cpu() for name, tensor in batch_of(config, processor, rows, "cpu", dry=part.dry).items()}
+    batch = batch_of(config, processor, rows, dry=part.dry)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
 
+        try:  # it imports what it patches, and not every version has it
+            from liger_kernel.transformers.model import qwen2_5_vl as _  # noqa: F401
+        except ImportError as error:
+            fits = f"liger-kernel {version_of('liger-kernel')} does not go with transformers {version_of('transformers')}"
+            raise LeftOut(f"{fits}: {error}") from error
         apply_liger_kernel_to_qwen2_5_vl(model=model.get_base_model())
     ends: list[float] = []
 
@@ -139,24 +146,26 @@ def by_trl(part: Part, folder: Path, rows: int, recomputed: bool, *, liger: bool
 
 
 def contenders(part: Part) -> Iterator[tuple[str, Callable[[Path], dict[str, Any]] | str]]:
-    """What is measured, or why it is not."""
+    """What is measured, or why it is not; the most important first."""
     chosen = ["1 row", PACKED] if part.dry else list(ROWS)
+    has_trl = importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")
+    has_liger = has_trl and importlib.util.find_spec("liger_kernel") and not part.dry
     for label in chosen:
         rows, recomputed = ROWS[label]
         for kernels in ("auto", "off"):
             yield f"ours, kernels {kernels}, {label}", lambda f, r=label, k=kernels: ours(part, f, r, k)
+        if label != PACKED and has_liger:
+            yield f"TRL + Liger, {label}", lambda f, r=rows, c=recomputed: by_trl(part, f, r, c, liger=True)
+        elif label != PACKED:
+            yield f"TRL + Liger, {label}", "liger_kernel needs to be installed, and a card"
+    for label in chosen:
+        rows, recomputed = ROWS[label]
         if label == PACKED:
             yield f"TRL, {label}", "TRL packs no samples with pictures"
-            continue
-        has_trl = importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")
-        yield f"TRL, {label}", (lambda f, r=rows, c=recomputed: by_trl(part, f, r, c, liger=False)) if has_trl else "trl is not installed"
-        has_liger = has_trl and importlib.util.find_spec("liger_kernel") and not part.dry
-        liger = (
-            (lambda f, r=rows, c=recomputed: by_trl(part, f, r, c, liger=True))
-            if has_liger
-            else "liger_kernel needs to be installed, and a card"
-        )
-        yield f"TRL + Liger, {label}", liger
+        elif has_trl:
+            yield f"TRL, {label}", lambda f, r=rows, c=recomputed: by_trl(part, f, r, c, liger=False)
+        else:
+            yield f"TRL, {label}", "trl is not installed"
     yield "Unsloth", "not installed" if not importlib.util.find_spec("unsloth") else "loads weights from a hub only; measured by hand"
 
 
@@ -171,6 +180,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             found = part.attempt(name, lambda measure=measure, temporary=temporary: measure(Path(temporary)))
+        gc.collect()  # models hold themselves in circles
         if not part.dry:
             torch.cuda.empty_cache()
         if found:

@@ -1,6 +1,6 @@
 """Tiny Qwen2.5-VL and LLaVA trained 4 steps, with evaluation and a checkpoint, in many settings: the losses are the CPU's within 2 %.
 
-In order of importance, while there is time: ZeRO 0 to 3 x {NF4, 16 bit}, then checkpointing, packing, 8-bit AdamW, offload, float16.
+In order of importance, while there is time: ZeRO 0 to 3 x {NF4, 16 bit}, then the options below.
 One run is cut off after its first checkpoint and goes on; one is merged and compared.
 """
 
@@ -24,10 +24,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "": {},
     "checkpointing off": {"model": {"gradient_checkpointing": False}},
     "packed": {"data": {"packing": True}},
+    "float16": {"model": {"dtype": "float16"}},
+    "kernels off": {"kernels": "off"},
     "adamw_8bit": {"optim": {"name": "adamw_8bit"}},
     "offload": {"engine": {"offload": "optimizer"}},
-    "kernels off": {"kernels": "off"},
-    "float16": {"model": {"dtype": "float16"}},
 }  # fmt: skip
 STAGES_OF = {"adamw_8bit": (0,), "offload": (1, 2, 3)}
 

@@ -82,3 +82,19 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # root may write anywhere
     (found,) = doctor._disk(tmp_path / "runs")
     assert found.state == "bad" and str(tmp_path) in found.found and shutil.disk_usage(tmp_path)
+
+
+def test_a_checkout_that_is_not_installed(monkeypatch):
+    """As on a machine that has the packages and no vlm_dist among them: told, and no traceback."""
+    from vlm_dist.checking import doctor
+
+    real = doctor.metadata.requires
+
+    def requires(name):
+        if name == "vlm_dist":
+            raise doctor.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", requires)
+    (check,) = doctor._packages()
+    assert check.state == "warn" and "not installed" in check.found and check.fix == "scripts/setup.sh"

@@ -314,10 +314,11 @@ def test_nf4_lora_group(device, dtype, widths, scales):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", GATES)
-@pytest.mark.parametrize("bias", [True, False])
-def test_nf4_gated_mlp(device, dtype, name, bias):
-    up, of_up, up_whole, up_bias = group_of((128, 128), 64, 4, device, dtype, bias=bias)
-    down, of_down, down_whole, down_bias = group_of((64,), 128, 3, device, dtype, bias=bias)
+@pytest.mark.parametrize(("bias", "width"), [(True, 128), (False, 128), (True, 92), (False, 99)])
+def test_nf4_gated_mlp(device, dtype, name, bias, width):
+    """A width that is no multiple of 8 is filled up inside."""
+    up, of_up, up_whole, up_bias = group_of((width, width), 64, 4, device, dtype, bias=bias)
+    down, of_down, down_whole, down_bias = group_of((64,), width, 3, device, dtype, bias=bias)
     gate, gradients = FUSED[name]
     copies = Copies()
 

@@ -30,6 +30,8 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, str], ...]
     num_warps: int
+    divisible: str
+    """Which arguments were compiled as divisible by 16."""
 
 
 class Launches(list[Launch]):
@@ -59,7 +61,14 @@ class _Launcher:
         constants = {kernel.arg_names[path[0]]: value for path, value in self.source.constants.items()}
         signature = tuple((key, kind) for key, kind in self.source.signature.items() if kind != "constexpr")
         self.launches.append(
-            Launch(name, grid, signature, tuple((key, str(value)) for key, value in constants.items()), self.metadata.num_warps)
+            Launch(
+                name,
+                grid,
+                signature,
+                tuple((key, str(value)) for key, value in constants.items()),
+                self.metadata.num_warps,
+                str(sorted(self.source.attrs.items())),
+            )
         )
         if self.launches.compute and 0 not in grid:
             with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import itertools
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, child_environment
+from tests.pretended.card import pretended_card
+from tests.pretended.launches import pretended_launches
 from vlm_kernels.aot import KERNELS
+from vlm_kernels.launch import launch
+
+swiglu = importlib.import_module("vlm_kernels.swiglu")
 
 
 def jit_kernels() -> set[str]:
-    """Those that are launched: with a grid, in the source."""
+    """Those that are launched, in the source."""
     sources = {name: (ROOT / "kernels" / "vlm_kernels" / f"{name}.py").read_text() for name in KERNELS}
-    return {f"{name}.{kernel}" for name, text in sources.items() for kernel in re.findall(r"^\s+(_\w*kernel)\[", text, re.MULTILINE)}
+    return {f"{name}.{kernel}" for name, text in sources.items() for kernel in re.findall(r"\blaunch\(\s*(_\w*kernel),", text)}
 
 
 @pytest.mark.slow
@@ -33,6 +42,27 @@ def test_every_launch(tmp_path):
     found = json.loads(launched.read_text())
     assert {kernel for kernel, *_ in found} == jit_kernels()
     assert {"*fp32", "*bf16", "*fp16"} <= {kind for _, *kinds in found for kind in kinds}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("rows", "width"), [(3, 64), (3, 65), (1, 64), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_was_compiled_is_found_again(dtype, rows, width, offset):
+    """The kernel that `launch` finds the second time is the one that Triton takes for these arguments: pointers that are aligned or
+    not, numbers that 16 divides or not, and one."""
+    kernel = swiglu._forward_kernel
+    with pretended_card(), pretended_launches() as launches:
+        launches.compute = False
+        others = [torch.zeros(64 * 4 + 1, device="cuda", dtype=kind) for kind in (torch.bfloat16, torch.float32)]
+        for gate, other in itertools.product(others, (64, 63)):
+            launch(kernel, (4, 1), gate, gate, torch.zeros_like(gate), other, other, other, BLOCK=1024)
+        gate = torch.zeros(rows * width + 1, device="cuda", dtype=dtype)[offset:]
+        arguments = gate, gate, torch.zeros_like(gate), width, width, width
+        for _ in range(2):
+            launch(kernel, (rows, 1), *arguments, BLOCK=1024)
+        kernel[(rows, 1)](*arguments, BLOCK=1024)
+    first, again, by_triton = launches[-3:]
+    assert first == again and replace(again, grid=by_triton.grid) == by_triton and again.grid[:2] == by_triton.grid[:2]
 
 
 def test_the_launches_are_seen():

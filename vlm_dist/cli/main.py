@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from vlm_dist import distributed
 from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, init, inspect, plan, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parse(build_parser(), argv)
     quiet_libraries()
-    return run_reporting(lambda: arguments.run(arguments), debug=arguments.debug)
+    return _left(argv, run_reporting(lambda: arguments.run(arguments), debug=arguments.debug))
 
 
 def launch(description: str | None, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
@@ -65,7 +66,14 @@ def launch(description: str | None, run: Callable[[argparse.Namespace], int], ar
     train.add_options(parser)
     arguments = parse(parser, argv)
     quiet_libraries()
-    return run_reporting(lambda: run(arguments), debug=arguments.debug)
+    return _left(argv, run_reporting(lambda: run(arguments), debug=arguments.debug))
+
+
+def _left(argv: Sequence[str] | None, code: int) -> int:
+    """The exit code; the process group is left where the process ends now, and well."""
+    if argv is None and code == 0:
+        distributed.stop()
+    return code
 
 
 def run_reporting(action, *, debug: bool = False) -> int:
