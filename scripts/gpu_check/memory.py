@@ -44,6 +44,10 @@ def main() -> None:
         metrics = folder / "runs" / "memory" / "metrics.jsonl"
         rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         peaks = [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]
+        if rehearsed and peaks:
+            room = float(re.search(r"([\d.]+)(?: of [\d.]+)? GB", rehearsed[0])[1]) * 1e9  # type: ignore[index]
+            found = f"training took {max(peaks) / 1e9:.2f} GB, the rehearsal before it {room / 1e9:.2f}"
+            part.judge(max(peaks) <= 1.1 * room + 1e7, "training stays below its rehearsal", found)
         plan = json.loads(planned.stdout) if planned.returncode == 0 else {}
         part.results |= {"plan": plan, "rehearsal": rehearsed[0] if rehearsed else "", "peaks": peaks}
     part.write()

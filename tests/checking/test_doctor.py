@@ -27,6 +27,13 @@ def test_this_machine(settings, tmp_path, capsys):
     assert "fit to train: 0 bad" in capsys.readouterr().out
 
 
+def test_a_card_is_not_looked_at_where_the_cpu_is_asked_for(settings, tmp_path, capsys, monkeypatch):
+    settings["engine"] = {"device": "cpu"}
+    monkeypatch.setattr(doctor, "why_no_cuda", lambda: "the driver is too old for this torch")
+    code, checks = run(capsys, str(write_config(settings, tmp_path)))
+    assert code == 0 and checks["gpu"] == {**checks["gpu"], "state": "ok", "found": "not looked at: engine.device=cpu"}
+
+
 def test_what_is_planted_is_found(monkeypatch, tmp_path, capsys, settings):
     versions = doctor.metadata.version
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.1" if name == "peft" else versions(name))

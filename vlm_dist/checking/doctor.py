@@ -48,9 +48,12 @@ class Check:
 
 def examine(config: Config | None = None) -> Iterator[Check]:
     """Check after check; with a configuration also its data and the folder for its runs."""
-    for check in (
-        _python, _packages, _gpus, _peers, _vision, _four_bit, _kernels, _compiler, _memory, _shared, _files, _sockets, _variables,
-    ):  # fmt: skip
+    on_cpu = config is not None and config.engine.device == "cpu"
+    if on_cpu:
+        yield Check("gpu", "ok", "not looked at: engine.device=cpu")
+    cards = () if on_cpu else (_gpus, _peers)
+    machine = (_compiler, _memory, _shared, _files, _sockets, _variables)
+    for check in (_python, _packages, *cards, _vision, _four_bit, _kernels, *machine):
         yield from _guarded(check)
     folder = Path(config.output_dir if config else ".")
     yield from _guarded(_disk, folder)
