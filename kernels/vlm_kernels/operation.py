@@ -30,11 +30,11 @@ def bytes_of(codes: torch.Tensor) -> torch.Tensor:
 
 
 class Operation:
-    """`function`, whose first argument is a tensor; its annotations are the schema of the op `vlm_kernels::name`."""
+    """`function`, whose first argument is a tensor; its annotations are the schema of the op `name`, of vlm_kernels if no room is named."""
 
     def __init__(self, name: str, function: Callable, mutates_args: Iterable[str] = ()):
         self.function = self.direct = function
-        self.traced = torch.library.custom_op(f"vlm_kernels::{name}", function, mutates_args=set(mutates_args))
+        self.traced = torch.library.custom_op(name if "::" in name else f"vlm_kernels::{name}", function, mutates_args=set(mutates_args))
 
     def register_fake(self, function: Callable) -> Callable:
         """What it returns, as shapes alone; as `torch.library.register_fake`."""

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlm_kernels as kernels
 from vlm_kernels import reference
@@ -619,6 +620,33 @@ def test_rows_beyond_2_to_the_31_elements():
 def test_what_does_not_fit_is_refused(call, reason):
     with pytest.raises(ValueError, match=reason):
         call()
+
+
+def test_an_op_where_something_looks_on_and_a_function_where_nothing_does(device):
+    """A mode sees the op; without one torch's dispatcher is not asked. Values and gradients are the same."""
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    weight, labels = random(21, 16, device=device, seed=1), torch.arange(9, device=device)
+
+    def gradient():
+        hidden = random(9, 16, device=device).requires_grad_(True)
+        loss = kernels.linear_cross_entropy(hidden, weight, labels)[0]
+        loss.backward()
+        return loss.detach(), hidden.grad
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        found = gradient()
+    assert not any("vlm_kernels" in event.key for event in profiled.key_averages())
+    with Watching():
+        watched = gradient()
+    assert "vlm_kernels.linear_cross_entropy.default" in seen
+    for one, other in zip(found, watched, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_ops_are_what_torch_library_expects(device):

@@ -2,7 +2,7 @@
 
 Letters of shapes: S places (a token sent to an expert), E experts, I and O features in and out, R a rank. A weight is [E, X, Y] in 16 or
 32 bit, or packed in NF4; of that only the experts that were hit are unpacked, into a buffer that all layers share, and nothing unpacked
-is kept for the backward pass. The operations are torch's (`torch.ops.vlm_dist.*`), so that a plan can count them without numbers.
+is kept for the backward pass. The operations are torch's too (`torch.ops.vlm_dist.*`), so that a plan can count them without numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 import vlm_kernels
 from vlm_kernels.common import multiplies_tiles
+from vlm_kernels.operation import operation
 
 ALIGNED = 16  # bytes: what grouped_mm wants rows to be a multiple of
 _BUFFERS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -57,17 +58,17 @@ class _ExpertLinear(torch.autograd.Function):
         if x is None:
             return to_x, None, None, None
         left, right = (grad, x) if ctx.last else (x, grad)
-        return to_x, torch.ops.vlm_dist.expert_outer(left.contiguous(), right, counts).to(ctx.weight.dtype), None, None
+        return to_x, expert_outer(left.contiguous(), right, counts).to(ctx.weight.dtype), None, None
 
 
 class _ExpertLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, counts: Tensor, scaling: float) -> Tensor:
         by_a, by_b = _by_expert(a, b, len(counts), x.dtype)
-        inner = torch.ops.vlm_dist.expert_product(x, by_a, [], counts, [], True)
+        inner = expert_product(x, by_a, [], counts, [], True)
         ctx.a, ctx.b, ctx.scaling = a, b, scaling
         ctx.save_for_backward(x, inner, counts)
-        return torch.ops.vlm_dist.expert_product(inner, by_b, [], counts, [], True) * scaling
+        return expert_product(inner, by_b, [], counts, [], True) * scaling
 
     @staticmethod
     @once_differentiable
@@ -75,10 +76,10 @@ class _ExpertLora(torch.autograd.Function):
         x, inner, counts = ctx.saved_tensors
         by_a, by_b = _by_expert(ctx.a, ctx.b, len(counts), x.dtype)
         grad = grad.contiguous() * ctx.scaling
-        to_inner = torch.ops.vlm_dist.expert_product(grad, by_b, [], counts, [], False)
-        to_b = torch.ops.vlm_dist.expert_outer(grad, inner, counts).permute(1, 2, 0).reshape(ctx.b.shape).to(ctx.b.dtype)
-        to_a = torch.ops.vlm_dist.expert_outer(to_inner, x, counts).reshape(ctx.a.shape).to(ctx.a.dtype)
-        to_x = torch.ops.vlm_dist.expert_product(to_inner, by_a, [], counts, [], False) if ctx.needs_input_grad[0] else None
+        to_inner = expert_product(grad, by_b, [], counts, [], False)
+        to_b = expert_outer(grad, inner, counts).permute(1, 2, 0).reshape(ctx.b.shape).to(ctx.b.dtype)
+        to_a = expert_outer(to_inner, x, counts).reshape(ctx.a.shape).to(ctx.a.dtype)
+        to_x = expert_product(to_inner, by_a, [], counts, [], False) if ctx.needs_input_grad[0] else None
         return to_x, to_a, to_b, None, None
 
 
@@ -92,13 +93,13 @@ def _multiply(x: Tensor, weight: Any, counts: Tensor, last: bool) -> Tensor:
     state = getattr(weight, "quant_state", None)
     data = weight.detach() if state is None else weight.data
     if state is None:
-        return torch.ops.vlm_dist.expert_product(x, data.to(x.dtype), [], counts, [], last)
+        return expert_product(x, data.to(x.dtype), [], counts, [], last)
     outer = state.state2
     statistics = [state.absmax, state.code, state.offset, outer.absmax, outer.code]
-    return torch.ops.vlm_dist.expert_product(x, data, statistics, counts, [*state.shape, state.blocksize, outer.blocksize], last)
+    return expert_product(x, data, statistics, counts, [*state.shape, state.blocksize, outer.blocksize], last)
 
 
-@torch.library.custom_op("vlm_dist::expert_product", mutates_args=())
+@operation("vlm_dist::expert_product")
 def expert_product(x: Tensor, weight: Tensor, statistics: Sequence[Tensor], counts: Tensor, packed: Sequence[int], last: bool) -> Tensor:
     """Each row of x [S, .] times the weight [E, X, Y] of its expert: over Y with `last` ([S, X]), else over X ([S, Y]).
 
@@ -130,7 +131,7 @@ def _(x: Tensor, weight: Tensor, statistics: Sequence[Tensor], counts: Tensor, p
     return x.new_empty((len(x), shape[1] if last else shape[2]))
 
 
-@torch.library.custom_op("vlm_dist::expert_outer", mutates_args=())
+@operation("vlm_dist::expert_outer")
 def expert_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """Of each expert the sum over its rows of left^T right: [S, X], [S, Y] -> [E, X, Y]."""
     if _multiplies_groups(left):
