@@ -22,15 +22,28 @@ def check(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout, check=False)
 
 
+def dry_run(folder, names=PARTS) -> dict[str, dict]:
+    """What each part wrote; none found anything wrong."""
+    result = check("--dry-run", "--out", str(folder), "--parts", *names, timeout=900)
+    parts = {part: json.loads((folder / f"{part}.json").read_text()) for part in names}
+    wrong = [(part, one) for part, content in parts.items() for one in content["checks"] if one["verdict"] == "wrong"]
+    assert not wrong and result.returncode == 0, (wrong, result.stderr[-2000:])
+    assert all(content["dry_run"] and content["machine"]["versions"]["torch"] and content["command"] for content in parts.values())
+    return parts
+
+
+@pytest.mark.slow
+def test_dry_run_of_what_measures(tmp_path):
+    parts = dry_run(tmp_path, ("profiled", "speed", "pieces"))
+    assert parts["profiled"]["results"]["profile"]["attention"] and parts["pieces"]["results"]["kernels"]["results"]
+    assert "ours, kernels auto, 4 samples in a row" in parts["speed"]["results"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif("GPU_CHECK_DRY_RUN" not in os.environ, reason="takes four minutes; GPU_CHECK_DRY_RUN=1 runs it")
 def test_dry_run(tmp_path):
-    result = check("--dry-run", "--out", str(tmp_path), timeout=900)
-    parts = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in PARTS}
-    wrong = [(part, one) for part, content in parts.items() for one in content["checks"] if one["verdict"] == "wrong"]
-    assert not wrong and result.returncode == 0, (wrong, result.stderr[-2000:])
-    assert all(content["dry_run"] and content["machine"]["versions"]["torch"] and content["command"] for content in parts.values())
+    parts = dry_run(tmp_path)
     assert parts["tiny"]["results"]["losses"] and parts["several"]["checks"][1]["verdict"] == "right"
     again = check("--dry-run", "--out", str(tmp_path))
     assert again.returncode == 0 and again.stdout.count("done before") == len(PARTS)  # resumed: nothing is run twice
