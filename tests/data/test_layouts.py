@@ -226,7 +226,7 @@ NAMES = sorted(
         *layout_kinds.ANSWERS,
         *layout_kinds.CAPTIONS,
         *layout_kinds.EXPRESSIONS,
-        *layout_kinds.BOXES,
+        *layout_kinds.BOX_KEYS,
         *layout_kinds.SYSTEM,
         "image",
         "images",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vlm_dist.data.layout_values import is_present, parsed, shown, source_of, texts_of
+from vlm_dist.data.layout_values import SOURCE_KEYS, is_present, parsed, shown, source_of, texts_of
 from vlm_dist.errors import BadSample
 
 ROLES = {
@@ -23,11 +23,14 @@ ROLES = {
 ROLE_KEYS = ("role", "from", "speaker", "author")
 CONTENT_KEYS = ("content", "value", "text", "parts", "message")
 CALLS = ("function_call", "tool_call", "tool_calls")  # speakers whose words are a call
-ASKED, SAID = ("user", "human", "question", "query", "prompt", "q"), ("assistant", "gpt", "answer", "response", "completion", "a")
+ASKED = ("user", "human", "question", "query", "prompt", "q", "instruction", "input")
+SAID = ("assistant", "gpt", "answer", "response", "completion", "a", "output")
 IMAGE_PARTS = ("image", "image_url", "input_image", "img", "picture")
 VIDEO_PARTS = ("video", "video_url", "input_video")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNNAMED_PARTS = ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData")  # what a part without a type is known by
+PART_KEYS = frozenset({"type", "index", *UNNAMED_PARTS, *SOURCE_KEYS, "media_type", "mime_type"})
+"""What is read of a part."""
 NUMBERED_MARKER = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
 _QWEN_OR_LLAVA = r"<img>(?P<path>[^<>\n]{1,4096})</img>|<image>"
 _MARKERS_WITHOUT_NUMBERS = re.compile(_QWEN_OR_LLAVA)
@@ -41,12 +44,13 @@ class Turns:
     Args:
         turns: a list of turns.
         column: the pictures that the record names beside the turns.
+        names: the placeholder that stands for each of them in the text, where they have some of their own.
 
     Raises:
         BadSample: no list of turns, or a turn with an unknown role or part.
     """
 
-    def __init__(self, turns: Any, column: list[Any] | None = None):
+    def __init__(self, turns: Any, column: list[Any] | None = None, names: Sequence[str] = ()):
         self.images: list[Any] = []
         """Pictures in order of appearance."""
         self.videos: list[Any] = []
@@ -54,6 +58,8 @@ class Turns:
         self._own: list[Any] = []  # of each place for a picture: its own source, or None
         self._numbers: list[int | None] = []  # of each place: the number of the picture that its marker names
         column, turns = list(column or []), list(spread(turns))
+        self._names = {name: number for number, name in enumerate(names, 1)}
+        self._named = re.compile("|".join(map(re.escape, sorted([*names, MARKER], key=len, reverse=True)))) if names else None
         self._marker = _MARKERS if _numbers_can_be_read(turns, len(column)) else _MARKERS_WITHOUT_NUMBERS
         self.turns = [self._turn(turn) for turn in turns]
         self._settle(column)
@@ -99,6 +105,10 @@ class Turns:
 
     def _text(self, text: str, role: str) -> str:
         """Text with `<image>` where a picture stands, as LLaVA writes it; Qwen's `<img>PATH</img>` and `<image 1>` become that."""
+        if self._named is not None:
+            for found in self._named.findall(text):
+                self._place(None, self._names.get(found))
+            return self._named.sub(MARKER, text)
         if role != "user" or ("<i" not in text and "<|i" not in text):
             for _ in range(text.count(MARKER)):
                 self._place()
@@ -115,26 +125,25 @@ class Turns:
         self._own.append(source)
         self._numbers.append(number)
 
-    def _part(self, part: Any, role: str) -> dict[str, str]:
+    def _part(self, part: Any, role: str) -> dict[str, Any]:
+        """Typed, with the keys that nothing reads."""
         if isinstance(part, str):
             return {"type": "text", "text": self._text(part, role)}
         kind = part.get("type") if isinstance(part, dict) else None
         if kind is None and isinstance(part, dict):
-            kind = next(
-                (key for key in ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData") if is_present(part.get(key))), None
-            )
+            kind = next((key for key in UNNAMED_PARTS if is_present(part.get(key))), None)
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            return {"type": "text", "text": part["text"]}
+            return {"type": "text", "text": part["text"], **unread_in(part)}
         if kind in (*IMAGE_PARTS, "inline_data", "inlineData"):
-            own = {key: value for key, value in part.items() if key not in ("type", "text")}
-            index = own.get("index")  # of the column, from 0
+            own = {key: value for key, value in part.items() if key in PART_KEYS and key not in ("type", "text", "index")}
+            index = part.get("index")  # of the column, from 0
             number = index + 1 if isinstance(index, int) and not isinstance(index, bool) else None
             self._place(source_of(own.get("inline_data") or own.get("inlineData") or own), number)
-            return {"type": "image"}
+            return {"type": "image", **unread_in(part)}
         if kind in VIDEO_PARTS:
             own = source_of(next((part[key] for key in VIDEO_PARTS if is_present(part.get(key))), None))
             self.videos += [own] if own is not None else []
-            return {"type": "video"}
+            return {"type": "video", **unread_in(part)}
         raise BadSample(f"json: a part of type {shown(kind)}; expected image, video, or text with 'text'")
 
     def _settle(self, column: list[Any]) -> None:
@@ -155,6 +164,11 @@ class Turns:
         self.images += left
 
 
+def unread_in(part: dict[str, Any]) -> dict[str, Any]:
+    """What of a part nothing reads."""
+    return {key: value for key, value in part.items() if key not in PART_KEYS and value is not None}
+
+
 def spread(turns: Any) -> Iterator[dict[str, Any]]:
     """Pairs -> two turns each; [question, answer] pairs, objects with both, texts by turns.
 
@@ -169,8 +183,11 @@ def spread(turns: Any) -> Iterator[dict[str, Any]]:
     for turn in turns:
         pair = pair_of(turn)
         if pair is not None:
-            yield {"role": "user", "content": pair[0]}
-            yield {"role": "assistant", "content": pair[1], **pair[2]}
+            asked, said, rest = pair
+            if isinstance(system := rest.pop("system", None), str):
+                yield from [{"role": "system", "content": system}] if system.strip() else []
+            yield {"role": "user", "content": asked}
+            yield {"role": "assistant", "content": said, **rest}
         elif isinstance(turn, dict):
             yield turn
         else:
@@ -186,7 +203,10 @@ def pair_of(turn: Any) -> tuple[Any, Any, dict[str, Any]] | None:
     asked, said = _key(turn, ASKED, None), _key(turn, SAID, None)
     if asked is None or said is None or turn[asked] is None or turn[said] is None:
         return None
-    return turn[asked], turn[said], {key: value for key, value in turn.items() if value is not None and key not in (asked, said)}
+    words, used = turn[asked], {asked, said}
+    if asked == "instruction" and isinstance(words, str) and isinstance(turn.get("input"), str):  # Alpaca's
+        words, used = "\n".join(text for text in (words, turn["input"]) if text.strip()), {*used, "input"}
+    return words, turn[said], {key: value for key, value in turn.items() if value is not None and key not in used}
 
 
 def looks_like_turns(value: Any) -> bool:
@@ -219,11 +239,15 @@ def is_one_talk(value: Any) -> bool:
 
 
 def unpacked(value: Any) -> Any:
-    """A cell of a table that holds a list as text -> the list."""
+    """A cell of a table that holds a list as text -> the list; columns of turns, {"from": [...], "value": [...]}, -> turns."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         found = parsed(value)
         return found if isinstance(found, list) else value
-    return value
+    if isinstance(value, dict) and len(value) > 1 and all(isinstance(column, list) for column in value.values()):
+        columns = {key: column for key, column in value.items() if len(column) == max(map(len, value.values()))}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return rows if columns.keys() == value.keys() and looks_like_turns(rows) else value
+    return [value] if isinstance(value, dict) and pair_of(value) is not None else value
 
 
 def _key(turn: dict[str, Any], names: tuple[str, ...], otherwise: str | None = "") -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.layout_kinds import ANSWERS, keys_of
+from vlm_dist.data.layout_keys import ANSWERS
+from vlm_dist.data.layout_kinds import keys_of
 from vlm_dist.data.layout_values import texts_of
 from vlm_dist.errors import BadSample, DataError
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_dist.data.layout_boxes import doubt
 from vlm_dist.data.layouts import Columns, as_object, canonical, layout_of
 from vlm_dist.data.picture_sources import name_of
 from vlm_dist.errors import BadSample, DataError
@@ -23,14 +24,18 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
     names: Counter[str] = Counter()
     reasons: list[str] = []
     sample: dict[str, Any] | None = None
+    has_boxes = False
     for number in numbers:
         record = records[number]
+        if (columns is None or columns.boxes is None) and (why := doubt(record)) is not None:
+            raise DataError(f"data pack: record {number}: {why}")
         try:
             if isinstance(record, BadSample):
                 raise record
             made = canonical(record, columns)
             names[_layout(record, columns)] += 1
             sample = sample or made
+            has_boxes = has_boxes or ("objects" in made and made["objects"] != record.get("objects"))
         except BadSample as reason:
             reasons.append(str(reason))
     if sample is None:
@@ -43,8 +48,9 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
         f"layout of {len(numbers):,} looked at: {found}" + (f"; not recognised ({len(reasons)}): {reasons[0][:160]}" if reasons else ""),
         f"sample: {_abridged(sample)}",
     ]
-    if "box and expression" in names:
-        lines.append("boxes: read as x, y, width, height, unless a key says xyxy; packed as x1, y1, x2, y2")
+    if has_boxes:
+        how = columns.boxes if columns and columns.boxes else "x, y, width, height, unless a key says xyxy (--boxes says otherwise)"
+        lines.append(f"boxes: read as {how}; packed as x1, y1, x2, y2")
     return lines
 
 

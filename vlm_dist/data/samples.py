@@ -15,12 +15,21 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, read_objects, unread_object_keys
+from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, numbered, read_objects, unread_object_keys
 from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
 from vlm_dist.data.layout_turns import looks_like_turns
-from vlm_dist.data.layout_values import is_present, shown
-from vlm_dist.data.layouts import canonical
-from vlm_dist.data.messages import WEIGHTS, check_messages, line_breaks_lost, read_messages, text_of, unread_keys
+from vlm_dist.data.layout_values import is_present, shown, texts_of
+from vlm_dist.data.layouts import canonical, layout_of
+from vlm_dist.data.messages import (
+    WEIGHTS,
+    check_messages,
+    line_breaks_lost,
+    read_messages,
+    text_of,
+    unread_keys,
+    unread_part_keys,
+    weighing_keys,
+)  # fmt: skip
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
 from vlm_dist.data.placing import asked_for, check_placeholders, placeholders_of, size_of
 from vlm_dist.data.tally import Note
@@ -149,7 +158,7 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
     for key in WEIGHTS:
         if isinstance(value := record.get(key), bool | int | float) and not value:
             raise BadSample(f"json: '{key}' of the whole record is {str(value).lower()}: not learnt from, as it says")
-    if not record or ("messages" not in record and "conversations" not in record and any(name in raw for name in TEXT_MEMBERS)):
+    if not record or (any(name in raw for name in TEXT_MEMBERS) and "objects" not in record and takes_text(record)):
         return record
     try:
         made = canonical(record)
@@ -159,6 +168,14 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in made.items() if key != "videos"}
     except BadSample as reason:
         raise BadSample(f"json: {reason}{members_found(raw)}") from None
+
+
+def takes_text(record: dict[str, Any]) -> bool:
+    """Whether the text beside a JSON is what the assistant says: the JSON has neither turns nor an answer nor several captions."""
+    if any(key in record for key in ("messages", "conversations")) or record.get("captions"):
+        return False
+    layout = layout_of(record)
+    return layout is None or layout.name in ("captions", "objects")
 
 
 def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, draw: str | None) -> list[dict]:
@@ -247,13 +264,36 @@ def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     for name in picture_members(raw):
         pictures[int((PICTURE_MEMBER.fullmatch(name) or [0, 0])[1] or 0)].append(f".{name}")
     notes |= {("pictures", " and ".join(names)) for names in pictures.values() if len(names) > 1}
+    notes |= {("text", name) for name in _texts_beside(raw, record)}
     notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in known and value is not None}
     if (objects := record.get("objects")) and not are_objects(objects):
         notes.add(("key", f"objects ({NO_OBJECTS})"))
     elif objects:
-        notes |= {("object key", key) for key in unread_object_keys(objects)}
+        notes |= {("object key", key) for key in unread_object_keys(objects)} | {("number", label) for label in numbered(objects)}
     elif not objects and (found := next((one for one in PLACEHOLDERS if one.encode() in raw.get("json", b"")), None)):
         notes.add(("placeholder", found))
-    if line_breaks_lost(record.get("messages") or ()):
+    turns = record.get("messages") or ()
+    if line_breaks_lost(turns):
         notes.add(("stripped", "line breaks"))
-    return notes | {("turn key", key) for key in unread_keys(record.get("messages") or ())}
+    notes |= {("part key", key) for key in unread_part_keys(turns)} | {("weight", key) for key in weighing_keys(turns)}
+    return notes | {("turn key", key) for key in unread_keys(turns)}
+
+
+def _texts_beside(raw: dict[str, Any], record: dict[str, Any]) -> set[str]:
+    """Members and keys whose text is not what the sample says: another stands in its turns or captions, or in an earlier member."""
+    given = {f".{name}": _text_in(raw, name) for name in TEXT_MEMBERS if name in raw}
+    turns = record.get("messages")
+    if turns is None and "captions" not in record and given:
+        said = next(iter(given.values()))
+        given |= {key: text for key in ("caption",) for text in texts_of(record.get(key))}
+    elif turns is not None:
+        said = json.dumps([turns, record.get("answers")], ensure_ascii=False, default=str)
+        given |= {key: text for key in ("caption", "captions", "answer") for text in texts_of(record.get(key))}
+        return {name for name, text in given.items() if json.dumps(text, ensure_ascii=False)[1:-1] not in said}
+    else:
+        said = "\n".join(map(str, record.get("captions") or ()))
+    return {name for name, text in given.items() if text and text not in said}
+
+
+def _text_in(raw: dict[str, Any], member: str) -> str:
+    return raw[member].decode("utf-8-sig", "replace").strip()
