@@ -147,7 +147,8 @@ def _read(one: dict[str, Any], number: int, given: Any, form: Any, sizes: Sequen
     other = one.get("size", given)
     if other is None and all(0 <= x <= 1 and 0 <= y <= 1 for x, y in points) and any(x % 1 or y % 1 for x, y in points):
         shown = f"{kind} {str(one[kind])[:80]}"
-        raise BadSample(f'{where}: {shown} are shares of the picture, not pixels; say so in the record: "objects_size": [1, 1]')
+        how = 'say so: "objects_size": [1, 1] in the record (`data pack --boxes xyxy/1`)'
+        raise BadSample(f"{where}: {shown} are shares of the picture, not pixels; {how}")
     if other is not None:
         points = _scaled(points, _size(other, where), size, lambda: orientation(image), where)
         points = _sorted(points) if kind == "bbox" else points

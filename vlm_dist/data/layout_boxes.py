@@ -18,10 +18,14 @@ from vlm_dist.errors import BadSample
 BOX_KEYS = ("bbox", "bbox_xyxy", "bbox_xywh", "box", "bboxes", "boxes", "bbox_2d", "box_2d")
 NAMES = (*LABELS, "categories", "labels", "names", "classes", "category_name", "category_id", "class_id", "category_ids", "ref")
 OF_COCO = ("category_id", "area", "iscrowd", "segmentation")  # keys of an object whose box may be a corner, a width and a height
+NOT_KEPT = (*OF_COCO, "id", "bbox_id", "image_id")
 OWN_2D = {"bbox_2d": "bbox", "box_2d": "bbox", "point_2d": "point"}
-ORDERS = {"xyxy": 4, "xywh": 4, "cxcywh": 4, "yxyx": 4, "xy": 2}
+WORDS = {
+    "xyxy": "x1, y1, x2, y2", "xywh": "x, y, width, height", "cxcywh": "x and y of the centre, width, height", "yxyx": "y1, x1, y2, x2",
+    "xy": "x, y",
+}  # fmt: skip
 FORMS = ("xywh", "xyxy", "cxcywh", "xywh/1", "xyxy/1", "cxcywh/1", "xyxy/100", "xyxy/1000", "xy", "xy/1", "xy/100", "xy/1000")
-FORM = re.compile(rf"({'|'.join(ORDERS)})(?:/(1|100|1000))?")
+FORM = re.compile(rf"({'|'.join(WORDS)})(?:/(1|100|1000))?")
 FORM_KEYS = (*FORMATS, "bbox_mode", "box_format")
 LIMIT = 1e9
 OTHERWISE = "`data pack --boxes` says"
@@ -85,6 +89,25 @@ def with_objects(record: dict[str, Any]) -> dict[str, Any]:
     return {**_without_form(record), **crowds, "objects": [_turned(one, form) for one in kept], **sized(record, form.grid)}
 
 
+def reading(record: dict[str, Any]) -> str | None:
+    """How the numbers of a record's boxes or points are read, in words; None: it has none that are turned."""
+    form = form_named(record)
+    value = record.get("objects")
+    if value is not None:
+        value = parsed(value) if isinstance(value, str) else value
+        rows = _rows(value)
+        key = next((key for key in (*BOX_KEYS, *OWN_2D) if any(one.get(key) is not None for one in rows or ())), None)
+        form = form or (_default(key, value, rows or [], record) if key else None)
+    elif isinstance(record.get("points"), list | dict):
+        form = form or Form("xy")
+    else:
+        key = next((key for key in BOX_KEYS if isinstance(record.get(key), list) and record[key]), None)
+        form = form or (_form_beside(record, key) if key else None)
+    if form is None:
+        return None
+    return f"{WORDS[form.order]}, {f'of {form.grid}' if form.grid else 'in pixels'}"
+
+
 def boxes_of(record: dict[str, Any], key: str, labels: list[str]) -> dict[str, Any]:
     """Boxes with words, as RefCOCO has them -> `objects`, and the size that they refer to: several expressions of one box, or one of each.
     COCO's boxes are [x, y, width, height]; where the annotation as COCO wrote it stands beside (`raw_anns`), or a key says so, they are
@@ -93,12 +116,7 @@ def boxes_of(record: dict[str, Any], key: str, labels: list[str]) -> dict[str, A
     Raises:
         BadSample: a box is none, or their number is another than the labels'.
     """
-    form = form_named(record)
-    if form is None and ("xyxy" in key or (key == "bbox" and record.get("raw_anns") is not None)):
-        form = Form("xyxy")
-    boxes = record[key] if isinstance(record[key][0], list | tuple) else [record[key]]
-    if form is None:
-        form = _default(key, {}, [{key: box} for box in boxes], record) if key in OWN_2D else Form("xywh")
+    boxes, form = _several(record[key]), form_named(record) or _form_beside(record, key)
     labels = list(dict.fromkeys(labels)) if len(boxes) == 1 else labels
     if len(boxes) not in (1, len(labels)):
         raise BadSample(f"'{key}' has {len(boxes)} boxes for {len(labels)} texts; expected one for each")
@@ -106,6 +124,16 @@ def boxes_of(record: dict[str, Any], key: str, labels: list[str]) -> dict[str, A
     pairs = zip(read * (len(labels) if len(read) == 1 else 1), labels, strict=True)
     size = {"objects_size": [form.grid, form.grid]} if form.grid else {}
     return {"objects": [{"bbox": box, "label": label} for box, label in pairs], **size}
+
+
+def _several(value: list[Any]) -> list[Any]:
+    return value if isinstance(value[0], list | tuple) else [value]
+
+
+def _form_beside(record: dict[str, Any], key: str) -> Form:
+    if key == "bbox" and record.get("raw_anns") is not None:
+        return Form("xyxy")
+    return _default(key, {}, [{key: box} for box in _several(record[key])], record)
 
 
 def corners_of(box: Any, order: str = "xywh") -> list[float]:
@@ -117,7 +145,7 @@ def corners_of(box: Any, order: str = "xywh") -> list[float]:
     Raises:
         BadSample: it is no box.
     """
-    words = {"xywh": "x, y, width, height", "cxcywh": "x and y of the centre, width, height"}.get(order, "x1, y1, x2, y2")
+    words = WORDS[order]
     is_box = isinstance(box, list | tuple) and len(box) == 4 and all(type(side) in (int, float) for side in box)
     if not is_box or not all(abs(side) < LIMIT for side in box):  # not for NaN and infinity either
         raise BadSample(f"a box is {shown(box)}; expected four numbers: {words}")
@@ -141,24 +169,20 @@ def sized(record: dict[str, Any], grid: int | None = None) -> dict[str, Any]:
     return {"objects_size": size} if is_told and "objects_size" not in record else {}
 
 
-def doubt(record: Any) -> str | None:
-    """Why a record's boxes are not [x, y, width, height], as they would be read: they leave the picture, and as corners they do not."""
-    if not isinstance(record, dict) or any(record.get(key) is not None for key in FORM_KEYS):
+def fitting(record: Any) -> tuple[str, str] | None:
+    """Which reading of a record's columns of boxes fits its picture where the other does not, and a box that says so; None: both do, or
+    the record says how they are meant."""
+    value = record.get("objects") if isinstance(record, dict) else None
+    if not isinstance(value, dict) or any(record.get(key) is not None for key in FORM_KEYS) or not isinstance(value.get("bbox"), list):
         return None
-    width, height = (record.get(side) for side in ("width", "height"))
-    rows = _rows(record.get("objects")) if isinstance(record.get("objects"), dict) else None
-    if rows is None or not all(isinstance(side, int) and side > 0 for side in (width, height)):
-        return None
-    boxes = [one.get("bbox") for one in rows]
-    if not all(isinstance(box, list | tuple) and len(box) == 4 and all(type(side) in (int, float) for side in box) for box in boxes):
-        return None
-    leaving = next((box for box in boxes if box[0] + box[2] > width + 1 or box[1] + box[3] > height + 1), None)
-    if leaving is None or not all(box[0] < box[2] <= width + 1 and box[1] < box[3] <= height + 1 for box in boxes):
-        return None
-    return (
-        f"the bbox {shown(list(leaving))} of a picture of {width} x {height} fits as x1, y1, x2, y2, not as COCO's x, y, width, height; "
-        "--boxes xyxy or --boxes xywh says which"
-    )
+    size = [record.get(side) for side in ("width", "height")]
+    boxes = [box for box in value["bbox"] if isinstance(box, list | tuple) and len(box) == 4 and all(type(n) in (int, float) for n in box)]
+    inverted = next((box for box in boxes if box[2] <= box[0] or box[3] <= box[1]), None)
+    if inverted is not None or not all(type(side) is int for side in size):
+        return ("xywh", shown(inverted)) if inverted is not None else None
+    leaves = next((box for box in boxes if box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1), None)
+    inside = all(end <= side + 1 for box in boxes for end, side in zip(box[2:], size, strict=True))
+    return ("xyxy", f"{shown(list(leaves))} of a picture of {size[0]} x {size[1]}") if leaves is not None and inside else None
 
 
 def _rows(value: Any) -> list[dict[str, Any]] | None:
@@ -227,7 +251,7 @@ def _turned(one: dict[str, Any], form: Form) -> dict[str, Any]:
     names = [name for name in NAMES if one.get(name) is not None]
     label = one[names[0]] if names else ""
     words = texts_of(label)
-    rest = {name: item for name, item in one.items() if name not in (key, *names[:1], *FORM_KEYS) and item is not None}
+    rest = {name: item for name, item in one.items() if name not in (key, *names[:1], *FORM_KEYS, *NOT_KEPT) and item is not None}
     rest |= {"size": [own.grid, own.grid]} if own is not None and own.grid else {}
     if key is None:
         return {**rest, **({"label": words[0]} if words else {})}

@@ -37,9 +37,9 @@ CAPTIONS = (
 )  # fmt: skip
 EXPRESSIONS = (
     "expression", "expressions", "referring_expression", "ref_exp", "phrase", "phrases", "sentences", "captions", "caption", "sentence",
-    "text", "description", "label", "labels", "category",
+    "text", "description", "label", "labels", "category", "instruction", "answer", "answers",
 )  # fmt: skip
-SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 KNOWN = frozenset(
     {
         *TURN_KEYS, *PAIR_KEYS, *(key for key in QUESTIONS if len(key) > 1), *ANSWERS, *CAPTIONS, *EXPRESSIONS, *BOX_KEYS, *SYSTEM,

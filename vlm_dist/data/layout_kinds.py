@@ -170,6 +170,12 @@ def is_boxed(record: dict[str, Any]) -> bool:
     return has_box and any(texts_of(record.get(key)) for key in EXPRESSIONS)
 
 
+def has_one_box(record: dict[str, Any]) -> bool:
+    """Whether a record marks one place in its picture: no words that were read in it."""
+    value = next((record[key] for key in BOX_KEYS if isinstance(record.get(key), list) and record[key]), [])
+    return len(value) == 4 and all(type(side) in (int, float) for side in value)
+
+
 def from_box(record: dict[str, Any], column: str | None) -> dict[str, Any]:
     words = next(key for key in EXPRESSIONS if texts_of(record.get(key)))
     key = next(key for key in BOX_KEYS if isinstance(record.get(key), list) and record[key])

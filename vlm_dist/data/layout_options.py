@@ -6,10 +6,11 @@ import re
 from typing import Any
 
 from vlm_dist.data.layout_values import parsed, texts_of
+from vlm_dist.errors import BadSample
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OPTION_KEYS = ("options", "choices")
-LETTER_KEY = re.compile(r"(?:(?:choice|option|opt)_?)?([A-Ja-j])")
+LETTER_KEY = re.compile(r"(?:(?:choice|option|opt)[ _-]?)?([A-Ja-j])", re.IGNORECASE)
 LETTERED = re.compile(r"\(?(?P<label>[A-Z]|\d{1,2})(?:\)|[.:](?=\s))\s*(?P<text>\S.*)", re.DOTALL)
 """An option with its letter in it: "A. cat", "(A) cat", "B: cat"."""
 NAME_KEYS, WORD_KEYS = ("label", "key", "id", "letter", "option", "idx"), ("text", "value", "content", "option", "choice", "answer")
@@ -35,13 +36,23 @@ def question_with_options(record: dict[str, Any], question: str) -> tuple[str, O
 
 
 def answer_among(answer: Any, options: Options) -> Any:
-    """The option's label where the answer is its number, from 0, or the option with its letter; everything else as it is."""
+    """The option's label where the answer is its number, from 0, or the option with its letter; everything else as it is.
+
+    Raises:
+        BadSample: the number of one option is the text of another.
+    """
     texts, labels = [text for _, text in options], [label for label, _ in options]
+    is_number = isinstance(answer, str) and re.fullmatch(r"\d{1,2}", answer) is not None
+    if is_number and answer in texts and answer not in labels and int(answer) < len(texts) and texts[int(answer)] != answer:
+        raise BadSample(
+            f"the answer {answer} may be the option '{answer}' ({labels[texts.index(answer)]}), or the number of an option, from 0 "
+            f"({labels[int(answer)]}); write the letter"
+        )
     if isinstance(answer, str) and (answer in texts or answer in labels):
         return answer
     if isinstance(answer, str) and (written := LETTERED.fullmatch(answer.strip())) and (written["label"], written["text"]) in options:
         return written["label"]
-    number = int(answer) if isinstance(answer, str) and re.fullmatch(r"\d{1,2}", answer) else answer
+    number = int(answer) if is_number else answer
     if isinstance(number, int) and not isinstance(number, bool):
         return str(number) if str(number) in labels else labels[number] if 0 <= number < len(labels) else answer
     return answer

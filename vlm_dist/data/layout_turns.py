@@ -31,6 +31,11 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 UNNAMED_PARTS = ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData")  # what a part without a type is known by
 PART_KEYS = frozenset({"type", "index", *UNNAMED_PARTS, *SOURCE_KEYS, "media_type", "mime_type"})
 """What is read of a part."""
+OTHER_MARKERS = re.compile(
+    r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image\|>|<start_of_image>|<ImageHere>|<image_placeholder>|<image_here>|\[IMG\]"
+    r"|<(?:IMAGE|Image)>"
+)
+"""How other trainers write `<image>`; read where there are as many as pictures."""
 NUMBERED_MARKER = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
 _QWEN_OR_LLAVA = r"<img>(?P<path>[^<>\n]{1,4096})</img>|<image>"
 _MARKERS_WITHOUT_NUMBERS = re.compile(_QWEN_OR_LLAVA)
@@ -60,6 +65,9 @@ class Turns:
         column, turns = list(column or []), list(spread(turns))
         self._names = {name: number for number, name in enumerate(names, 1)}
         self._named = re.compile("|".join(map(re.escape, sorted([*names, MARKER], key=len, reverse=True)))) if names else None
+        if self._named is None and column and not any(MARKER in text for text in _texts(turns)):
+            found = [found for text in _texts(turns) for found in OTHER_MARKERS.findall(text)]
+            self._named = OTHER_MARKERS if len(found) == len(column) else None
         self._marker = _MARKERS if _numbers_can_be_read(turns, len(column)) else _MARKERS_WITHOUT_NUMBERS
         self.turns = [self._turn(turn) for turn in turns]
         self._settle(column)
@@ -221,10 +229,13 @@ def looks_like_turns(value: Any) -> bool:
     )
 
 
+def _texts(turns: list[dict[str, Any]]) -> list[str]:
+    return [turn[key] for turn in turns for key in CONTENT_KEYS if isinstance(turn.get(key), str)]
+
+
 def _numbers_can_be_read(turns: list[dict[str, Any]], count: int) -> bool:
     """Whether `<image 2>` and its like name pictures of the record; where it has none of its own, whether they stand in order."""
-    texts = [turn[key] for turn in turns for key in CONTENT_KEYS if isinstance(turn.get(key), str)]
-    numbers = [int(number) for text in texts for number in NUMBERED_MARKER.findall(text)]
+    numbers = [int(number) for text in _texts(turns) for number in NUMBERED_MARKER.findall(text)]
     return all(0 < number <= count for number in numbers) if count else numbers == list(range(1, len(numbers) + 1))
 
 

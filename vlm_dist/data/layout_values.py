@@ -16,7 +16,8 @@ PICTURE_KEYS = (
     "image_base64", "img", "imgs", "img_path", "picture", "pictures", "pixel_values", "jpg", "jpeg", "png", "webp",
 )  # fmt: skip
 FILE_KEYS = (
-    "file_name", "filename", "image_name", "imgname", "img_name", "image_filename", "filepath", "file", "path", "url", "URL",
+    "file_name", "filename", "image_name", "imgname", "img_name", "image_filename", "image_local_name", "filepath", "file_path", "file",
+    "path", "url", "URL",
 )  # fmt: skip
 """A picture where no turn is there to say so."""
 NAMES_PICTURE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm|jfif)(?:\?.*)?$", re.IGNORECASE)
@@ -110,7 +111,8 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
             ends as pictures do.
     """
     if column is not None:
-        return sources_in(record.get(column)), [column]
+        columns = columns_in(column, record)
+        return [source for one in columns for source in sources_in(record.get(one))], columns
     own = [key for key in PICTURE_KEYS[:2] if key in record]
     for key in PICTURE_KEYS:
         if key in record and (found := sources_in(record[key])):
@@ -124,6 +126,11 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
             if isinstance(value, str) and value and (files == "any" or NAMES_PICTURE.search(value)):
                 return [value], []
     return [], own
+
+
+def columns_in(named: str, record: dict[str, Any]) -> list[str]:
+    """The keys that the user names: one, or several with commas between them."""
+    return [named] if named in record else [one.strip() for one in named.split(",") if one.strip()]
 
 
 def sources_in(value: Any) -> list[Any]:

@@ -14,10 +14,12 @@ from vlm_dist.data.layout_boxes import with_objects
 from vlm_dist.data.layout_keys import KNOWN
 from vlm_dist.data.layout_names import in_known_names
 from vlm_dist.data.layout_turns import looks_like_turns
-from vlm_dist.data.layout_values import is_present, parsed, shown, texts_of
+from vlm_dist.data.layout_values import columns_in, is_present, parsed, shown, texts_of
 from vlm_dist.data.layout_videos import with_videos
 from vlm_dist.errors import BadSample
 
+WRAPPING = ("text", "json", "record")
+WITH_QUESTIONS = ("messages", "conversations", "pairs of texts", "question and answer", "query and response", "Alpaca")
 PREFERENCE = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 
 
@@ -34,7 +36,7 @@ class Columns:
     @property
     def named(self) -> list[str]:
         """The keys named."""
-        return [key for key in (self.question, self.answer, self.image) if key]
+        return [key for key in (self.question, self.answer, *(self.image or "").split(",")) if key]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
     Raises:
         BadSample: no layout that is known, or what it holds is unusable; says the keys found and the layouts known.
     """
-    record = as_object(record)
+    record = unwrapped(as_object(record))
     pair = next((pair for pair in PREFERENCE if all(is_present(record.get(key)) for key in pair)), None)
     if pair is not None:
         raise BadSample(f"a pair of answers ('{pair[0]}', '{pair[1]}') to choose from; make the better one the last turn, alone")
@@ -70,6 +72,10 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
     if columns.named:
         return _finished(_by_columns(record, columns), record)
     layout = _first(record)
+    if layout is not None and layout.name == "question and answer" and kinds.has_one_box(record):
+        if columns.boxes is None:
+            raise BadSample("a question with its answer beside a box: `data pack --question KEY` reads the question, --boxes FORM the box")
+        layout = next(one for one in LAYOUTS if one.convert is kinds.from_box)
     if layout is None and record.get("objects") == []:
         raise BadSample("'objects' marks nothing in the picture, and there is no text")
     if layout is None:
@@ -106,15 +112,29 @@ def as_object(record: Any) -> dict[str, Any]:
     return record
 
 
+def unwrapped(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose text is a record, as an object or as JSON, with that in its place."""
+    for key in WRAPPING:
+        value = record.get(key)
+        value = parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "{" else value
+        if not isinstance(value, dict):
+            continue
+        layout = layout_of(value)
+        if any(all(is_present(value.get(name)) for name in pair) for pair in PREFERENCE) or (layout and layout.name in WITH_QUESTIONS):
+            return {**kinds.without(record, [key]), **value}
+    return record
+
+
 def _by_columns(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    missing = [name for name in columns.named if name not in record]
+    images = columns_in(columns.image, record) if columns.image else []
+    missing = [name for name in (columns.question, columns.answer, *images) if name is not None and name not in record]
     if missing:
         raise BadSample(f"the record has no '{missing[0]}'; its keys are {kinds.keys_of(record)}")
     if columns.question is not None:
         return kinds.asked_by(record, columns.question, [columns.answer] if columns.answer else list(kinds.ANSWERS), columns.image)
     if columns.answer is not None:
         return kinds.captions_from(record, [columns.answer], columns.image)
-    layout = _first({**record, "image": record[columns.image or ""]})
+    layout = _first({**record, "image": record[images[0]]})
     if layout is not None:
         kinds.refuse_rivals(record, layout.name)
     else:

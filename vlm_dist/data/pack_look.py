@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_dist.data.layout_boxes import doubt
+from vlm_dist.data.layout_boxes import fitting, reading
 from vlm_dist.data.layouts import Columns, as_object, canonical, layout_of
 from vlm_dist.data.picture_sources import name_of
 from vlm_dist.errors import BadSample, DataError
@@ -24,20 +24,22 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
     names: Counter[str] = Counter()
     reasons: list[str] = []
     sample: dict[str, Any] | None = None
-    has_boxes = False
+    ways: Counter[str | None] = Counter()
+    fits: list[tuple[str, str] | None] = []
     for number in numbers:
         record = records[number]
-        if (columns is None or columns.boxes is None) and (why := doubt(record)) is not None:
-            raise DataError(f"data pack: record {number}: {why}")
+        fits.append(fitting(record) if columns is None or columns.boxes is None else None)
         try:
             if isinstance(record, BadSample):
                 raise record
             made = canonical(record, columns)
             names[_layout(record, columns)] += 1
             sample = sample or made
-            has_boxes = has_boxes or ("objects" in made and made["objects"] != record.get("objects"))
+            if "objects" in made and made["objects"] != as_object(record).get("objects"):
+                ways.update([reading(_with_boxes(as_object(record), columns))])
         except BadSample as reason:
             reasons.append(str(reason))
+    _refuse_corners([fit for fit in fits if fit])
     if sample is None:
         which = f"none of the {len(records):,} records" + (f" ({len(numbers)} looked at)" if len(numbers) < len(records) else "")
         distinct = list(dict.fromkeys(reasons))
@@ -48,10 +50,24 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
         f"layout of {len(numbers):,} looked at: {found}" + (f"; not recognised ({len(reasons)}): {reasons[0][:160]}" if reasons else ""),
         f"sample: {_abridged(sample)}",
     ]
-    if has_boxes:
-        how = columns.boxes if columns and columns.boxes else "x, y, width, height, unless a key says xyxy (--boxes says otherwise)"
-        lines.append(f"boxes: read as {how}; packed as x1, y1, x2, y2")
+    if ways:
+        how = " or ".join(f"{way} ({count})" for way, count in ways.most_common() if way)
+        lines.append(f"boxes: read as {how}; --boxes says otherwise; packed as x1, y1, x2, y2")
     return lines
+
+
+def _refuse_corners(fits: list[tuple[str, str]]) -> None:
+    """See that boxes that would be read as COCO's are not corners."""
+    corners = [box for form, box in fits if form == "xyxy"]
+    if len(corners) > len(fits) / 2:
+        raise DataError(
+            f"data pack: the bbox {corners[0]} fits as x1, y1, x2, y2, not as COCO's x, y, width, height (so do {len(corners)} records of "
+            f"those looked at, {len(fits) - len(corners)} the reverse); --boxes xyxy or --boxes xywh says which"
+        )
+
+
+def _with_boxes(record: dict[str, Any], columns: Columns | None) -> dict[str, Any]:
+    return {**record, "bbox_format": columns.boxes} if columns and columns.boxes else record
 
 
 def _layout(record: Any, columns: Columns | None) -> str:

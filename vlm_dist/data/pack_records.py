@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.fetch import Fetcher
-from vlm_dist.data.layouts import Columns, as_object, canonical
+from vlm_dist.data.layouts import Columns, canonical
 from vlm_dist.data.pack_calls import begin, describe_source, done_before, remember
-from vlm_dist.data.pack_join import picture_by_number
+from vlm_dist.data.pack_join import picture_by_number, refuse_unread_picture
 from vlm_dist.data.pack_look import first_look
 from vlm_dist.data.pack_pictures import MAX_PIXELS, Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
@@ -236,7 +236,9 @@ def _members(record: Any, key: str, pictures_as: Pictures, columns: Columns | No
         raise record
     made = canonical(record, columns)
     moving = made.pop("videos")
-    sources = made.pop("images") or ([] if moving else picture_by_number(as_object(record), pictures_as.base))
+    sources = made.pop("images") or ([] if moving else picture_by_number(made, pictures_as.base))
+    if not sources and not moving:
+        refuse_unread_picture(made)
     pictures = [read_picture(pictures_as, source, notes) for source in sources]
     videos, made = read_videos(pictures_as, moving, made, notes)
     notes["crowds"] += made.pop("crowds", 0) if isinstance(made.get("crowds"), int) else 0
@@ -251,7 +253,7 @@ def _members(record: Any, key: str, pictures_as: Pictures, columns: Columns | No
         notes[f"split {made['split'][:40]}"] += 1
     files = {**_numbered([(kind, data) for kind, data, _ in pictures]), **_numbered(videos), "json": _as_json(made, notes)}
     outline({"__key__": key, **files}, max_image_pixels=MAX_PIXELS, caption_prompt="")  # as training will
-    notes.update(f"unread {kind} {name}" for kind, name in notes_of(files, made))
+    notes.update(f"unread {kind}: {name}" for kind, name in notes_of(files, made))
     return files
 
 

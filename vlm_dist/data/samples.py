@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, numbered, read_objects, unread_object_keys
 from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
 from vlm_dist.data.layout_turns import looks_like_turns
-from vlm_dist.data.layout_values import is_present, shown, texts_of
+from vlm_dist.data.layout_values import FILE_KEYS, is_present, shown, texts_of
 from vlm_dist.data.layouts import canonical, layout_of
 from vlm_dist.data.messages import (
     WEIGHTS,
@@ -43,7 +43,7 @@ TEXT_MEMBERS = ("txt", "text", "caption")
 METADATA = {
     "answer", "answers", "caption", "captions", "category", "dataset", "error_message", "exif", "file_name", "height", "id", "image",
     "image_id", "images", "key", "kind", "license", "messages", "objects", "objects_size", "original_height", "original_width",
-    "question_id", "sha256", "source", "split", "status", "task", "tools", "url", "width",
+    "question_id", "sha256", "source", "split", "status", "task", "tools", "url", "width", *FILE_KEYS,
 }  # fmt: skip
 """Keys of KEY.json that are read elsewhere, or tell where a sample comes from and cannot change what it teaches."""
 
