@@ -228,10 +228,10 @@ def refuse_rivals(record: dict[str, Any], layout: str) -> None:
     """
     if layout in ("question and answer", "query and response", "Alpaca", "prompt and completion"):
         asked = [key for key in RIVALS["question"] if not looks_like_turns(record.get(key))]
-        only_one(record, asked, "question")
-        only_one(record, RIVALS["answer"], "answer")
+        only_one(record, "question", asked)
+        only_one(record, "answer")
     elif layout == "captions" and not any(texts_of(record.get(key)) for key in ("captions", "caption", "sentences", "texts")):
-        only_one(record, RIVALS["caption"], "caption")
+        only_one(record, "caption")
 
 
 def caption_keys(record: dict[str, Any]) -> list[str]:

@@ -6,12 +6,18 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from vlm_dist.data.layout_values import is_present, shown, texts_of
+from vlm_dist.data.layout_keys import CAPTIONS, RIVALS
+from vlm_dist.data.layout_values import PICTURE_KEYS, is_present, shown, texts_of
 from vlm_dist.errors import BadSample
 
 HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 GAPS = re.compile(r"[\s\-_]+")
-FLAGS = {"question": "--question", "answer": "--answer", "caption": "--answer", "image": "--image"}
+LONGEST = 10_000  # characters of two values that are compared
+FLAGS = {
+    **dict.fromkeys(PICTURE_KEYS, "--image"), **dict.fromkeys((*CAPTIONS, *RIVALS["answer"]), "--answer"),
+    **dict.fromkeys(RIVALS["question"], "--question"),
+}  # fmt: skip
+"""Which flag of `data pack` decides between two readings."""
 
 
 def in_known_names(record: dict[str, Any], known: Collection[str], kept: Collection[str] = ()) -> dict[str, Any]:
@@ -29,11 +35,13 @@ def in_known_names(record: dict[str, Any], known: Collection[str], kept: Collect
     for key, value in record.items():
         name = plain(key) if isinstance(key, str) and key not in known and key not in kept else key
         name = name if name in known else key
-        if name != key and (is_present(record.get(name)) or name in made):
-            if _differ(record.get(name, made.get(name)), value):
-                raise BadSample(f"'{name}' and '{key}' are one name; {flag_for(name)}")
-            continue
-        made[name] = value
+        other = record.get(name, made.get(name)) if name != key else None
+        if is_present(other) and is_present(value) and shown(other, LONGEST) != shown(value, LONGEST):
+            if name in FLAGS and name not in kept:
+                raise BadSample(f"'{name}' and '{key}' are one name; `data pack {FLAGS[name]} NAME` says which")
+            name = key
+        if name == key or not is_present(other):
+            made[name] = value
     return made
 
 
@@ -42,21 +50,15 @@ def plain(key: str) -> str:
     return GAPS.sub("_", HUMP.sub("_", key.strip())).lower()
 
 
-def only_one(record: dict[str, Any], keys: Collection[str], what: str) -> None:
-    """See that not several of these keys could be the question, or the answer.
+def only_one(record: dict[str, Any], what: str, keys: Collection[str] | None = None) -> None:
+    """See that not several keys could be the question, the answer or the caption (`RIVALS`).
 
     Raises:
         BadSample: they could.
     """
-    rivals = list(_differing(record, keys))
+    rivals = list(_differing(record, RIVALS[what] if keys is None else keys))
     if len(rivals) > 1:
-        raise BadSample(f"'{rivals[0]}' and '{rivals[1]}' could both be the {what}; {flag_for(what)}")
-
-
-def flag_for(name: str) -> str:
-    """Which flag decides between two readings."""
-    flag = FLAGS.get(name)
-    return f"`data pack {flag} NAME` says which" if flag else "take one of them out, or give it another name"
+        raise BadSample(f"'{rivals[0]}' and '{rivals[1]}' could both be the {what}; `data pack {FLAGS[rivals[0]]} NAME` says which")
 
 
 def _differing(record: dict[str, Any], keys: Collection[str]) -> Iterator[str]:
@@ -67,7 +69,3 @@ def _differing(record: dict[str, Any], keys: Collection[str]) -> Iterator[str]:
         if texts and texts not in seen:
             seen.append(texts)
             yield key
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return shown(one, 10_000) != shown(other, 10_000) and is_present(other)

@@ -184,4 +184,6 @@ def _record_of(raw: dict[str, Any]) -> dict[str, Any]:
         raise BadSample(f"{raw['__key__']}.json: expected an object with 'messages', 'conversations' or 'captions'")
     if not record and not text:
         raise BadSample(f"no text: expected json, txt, text or caption{members_found(raw)}")
-    return {**record, "caption": text} if text and takes_text(record) else record
+    if not text or takes_text(record):
+        return {**record, "caption": text} if text else record
+    return record if text in raw["json"].decode("utf-8", "replace") else {**record, f".{member}": text}  # which nothing reads, and is told
