@@ -31,6 +31,8 @@ def _turns_key(record: dict[str, Any]) -> str | None:
 
 
 def _are_turns(value: Any) -> bool:
+    if value is None:
+        return False
     value = unpacked(value)
     is_alternating = isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
     return is_alternating or looks_like_turns(value) or _are_pairs(value)
@@ -86,8 +88,10 @@ def _prompt_keys(record: dict[str, Any]) -> tuple[str, str] | None:
     if all(isinstance(record.get(key), str | list) and record[key] for key in ("prompt", "completion")):
         return "prompt", "completion"
     asked = next((key for key in QUESTIONS if key not in PAIR_KEYS and looks_like_turns(record.get(key))), None)
-    said = [key for key in ANSWERS if key != asked and (looks_like_turns(record.get(key)) or texts_of(record.get(key)))]
-    return (asked, said[0]) if asked and said else None
+    if asked is None:
+        return None
+    said = next((key for key in ANSWERS if key != asked and (looks_like_turns(record.get(key)) or texts_of(record.get(key)))), None)
+    return (asked, said) if said else None
 
 
 def from_prompt(record: dict[str, Any], column: str | None) -> dict[str, Any]:

@@ -219,6 +219,8 @@ def pair_of(turn: Any) -> tuple[Any, Any, dict[str, Any]] | None:
 
 def looks_like_turns(value: Any) -> bool:
     """Whether a value is a list of turns (or a text that holds one, as a table's cell)."""
+    if value is None:
+        return False
     value = unpacked(value)
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], dict):
         return False

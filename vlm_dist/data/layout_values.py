@@ -29,6 +29,8 @@ PLACEHOLDER = re.compile(r"<[^<>\s/]{1,60}>")
 
 def texts_of(value: Any, depth: int = 0) -> list[str]:
     """The texts in a value: one text, a number, a list of them, objects such as VQA's {"answer": ...} or SQuAD's {"text": [...]}."""
+    if value is None:
+        return []
     if isinstance(value, str):
         listed = _listed_texts(value)
         return [text for text in listed if text.strip()] if listed is not None else [value.strip()] if value.strip() else []

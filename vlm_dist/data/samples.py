@@ -281,18 +281,17 @@ def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
 
 def _texts_beside(raw: dict[str, Any], record: dict[str, Any]) -> set[str]:
     """Members and keys whose text is not what the sample says: another stands in its turns or captions, or in an earlier member."""
-    given = {f".{name}": _text_in(raw, name) for name in TEXT_MEMBERS if name in raw}
+    members = {f".{name}": _text_in(raw, name) for name in TEXT_MEMBERS if name in raw}
     turns = record.get("messages")
-    if turns is None and "captions" not in record and given:
-        said = next(iter(given.values()))
-        given |= {key: text for key in ("caption",) for text in texts_of(record.get(key))}
-    elif turns is not None:
+    keys = ("caption", "captions", "answer") if turns is not None else ("caption",) if members and "captions" not in record else ()
+    given = [*members.items(), *((key, text) for key in keys for text in texts_of(record.get(key)))]
+    if not given:
+        return set()
+    if turns is not None:
         said = json.dumps([turns, record.get("answers")], ensure_ascii=False, default=str)
-        given |= {key: text for key in ("caption", "captions", "answer") for text in texts_of(record.get(key))}
-        return {name for name, text in given.items() if json.dumps(text, ensure_ascii=False)[1:-1] not in said}
-    else:
-        said = "\n".join(map(str, record.get("captions") or ()))
-    return {name for name, text in given.items() if text and text not in said}
+        return {name for name, text in given if json.dumps(text, ensure_ascii=False)[1:-1] not in said}
+    said = "\n".join(map(str, record["captions"])) if "captions" in record else given[0][1]
+    return {name for name, text in given if text not in said}
 
 
 def _text_in(raw: dict[str, Any], member: str) -> str:
