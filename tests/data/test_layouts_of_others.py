@@ -10,7 +10,6 @@ from PIL import Image
 
 from vlm_dist.data.dataset import parse_members
 from vlm_dist.data.index_file import Place
-from vlm_dist.data.layout_boxes import fitting
 from vlm_dist.data.layouts import Columns, canonical
 from vlm_dist.data.samples import parse_sample
 from vlm_dist.data.shards import write_shard
@@ -178,14 +177,6 @@ def test_points():
     assert marked({**points, "points": {"x": [300.0], "y": [50.0]}})[0] == [{"point": [300.0, 50.0], "label": "box"}]
     with pytest.raises(BadSample, match="no point of 'box'"):
         marked({**points, "points": []})
-
-
-def test_boxes_tell_how_they_are_meant():
-    def record(box):
-        return {"objects": {"bbox": [box], "category": ["cat"]}, "width": 64, "height": 48}
-
-    assert (fitting(record([40, 20, 60, 40])) or "")[0] == "xyxy" and (fitting(record([40, 20, 10, 40])) or "")[0] == "xywh"
-    assert fitting(record(BOX)) is None and fitting({**record([40, 20, 60, 40]), "bbox_format": "xyxy"}) is None
 
 
 def test_placeholders_that_name_their_pictures():

@@ -26,6 +26,9 @@ WORDS = {
 }  # fmt: skip
 FORMS = ("xywh", "xyxy", "cxcywh", "xywh/1", "xyxy/1", "cxcywh/1", "xyxy/100", "xyxy/1000", "xy", "xy/1", "xy/100", "xy/1000")
 FORM = re.compile(rf"({'|'.join(WORDS)})(?:/(1|100|1000))?")
+FIRST, LAST = (("x1", "xmin", "left", "x"), ("y1", "ymin", "top", "y")), (("x2", "xmax", "right"), ("y2", "ymax", "bottom"))
+LONG = (("w", "width"), ("h", "height"))
+SIDES = frozenset(key for keys in (*FIRST, *LAST, *LONG) for key in keys)
 FORM_KEYS = (*FORMATS, "bbox_mode", "box_format")
 LIMIT = 1e9
 OTHERWISE = "`data pack --boxes` says"
@@ -169,22 +172,6 @@ def sized(record: dict[str, Any], grid: int | None = None) -> dict[str, Any]:
     return {"objects_size": size} if is_told and "objects_size" not in record else {}
 
 
-def fitting(record: Any) -> tuple[str, str] | None:
-    """Which reading of a record's columns of boxes fits its picture where the other does not, and a box that says so; None: both do, or
-    the record says how they are meant."""
-    value = record.get("objects") if isinstance(record, dict) else None
-    if not isinstance(value, dict) or any(record.get(key) is not None for key in FORM_KEYS) or not isinstance(value.get("bbox"), list):
-        return None
-    size = [record.get(side) for side in ("width", "height")]
-    boxes = [box for box in value["bbox"] if isinstance(box, list | tuple) and len(box) == 4 and all(type(n) in (int, float) for n in box)]
-    inverted = next((box for box in boxes if box[2] <= box[0] or box[3] <= box[1]), None)
-    if inverted is not None or not all(type(side) is int for side in size):
-        return ("xywh", shown(inverted)) if inverted is not None else None
-    leaves = next((box for box in boxes if box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1), None)
-    inside = all(end <= side + 1 for box in boxes for end, side in zip(box[2:], size, strict=True))
-    return ("xyxy", f"{shown(list(leaves))} of a picture of {size[0]} x {size[1]}") if leaves is not None and inside else None
-
-
 def _rows(value: Any) -> list[dict[str, Any]] | None:
     """Objects one by one, of a list or of columns; None: it is neither.
 
@@ -192,7 +179,7 @@ def _rows(value: Any) -> list[dict[str, Any]] | None:
         BadSample: columns of another length than the boxes.
     """
     if isinstance(value, list):
-        return value if value and all(isinstance(one, dict) for one in value) else None
+        return [_with_box(one) for one in value] if value and all(isinstance(one, dict) for one in value) else None
     if not isinstance(value, dict):
         return None
     key = next((key for key in (*BOX_KEYS, *OWN_2D) if isinstance(value.get(key), list)), None)
@@ -204,6 +191,26 @@ def _rows(value: Any) -> list[dict[str, Any]] | None:
             raise BadSample(f"'objects' has {len(value[key])} of '{key}' and {len(columns[name])} of '{name}'; expected one for each")
     whole = {name: column for name, column in columns.items() if len(column) == len(value[key])}
     return [dict(zip(whole, row, strict=True)) for row in zip(*whole.values(), strict=True)]
+
+
+def _with_box(one: dict[str, Any]) -> dict[str, Any]:
+    """An object whose sides have a name each, as Visual Genome's, with `bbox`."""
+    if any(one.get(key) is not None for key in (*BOX_KEYS, *OWN_2D, "point", "polygon")):
+        return {key: _by_side(value) or value if key in BOX_KEYS and isinstance(value, dict) else value for key, value in one.items()}
+    box = _by_side(one)
+    return one if box is None else {**{key: value for key, value in one.items() if key not in SIDES}, "bbox": box, "format": "xyxy"}
+
+
+def _by_side(value: dict[str, Any]) -> list[Any] | None:
+    """[x1, y1, x2, y2] of {x, y, w, h}, {left, top, width, height}, {xmin, ymin, xmax, ymax} and their like."""
+
+    def of(names: tuple[tuple[str, ...], ...]) -> list[Any]:
+        return [next((value[key] for key in keys if type(value.get(key)) in (int, float)), None) for keys in names]
+
+    first, last, long = of(FIRST), of(LAST), of(LONG)
+    if None not in (*first, *last):
+        return [*first, *last]
+    return corners_of([*first, *long]) if None not in (*first, *long) else None
 
 
 def _label(one: dict[str, Any]) -> Any:

@@ -7,10 +7,12 @@ from collections import Counter
 from typing import Any
 
 from vlm_dist.data.layout_boxes import BOX_KEYS, boxes_of
+from vlm_dist.data.layout_captions import check_caption, refuse_interleaved
 from vlm_dist.data.layout_keys import ANSWERS, CAPTIONS, EXPRESSIONS, PAIR_KEYS, QUESTIONS, RIVALS, SYSTEM, TURN_KEYS
+from vlm_dist.data.layout_lists import looks_like_turns, spread, unpacked
 from vlm_dist.data.layout_names import only_one
 from vlm_dist.data.layout_options import answer_among, question_with_options
-from vlm_dist.data.layout_turns import Turns, looks_like_turns, spread, unpacked
+from vlm_dist.data.layout_turns import Turns
 from vlm_dist.data.layout_values import is_present, named_sources, parsed, pictures_of, shown, texts_of
 from vlm_dist.data.layout_videos import whole_captions
 from vlm_dist.errors import BadSample
@@ -163,6 +165,10 @@ def asked_by(record: dict[str, Any], question: str, answers: list[str], column: 
     words, options, used = question_with_options(record, asked[0])
     value = record[found[0]]
     texts = [str(answer_among(text, options)) for text in ([value] if isinstance(value, int) and options else said)]
+    if options and isinstance(value, list | tuple) and len(set(texts)) > 1:
+        raise BadSample(
+            f"'{found[0]}' names several options ({', '.join(texts[:6])}): all of them may be right together, or each; write one text"
+        )
     right = Counter(texts).most_common(1)[0][0]
     turns = [{"role": "user", "content": words}, {"role": "assistant", "content": right}]
     made = _talk(record, turns, [question, found[0], *used], column, "named")
@@ -252,6 +258,9 @@ def captions_from(record: dict[str, Any], keys: list[str], column: str | None) -
     texts = [text for key in keys for text in texts_of(whole_captions(record[key]))]
     if not texts:
         raise BadSample(f"no text in '{keys[0]}'; its keys are {keys_of(record)}")
+    for text in texts:
+        check_caption(text)
+    refuse_interleaved(record, keys)
     system = next((key for key in SYSTEM if is_present(record.get(key)) and isinstance(record[key], str)), None)
     if system is not None:
         raise BadSample(f"'{system}' stands beside a caption, which has no turns; write the record as messages")

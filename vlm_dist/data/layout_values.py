@@ -116,6 +116,9 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
         columns = columns_in(column, record)
         return [source for one in columns for source in sources_in(record.get(one))], columns
     own = [key for key in PICTURE_KEYS[:2] if key in record]
+    both = [sources_in(record[key]) for key in own]
+    if len(both) == 2 and all(both) and not all(any(_are_same(one, other) for other in both[0]) for one in both[1]):
+        raise BadSample("'images' and 'image' name other pictures; `data pack --image NAME` says which, or `--image images,image`")
     for key in PICTURE_KEYS:
         if key in record and (found := sources_in(record[key])):
             return found, [*own, key]
@@ -128,6 +131,10 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
             if isinstance(value, str) and value and (files == "any" or NAMES_PICTURE.search(value)):
                 return [value], []
     return [], own
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, str | bytes | dict) and type(one) is type(other) and one == other)
 
 
 def columns_in(named: str, record: dict[str, Any]) -> list[str]:

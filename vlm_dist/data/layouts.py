@@ -12,8 +12,8 @@ from typing import Any
 from vlm_dist.data import layout_kinds as kinds
 from vlm_dist.data.layout_boxes import with_objects
 from vlm_dist.data.layout_keys import KNOWN
+from vlm_dist.data.layout_lists import looks_like_turns
 from vlm_dist.data.layout_names import in_known_names
-from vlm_dist.data.layout_turns import looks_like_turns
 from vlm_dist.data.layout_values import columns_in, is_present, parsed, shown, texts_of
 from vlm_dist.data.layout_videos import with_videos
 from vlm_dist.errors import BadSample

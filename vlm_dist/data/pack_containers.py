@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.layout_boxes import corners_of, sized
-from vlm_dist.data.layout_turns import is_one_talk
+from vlm_dist.data.layout_lists import is_one_talk
 from vlm_dist.data.layout_values import FILE_KEYS, NAMES_PICTURE, PICTURE_KEYS, pictures_of
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.errors import BadSample, DataError

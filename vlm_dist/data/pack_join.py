@@ -103,15 +103,16 @@ def picture_by_number(record: dict[str, Any], base: Path) -> list[str]:
         BadSample: it does not lie below `base`.
     """
     number = record.get("image_id")
-    if isinstance(number, str) and re.fullmatch(r"[\w-]{1,100}", number) and not number.isdecimal():  # GQA's
-        return [name for kind in ("jpg", "png") if (base / (name := f"{number}.{kind}")).is_file()][:1]
-    if isinstance(number, bool) or not (isinstance(number, int) or (isinstance(number, str) and number.isdecimal() and len(number) < 13)):
+    is_name = isinstance(number, str) and re.fullmatch(r"[\w-]{1,100}", number) is not None  # GQA's, TextVQA's
+    if isinstance(number, bool) or not (isinstance(number, int) or is_name):
         return []
-    names = list(_names(int(number), record.get("split")))
+    is_number = isinstance(number, int) or (number.isdecimal() and len(number) < 13)
+    names = list(_names(int(number), record.get("split"))) if is_number else [f"{number}.{kind}" for kind in ("jpg", "png", "jpeg")]
     found = next((name for name in names if (base / name).is_file()), None)
     if found is None:
+        other = "another of COCO's names" if is_number else names[1]
         raise BadSample(
-            f"picture number {number} (image_id) does not lie below '{base}' as {names[0]} or another of COCO's names; "
+            f"picture number {number} (image_id) does not lie below '{base}' as {names[0]} or {other}; "
             "say where the pictures lie: --images FOLDER"
         )
     return [found]

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_dist.data.layout_boxes import fitting, reading
+from vlm_dist.data.layout_boxes import FORM_KEYS, reading
+from vlm_dist.data.layout_values import shown
 from vlm_dist.data.layouts import Columns, as_object, canonical, layout_of
 from vlm_dist.data.picture_sources import name_of
 from vlm_dist.errors import BadSample, DataError
@@ -28,7 +29,7 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
     fits: list[tuple[str, str] | None] = []
     for number in numbers:
         record = records[number]
-        fits.append(fitting(record) if columns is None or columns.boxes is None else None)
+        fits.append(_fitting(record) if columns is None or columns.boxes is None else None)
         try:
             if isinstance(record, BadSample):
                 raise record
@@ -54,6 +55,22 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
         how = " or ".join(f"{way} ({count})" for way, count in ways.most_common() if way)
         lines.append(f"boxes: read as {how}; --boxes says otherwise; packed as x1, y1, x2, y2")
     return lines
+
+
+def _fitting(record: Any) -> tuple[str, str] | None:
+    """Which reading of a record's columns of boxes fits its picture where the other does not, and a box that says so; None: both do, or
+    the record says how they are meant."""
+    value = record.get("objects") if isinstance(record, dict) else None
+    if not isinstance(value, dict) or any(record.get(key) is not None for key in FORM_KEYS) or not isinstance(value.get("bbox"), list):
+        return None
+    size = [record.get(side) for side in ("width", "height")]
+    boxes = [box for box in value["bbox"] if isinstance(box, list | tuple) and len(box) == 4 and all(type(n) in (int, float) for n in box)]
+    inverted = next((box for box in boxes if box[2] <= box[0] or box[3] <= box[1]), None)
+    if inverted is not None or not all(type(side) is int for side in size):
+        return ("xywh", shown(inverted)) if inverted is not None else None
+    leaves = next((box for box in boxes if box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1), None)
+    inside = all(end <= side + 1 for box in boxes for end, side in zip(box[2:], size, strict=True))
+    return ("xyxy", f"{shown(list(leaves))} of a picture of {size[0]} x {size[1]}") if leaves is not None and inside else None
 
 
 def _refuse_corners(fits: list[tuple[str, str]]) -> None:

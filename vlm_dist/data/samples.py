@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, numbered, read_objects, unread_object_keys
 from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
-from vlm_dist.data.layout_turns import looks_like_turns
-from vlm_dist.data.layout_values import FILE_KEYS, is_present, shown, texts_of
+from vlm_dist.data.layout_captions import check_caption
+from vlm_dist.data.layout_lists import looks_like_turns
+from vlm_dist.data.layout_values import FILE_KEYS, is_present, pictures_of, shown, texts_of
 from vlm_dist.data.layouts import canonical, layout_of
 from vlm_dist.data.messages import (
     WEIGHTS,
@@ -165,6 +166,9 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
         named = next((key for key in ("video", "videos") if is_present(record.get(key))), None)
         if named is not None and not has_videos(raw):
             raise BadSample(f"'{named}' is {shown(record[named], 40)}; a video is expected as a member, KEY.mp4")
+        named = pictures_of(record, None, None)[0] if len(made["images"]) > 1 else []
+        if len(named) == len(made["images"]) and named != made["images"]:
+            raise BadSample("the text places its pictures in another order than their files have; `data pack` writes them in order")
         return {key: value for key, value in made.items() if key != "videos"}
     except BadSample as reason:
         raise BadSample(f"json: {reason}{members_found(raw)}") from None
@@ -222,6 +226,7 @@ def _caption(raw: dict[str, Any]) -> str:
     if not caption.strip():
         expected = "json with 'messages', 'conversations', 'captions' or 'objects', or txt with a caption"
         raise BadSample(f"no text: expected {expected}{members_found(raw)}")
+    check_caption(caption)
     return text_of(caption.strip())
 
 
@@ -281,7 +286,7 @@ def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
 
 def _texts_beside(raw: dict[str, Any], record: dict[str, Any]) -> set[str]:
     """Members and keys whose text is not what the sample says: another stands in its turns or captions, or in an earlier member."""
-    members = {f".{name}": _text_in(raw, name) for name in TEXT_MEMBERS if name in raw}
+    members = {f".{name}": raw[name].decode("utf-8-sig", "replace").strip() for name in TEXT_MEMBERS if name in raw}
     turns = record.get("messages")
     keys = ("caption", "captions", "answer") if turns is not None else ("caption",) if members and "captions" not in record else ()
     given = [*members.items(), *((key, text) for key in keys for text in texts_of(record.get(key)))]
@@ -292,7 +297,3 @@ def _texts_beside(raw: dict[str, Any], record: dict[str, Any]) -> set[str]:
         return {name for name, text in given if json.dumps(text, ensure_ascii=False)[1:-1] not in said}
     said = "\n".join(map(str, record["captions"])) if "captions" in record else given[0][1]
     return {name for name, text in given if text not in said}
-
-
-def _text_in(raw: dict[str, Any], member: str) -> str:
-    return raw[member].decode("utf-8-sig", "replace").strip()
