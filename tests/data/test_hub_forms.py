@@ -182,3 +182,36 @@ def test_how_boxes_are_read_is_told_before_packing(tmp_path, capsys):
     assert "objects named by the number of a class alone, which is what is learnt: label 3 (1 sample)" in out
     assert main(["data", "pack", str(tmp_path / "r.json"), str(tmp_path / "out2"), "--boxes", "odd"]) == 3
     assert "--boxes: found 'odd'; expected one of xywh, xyxy" in capsys.readouterr().err
+
+
+def test_one_odd_box_does_not_decide_how_all_are_read(tmp_path):
+    (tmp_path / "0.png").write_bytes(picture())
+    boxes = [[40, 20, 60, 40], [40, 20, 10, 10], [30, 20, 10, 10]]
+    rows = [{"image": "0.png", "width": 64, "height": 48, "objects": {"bbox": [box], "category": ["cat"]}} for box in boxes]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    assert main(["data", "pack", str(tmp_path / "r.json"), str(tmp_path / "out"), "--processes", "1"]) == 0
+    (left_out,) = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert left_out["record"] == 0 and "[40, 20, 100, 60]" in left_out["reason"]
+
+
+def test_a_text_beside_the_json_of_a_tar_is_told(tmp_path, capsys):
+    members = {"k.png": picture(), "k.txt": b"a cat", "k.json": json.dumps({"messages": ASKED}).encode()}
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert main(["data", "verify", str(tmp_path / "s.tar")]) == 0
+    assert "texts beside the one that is learnt, which nothing reads: .txt (1 sample)" in capsys.readouterr().out
+    assert pack(str(tmp_path / "s.tar"), tmp_path / "out")[".txt"] == "a cat"
+    assert "keys of the JSON that nothing reads: .txt (1 sample)" in capsys.readouterr().out
+
+
+def test_pictures_that_a_name_stands_for(tmp_path, capsys):
+    """TextVQA's and GQA's own JSON."""
+    (tmp_path / "n12.jpg").write_bytes(picture())
+    (tmp_path / "r.json").write_text(json.dumps([{"imageId": "n12", "question": Q, "answer": A}]))
+    assert pack(str(tmp_path / "r.json"), tmp_path / "out")["messages"] == ASKED
+    (tmp_path / "r.json").write_text(json.dumps([{"image_id": "n13", "question": Q, "answers": [A]}]))
+    assert main(["data", "pack", str(tmp_path / "r.json"), str(tmp_path / "out2")]) == 3
+    assert "as n13.jpg or n13.png; say where the pictures lie: --images FOLDER" in capsys.readouterr().err

@@ -283,3 +283,80 @@ def test_a_member_that_stands_twice_is_one_clear_line(tmp_path, second, shown):
     with pytest.raises(BadSample) as caught:
         parse_members(path.read_bytes()[: 3 * 512], Place(str(path), 0, size))
     assert str(caught.value) == f"sample 'k' of shard '{path}' has {shown}; write the shard anew with one of them"
+
+
+def test_pictures_that_turns_hold_themselves():
+    made = canonical({"messages": [{**USER, "images": ["a", {"path": "b"}]}, ASSISTANT]})  # Ollama's
+    assert made["images"] == ["a", "b"] and [part["type"] for part in made["messages"][0]["content"]] == ["image", "image", "text"]
+    made = canonical({"messages": [{"role": "user", "content": "<image>?", "image": "a"}, ASSISTANT]})
+    assert made["images"] == ["a"] and made["messages"][0] == {"role": "user", "content": "<image>?"}
+    typed = [{"type": "image"}, {"type": "text", "text": Q}]
+    assert canonical({"messages": [{"role": "user", "content": typed, "images": ["a"]}, ASSISTANT]})["images"] == ["a"]
+    with pytest.raises(BadSample, match="a turn has 2 pictures, and places for 1"):
+        canonical({"messages": [{"role": "user", "content": "<image>?", "images": ["a", "b"]}, ASSISTANT]})
+
+
+def test_two_keys_of_other_pictures():
+    assert canonical({"images": ["a"], "image": "a", "caption": "c"})["images"] == ["a"]
+    with pytest.raises(BadSample, match="'images' and 'image' name other pictures; `data pack --image NAME` says which"):
+        canonical({"images": ["a"], "image": "b", "caption": "c"})
+    assert canonical({"images": ["a"], "image": "b", "caption": "c"}, Columns(image="images,image"))["images"] == ["a", "b"]
+
+
+def test_thoughts_in_parts():
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": A}]
+    assert canonical({"messages": [USER, {"role": "assistant", "content": parts}]})["messages"][1] == {
+        "role": "assistant",
+        "content": [{"type": "text", "text": A}],
+        "reasoning_content": "Hm.",
+    }
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        {"x": 4, "y": 2, "w": 20, "h": 10},
+        {"left": 4, "top": 2, "width": 20, "height": 10},
+        {"xmin": 4, "ymin": 2, "xmax": 24, "ymax": 12},
+        {"x1": 4, "y1": 2, "x2": 24, "y2": 12},
+    ],
+)
+def test_boxes_by_the_names_of_their_sides(box):
+    assert marked({"objects": [{**box, "names": ["cat"]}]})[0] == [{"bbox": [4, 2, 24, 12], "label": "cat"}]
+    assert marked({"objects": [{"bbox": box, "label": "cat"}]})[0][0]["bbox"] == [4, 2, 24, 12]
+    sample = parse(json_={"objects": [{**box, "names": ["cat"]}]})
+    assert sample.objects[0].box == (4, 2, 24, 12) and sample.objects[0].label == "cat" and not sample.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0 0.5 0.5 0.2 0.2\n3 0.1 0.1 0.05 0.05", "is YOLO's boxes, no caption"),
+        ("<|im_start|>user\n?<|im_end|>", "a chat template wrote"),
+        ("USER: <image>\nWhich? ASSISTANT: red", "a chat template wrote"),
+        ("### Instruction:\nWhich?\n### Response:\nred", "a chat template wrote"),
+    ],
+)
+def test_what_is_no_caption(text, words):
+    with pytest.raises(BadSample, match=words):
+        canonical({"image": "0.jpg", "text": text})
+    with pytest.raises(BadSample, match=words):
+        parse(txt=text.encode())
+
+
+def test_documents_of_texts_and_pictures_are_refused():
+    with pytest.raises(BadSample, match="a document of texts and pictures by turns"):
+        canonical({"images": [None, "u"], "texts": ["a", None]})
+
+
+def test_several_right_options_are_not_one():
+    with pytest.raises(BadSample, match=r"'answer' names several options \(A, B\)"):
+        canonical({"question": Q, "options": ["cat", "dog"], "answer": ["A", "B"]})
+    assert said({"question": Q, "options": ["cat", "dog"], "answer": ["A", "A"]})[1] == ("assistant", "A")
+
+
+def test_placeholders_in_another_order_than_the_files_of_a_shard():
+    record = {"images": ["a", "b"], "messages": [{"role": "user", "content": "<image 2>, <image 1>"}, ASSISTANT]}
+    raw = {"__key__": "k", "0.jpg": picture(), "1.jpg": picture(), "json": json.dumps(record).encode()}
+    with pytest.raises(BadSample, match="in another order than their files have; `data pack` writes them in order"):
+        parse_sample(raw, max_image_pixels=10_000, caption_prompt="Describe.")

@@ -80,6 +80,7 @@ def with_objects(record: dict[str, Any]) -> dict[str, Any]:
     value, form = record["objects"], form_named(record)
     value = parsed(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
     rows = _rows(value)
+    value = rows if rows and isinstance(value, list) else value
     if rows is None or (isinstance(value, dict) and form is None and are_objects(value)):  # ms-swift's
         return {**record, "objects": value} if isinstance(value, list | dict) else record
     key = next((key for key in (*BOX_KEYS, *OWN_2D) if any(one.get(key) is not None for one in rows)), None)
@@ -195,10 +196,12 @@ def _rows(value: Any) -> list[dict[str, Any]] | None:
 
 def _with_box(one: dict[str, Any]) -> dict[str, Any]:
     """An object whose sides have a name each, as Visual Genome's, with `bbox`."""
-    if any(one.get(key) is not None for key in (*BOX_KEYS, *OWN_2D, "point", "polygon")):
-        return {key: _by_side(value) or value if key in BOX_KEYS and isinstance(value, dict) else value for key, value in one.items()}
-    box = _by_side(one)
-    return one if box is None else {**{key: value for key, value in one.items() if key not in SIDES}, "bbox": box, "format": "xyxy"}
+    key = next((key for key in (*BOX_KEYS, *OWN_2D, "point", "polygon") if one.get(key) is not None), None)
+    box = _by_side(one if key is None else one[key] if isinstance(one[key], dict) else {})
+    if box is None:
+        return one
+    rest = {name: value for name, value in one.items() if name != key and (key is not None or name not in SIDES)}
+    return {**rest, "bbox": box, "format": "xyxy"}
 
 
 def _by_side(value: dict[str, Any]) -> list[Any] | None:
