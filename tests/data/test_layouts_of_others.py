@@ -188,7 +188,7 @@ def test_placeholders_that_name_their_pictures():
     assert made["images"] == ["b", "a", "a"] and [turn["content"] for turn in made["messages"]] == ["<image> and <image>", "<image>"]
     assert canonical({**record, "conversations": [USER, ASSISTANT]})["images"] == ["a", "b"]
     assert canonical({**record, "image": {"<image_00>": "a", "<image_01>": None}, "conversations": [USER, ASSISTANT]})["images"] == ["a"]
-    with pytest.raises(BadSample, match="a picture is an object with 'front', 'back'; expected one of bytes"):
+    with pytest.raises(BadSample, match="a picture is an object with front, back; expected bytes"):
         canonical({**record, "image": {"front": "a", "back": "b"}})
 
 

@@ -13,7 +13,7 @@ from vlm_dist.data.layout_lists import looks_like_turns, spread, unpacked
 from vlm_dist.data.layout_names import only_one
 from vlm_dist.data.layout_options import answer_among, question_with_options
 from vlm_dist.data.layout_turns import Turns
-from vlm_dist.data.layout_values import is_present, named_sources, parsed, pictures_of, shown, texts_of
+from vlm_dist.data.layout_values import is_present, keys_of, named_sources, parsed, pictures_of, shown, texts_of
 from vlm_dist.data.layout_videos import whole_captions
 from vlm_dist.errors import BadSample
 
@@ -271,8 +271,3 @@ def captions_from(record: dict[str, Any], keys: list[str], column: str | None) -
 def without(record: dict[str, Any], *used: list[str]) -> dict[str, Any]:
     gone = {key for keys in used for key in keys}
     return {key: value for key, value in record.items() if key not in gone}
-
-
-def keys_of(record: dict[str, Any]) -> str:
-    """A record's keys, for a message."""
-    return ", ".join(key[:40] if isinstance(key, str) and key.isprintable() else shown(key, 40) for key in list(record)[:30]) or "none"

@@ -94,7 +94,7 @@ def source_of(value: Any, depth: int = 0) -> Any:
         return None
     key = next((key for key in SOURCE_KEYS if is_present(value.get(key))), None)
     if key is None and any(is_present(item) for item in value.values()) and not any(key in value for key in SOURCE_KEYS):
-        raise BadSample(f"a picture is an object with {', '.join(map(shown, list(value)[:8]))}; expected one of {', '.join(SOURCE_KEYS)}")
+        raise BadSample(f"a picture is an object with {keys_of(value)}; expected bytes, path, url or base64")
     if key is None:
         return None
     found = source_of(value[key], depth + 1)
@@ -177,3 +177,8 @@ def shown(value: Any, length: int = 80) -> str:
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= length else text[:length] + "..."
+
+
+def keys_of(record: dict[str, Any]) -> str:
+    """A record's keys, for a message."""
+    return ", ".join(key[:40] if isinstance(key, str) and key.isprintable() else shown(key, 40) for key in list(record)[:30]) or "none"

@@ -14,7 +14,7 @@ from vlm_dist.data.layout_boxes import with_objects
 from vlm_dist.data.layout_keys import KNOWN
 from vlm_dist.data.layout_lists import looks_like_turns
 from vlm_dist.data.layout_names import in_known_names
-from vlm_dist.data.layout_values import columns_in, is_present, parsed, shown, texts_of
+from vlm_dist.data.layout_values import columns_in, is_present, keys_of, parsed, shown, texts_of
 from vlm_dist.data.layout_videos import with_videos
 from vlm_dist.errors import BadSample
 
@@ -80,9 +80,7 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
         raise BadSample("'objects' marks nothing in the picture, and there is no text")
     if layout is None:
         known = "; ".join(f"{known.name} ({known.keys})" for known in LAYOUTS)
-        raise BadSample(
-            f"no text in a layout that is known; its keys are {kinds.keys_of(record)}; known are {known}; or name columns: --answer"
-        )
+        raise BadSample(f"no text in a layout that is known; its keys are {keys_of(record)}; known are {known}; or name columns: --answer")
     kinds.refuse_rivals(record, layout.name)
     return _finished(layout.convert(record, None), record)
 
@@ -129,7 +127,7 @@ def _by_columns(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
     images = columns_in(columns.image, record) if columns.image else []
     missing = [name for name in (columns.question, columns.answer, *images) if name is not None and name not in record]
     if missing:
-        raise BadSample(f"the record has no '{missing[0]}'; its keys are {kinds.keys_of(record)}")
+        raise BadSample(f"the record has no '{missing[0]}'; its keys are {keys_of(record)}")
     if columns.question is not None:
         return kinds.asked_by(record, columns.question, [columns.answer] if columns.answer else list(kinds.ANSWERS), columns.image)
     if columns.answer is not None:
@@ -138,7 +136,7 @@ def _by_columns(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
     if layout is not None:
         kinds.refuse_rivals(record, layout.name)
     else:
-        raise BadSample(f"no text in a layout that is known; its keys are {kinds.keys_of(record)}; name the column of texts: --answer")
+        raise BadSample(f"no text in a layout that is known; its keys are {keys_of(record)}; name the column of texts: --answer")
     return layout.convert(record, columns.image)
 
 

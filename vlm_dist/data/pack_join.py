@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.layout_keys import ANSWERS
-from vlm_dist.data.layout_kinds import keys_of
-from vlm_dist.data.layout_values import NAMES_PICTURE, shown, texts_of
+from vlm_dist.data.layout_values import NAMES_PICTURE, keys_of, shown, texts_of
 from vlm_dist.errors import BadSample, DataError
 
 READ = ("messages", "captions", "caption", "answers", "objects", "images", "videos")
