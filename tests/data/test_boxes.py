@@ -335,7 +335,9 @@ def test_what_is_not_read_is_noted():
         raw({"objects": ["cat"], "messages": chat("?", "a")}), **OPTIONS
     ).notes
     with pytest.raises(BadSample, match="the text has <bbox>, and 'objects' is no list"):
-        parse_sample(raw({"objects": {"bbox": [[1, 2, 3, 4]], "category": [1]}, "messages": chat("Where?", "<bbox>")}), **OPTIONS)
+        parse_sample(raw({"objects": {"cats": 2}, "messages": chat("Where?", "<bbox>")}), **OPTIONS)
+    columns = parse_sample(raw({"objects": {"bbox": [[1, 2, 3, 4]], "category": [1]}, "messages": chat("Where?", "<bbox>")}), **OPTIONS)
+    assert columns.objects[0].box == (1, 2, 4, 6) and ("number", "label 1") in columns.notes
     none = parse_sample(raw({"objects": [], "messages": chat("Any cats?", "None.")}), **OPTIONS)
     assert not none.notes and not none.objects
     assert ("placeholder", "<bbox>") in parse_sample(raw({"messages": chat("Where?", "<bbox>")}), **OPTIONS).notes

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_dist.data import layout_kinds
+from vlm_dist.data import layout_boxes, layout_keys
 from vlm_dist.data.layouts import LAYOUTS, Columns, canonical
 from vlm_dist.errors import BadSample
 
@@ -221,13 +221,13 @@ def test_what_is_refused_says_why(record, words):
 
 NAMES = sorted(
     {
-        *layout_kinds.TURN_KEYS,
-        *layout_kinds.QUESTIONS,
-        *layout_kinds.ANSWERS,
-        *layout_kinds.CAPTIONS,
-        *layout_kinds.EXPRESSIONS,
-        *layout_kinds.BOXES,
-        *layout_kinds.SYSTEM,
+        *layout_keys.TURN_KEYS,
+        *layout_keys.QUESTIONS,
+        *layout_keys.ANSWERS,
+        *layout_keys.CAPTIONS,
+        *layout_keys.EXPRESSIONS,
+        *layout_boxes.BOX_KEYS,
+        *layout_keys.SYSTEM,
         "image",
         "images",
         "image_1",
@@ -252,11 +252,28 @@ NAMES = sorted(
         "tool_calls",
         "parts",
         "raw_anns",
+        *layout_keys.KNOWN,
+        *layout_boxes.NAMES,
+        *layout_boxes.FORM_KEYS,
+        *layout_boxes.OWN_2D,
+        "points",
+        "point",
+        "x",
+        "y",
+        "gt_parse",
+        "Question",
+        "imagePath",
+        "Option A",
+        "option_b",
+        "<image_00>",
+        "iscrowd",
+        "size",
+        "mask",
+        "trainable",
     }
 )
-WORDS = st.sampled_from(
-    ["user", "gpt", "function_call", "tool", "text", "<image>", "<image 1>", '["a"]', "['a']", "[[[", "\ud83d", " ", "{}"]
-)
+MARKUP = ["<image>", "<image 1>", "<image_00>", '["a"]', "['a']", "[[[", "\ud83d", " ", "{}", "A. x", '{"bbox": [[1, 2, 3, 4]]}']
+WORDS = st.sampled_from(["user", "gpt", "function_call", "tool", "text", "xywh", "2", *MARKUP])
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | WORDS
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4), max_leaves=12

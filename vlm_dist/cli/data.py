@@ -70,6 +70,8 @@ def _add_pack(kinds: Any) -> None:
     pack.add_argument("--question", metavar="COLUMN", help="records: the key of the question (default: recognised)")
     pack.add_argument("--answer", metavar="COLUMN", help="records: the key of the answer, or without --question of the caption")
     pack.add_argument("--image", metavar="COLUMN", help="records: the key of the picture or pictures")
+    numbers = "records: what the numbers of boxes and points mean: xywh (COCO's), xyxy, cxcywh, xy; xyxy/1000 and its like: shares"
+    pack.add_argument("--boxes", metavar="FORM", help=numbers)
     pack.add_argument("--fetch", action="store_true", help="records: fetch pictures at http(s) addresses (default: named, not fetched)")
     pack.add_argument("--fetch-private", action="store_true", help="as --fetch, also from this machine and private networks")
     pack.add_argument("--dry-run", action="store_true", help="records: show the layout recognised and one sample; write nothing")
@@ -119,7 +121,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if arguments.heldout is not None:
         options["heldout"] = arguments.heldout
     if arguments.format == "flickr8k":
-        _refuse(arguments, "dedup", "dry_run", "annotations", "question", "answer", "image", "fetch", "fetch_private")
+        _refuse(arguments, "dedup", "dry_run", "annotations", "question", "answer", "image", "boxes", "fetch", "fetch_private")
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
         names = ("images", "split", "annotations", "dedup", "max_side", "reencode", "quality", "processes")
@@ -143,11 +145,14 @@ def run_pack(arguments: argparse.Namespace) -> int:
 def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """How records are read."""
     from vlm_dist.data.fetch import Fetcher
+    from vlm_dist.data.layout_boxes import FORMS
     from vlm_dist.data.layouts import Columns
 
+    if arguments.boxes not in (None, *FORMS):
+        raise DataError(f"--boxes: found {arguments.boxes!r}; expected one of {', '.join(FORMS)}")
     fetches = arguments.fetch or arguments.fetch_private
     return {
-        "columns": Columns(arguments.question, arguments.answer, arguments.image),
+        "columns": Columns(arguments.question, arguments.answer, arguments.image, arguments.boxes),
         "fetcher": Fetcher(allow_private=arguments.fetch_private) if fetches else None,
         "tell": print,
         "look_only": arguments.dry_run,

@@ -111,6 +111,13 @@ def unread_object_keys(value: Any) -> set[str]:
     return {str(key)[:60] for one in given for key in one if key not in known}
 
 
+def numbered(value: Any) -> set[str]:
+    """Labels of a record's `objects` that are numbers of classes, without the names that they stand for."""
+    given = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    labels = {one.get("label") for one in given if isinstance(one.get("label"), str)}
+    return {f"label {label}" for label in labels if isinstance(label, str) and label.strip().isdecimal()}
+
+
 def _corners(points: list[Point], form: Any, where: str) -> list[Point]:
     """Two corners, also where the second is a width and a height."""
     if form is None or form in CORNERS:
@@ -140,14 +147,18 @@ def _read(one: dict[str, Any], number: int, given: Any, form: Any, sizes: Sequen
     other = one.get("size", given)
     if other is None and all(0 <= x <= 1 and 0 <= y <= 1 for x, y in points) and any(x % 1 or y % 1 for x, y in points):
         shown = f"{kind} {str(one[kind])[:80]}"
-        raise BadSample(f'{where}: {shown} are shares of the picture, not pixels; say so in the record: "objects_size": [1, 1]')
+        how = 'say so: "objects_size": [1, 1] in the record (`data pack --boxes xyxy/1`)'
+        raise BadSample(f"{where}: {shown} are shares of the picture, not pixels; {how}")
     if other is not None:
         points = _scaled(points, _size(other, where), size, lambda: orientation(image), where)
         points = _sorted(points) if kind == "bbox" else points
     clipped = [(min(max(x, 0.0), size[0]), min(max(y, 0.0), size[1])) for x, y in points]
     if any(abs(x - x_in) > SLACK or abs(y - y_in) > SLACK for (x, y), (x_in, y_in) in zip(points, clipped, strict=True)):
         of = f" of {other[0]} x {other[1]}" if other is not None else ""
-        raise BadSample(f"{where}: {kind} {str(one[kind])[:80]}{of} lies outside of its picture, which has {size[0]} x {size[1]} pixels")
+        raise BadSample(
+            f"{where}: {kind} {str(one[kind])[:80]}{of} lies outside of its picture, which has {size[0]} x {size[1]} pixels"
+            "; `data pack --boxes` reads other numbers than x1, y1, x2, y2 in pixels"
+        )
     return Marked(kind, tuple(clipped), text_of(label.strip()), image)
 
 

@@ -133,11 +133,10 @@ def parse_members(data: bytes, place: Place) -> dict[str, Any]:
 
     try:
         files = [{"fname": name, "data": content, "__url__": place.shard} for name, content in _members(data)]
+        _refuse_twins([file["fname"] for file in files], place.shard)
         samples = list(group_by_keys(files))
     except Damaged as damage:
         samples, problem = [], str(damage)
-    except ValueError as error:
-        raise BadSample(str(error.args[0])) from None
     else:
         problem = f"{len(samples)} samples"
     if len(samples) != 1:
@@ -146,6 +145,17 @@ def parse_members(data: bytes, place: Place) -> dict[str, Any]:
             "it was changed: make its index again with `vlm-dist data index`"
         )
     return samples[0]
+
+
+def _refuse_twins(names: list[str], shard: str) -> None:
+    """Two members of one sample with one name; the case of the ending does not matter."""
+    seen: dict[str, str] = {}
+    for name in names:
+        key, _, ending = name.rpartition("/")[2].partition(".")
+        first = seen.setdefault(name[: len(name) - len(ending)] + ending.lower(), name)
+        if first is not name:
+            twin = f"'{name}'" if first == name else f"'{first}' and '{name}', which are one,"
+            raise BadSample(f"sample '{key}' of shard '{shard}' has {twin} twice; write the shard anew with one of them")
 
 
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:

@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
-from vlm_dist.data.layout_turns import Turns, looks_like_turns, spread, unpacked
-from vlm_dist.data.layout_values import boxes_of, is_present, letter_of, pictures_of, question_with_options, shown, texts_of
+from vlm_dist.data.layout_boxes import BOX_KEYS, boxes_of
+from vlm_dist.data.layout_captions import check_caption, refuse_interleaved
+from vlm_dist.data.layout_keys import ANSWERS, CAPTIONS, EXPRESSIONS, PAIR_KEYS, QUESTIONS, RIVALS, SYSTEM, TURN_KEYS
+from vlm_dist.data.layout_lists import looks_like_turns, spread, unpacked
+from vlm_dist.data.layout_names import only_one
+from vlm_dist.data.layout_options import answer_among, question_with_options
+from vlm_dist.data.layout_turns import Turns
+from vlm_dist.data.layout_values import is_present, keys_of, named_sources, parsed, pictures_of, shown, texts_of
 from vlm_dist.data.layout_videos import whole_captions
 from vlm_dist.errors import BadSample
-
-TURN_KEYS = (
-    "messages",
-    "conversations",
-    "conversation",
-    "chat",
-    "dialog",
-    "dialogue",
-    "dialogs",
-    "turns",
-    "contents",
-    "qa_pairs",
-    "qas",
-    "qa",
-)
-QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "questions", "user", "input", "q")
-ANSWERS = (
-    "multiple_choice_answer", "answer", "answers", "label", "labels", "response", "completion", "output", "solution", "target",
-    "correct_choice_idx", "direct_answers", "assistant", "full_answer",
-)  # fmt: skip
-CAPTIONS = (
-    "captions", "caption", "sentences", "texts", "text", "raw", "caption_str", "reference_strs", "alt_text", "description", "TEXT",
-    "sentence", "txt", "comment", "class_name", "class", "label", "category",
-)  # fmt: skip
-EXPRESSIONS = (
-    "expression", "expressions", "referring_expression", "ref_exp", "phrase", "phrases", "sentences", "captions", "caption", "sentence",
-    "text", "description", "label", "labels", "category",
-)  # fmt: skip
-BOXES = ("bbox", "bbox_xyxy", "bbox_xywh", "box", "bboxes", "boxes")
-SYSTEM = ("system", "system_prompt", "system_message")
 
 
 def is_messages(record: dict[str, Any]) -> bool:
@@ -46,25 +23,40 @@ def is_messages(record: dict[str, Any]) -> bool:
 
 
 def is_conversation(record: dict[str, Any]) -> bool:
-    return isinstance(record.get("conversations"), list) or any(_are_turns(record.get(key)) for key in TURN_KEYS[1:])
+    return isinstance(record.get("conversations"), list) or _turns_key(record) is not None
+
+
+def _turns_key(record: dict[str, Any]) -> str | None:
+    named = next((key for key in TURN_KEYS[:2] if isinstance(record.get(key), list)), None)
+    named = named or next((key for key in TURN_KEYS if _are_turns(record.get(key))), None)
+    return named or next((key for key in PAIR_KEYS if looks_like_turns(record.get(key))), None)
 
 
 def _are_turns(value: Any) -> bool:
+    if value is None:
+        return False
     value = unpacked(value)
     is_alternating = isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
-    return is_alternating or looks_like_turns(value)
+    return is_alternating or looks_like_turns(value) or _are_pairs(value)
+
+
+def _are_pairs(value: Any) -> bool:
+    """[[question, answer], ...]"""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(one, list | tuple) and len(one) == 2 and all(isinstance(text, str) for text in one) for one in value)
 
 
 def from_turns(record: dict[str, Any], column: str | None) -> dict[str, Any]:
-    key = next(key for key in TURN_KEYS if (isinstance(record.get(key), list) and key in TURN_KEYS[:2]) or _are_turns(record.get(key)))
+    key = _turns_key(record) or TURN_KEYS[0]
     return _talk(record, unpacked(record[key]), [key], column)
 
 
 def _talk(record: dict[str, Any], turns: Any, used: list[str], column: str | None, files: str | None = None) -> dict[str, Any]:
     """Turns, with what stands beside them: system, pictures."""
     turns, (pictures, held) = list(spread(turns)), pictures_of(record, column, files)
+    names = next((list(found) for key in held if (found := named_sources(record.get(key)))), [])
     system_keys = [key for key in SYSTEM if is_present(record.get(key))]
-    made = Turns(turns, pictures)
+    made = Turns(turns, pictures, names)
     for key in reversed(system_keys):
         if not isinstance(record[key], str):
             raise BadSample(f"'{key}' is {shown(record[key])}; expected the text of the system prompt")
@@ -89,16 +81,30 @@ def from_pairs(record: dict[str, Any], column: str | None) -> dict[str, Any]:
     return _talk(record, record["texts"], ["texts"], column)
 
 
-def from_prompt(record: dict[str, Any], column: str | None) -> dict[str, Any]:
-    turns: list[dict[str, Any]] = []
-    for key, role in (("prompt", "user"), ("completion", "assistant")):
-        value = record[key]
-        turns += spread(unpacked(value)) if looks_like_turns(value) else [{"role": role, "content": value}]
-    return _talk(record, turns, ["prompt", "completion"], column)
-
-
 def is_prompt(record: dict[str, Any]) -> bool:
-    return all(isinstance(record.get(key), str | list) and record[key] for key in ("prompt", "completion"))
+    return _prompt_keys(record) is not None
+
+
+def _prompt_keys(record: dict[str, Any]) -> tuple[str, str] | None:
+    """The keys of what is asked and said, where one of them holds turns, or they are TRL's `prompt` and `completion`."""
+    if all(isinstance(record.get(key), str | list) and record[key] for key in ("prompt", "completion")):
+        return "prompt", "completion"
+    asked = next((key for key in QUESTIONS if key not in PAIR_KEYS and looks_like_turns(record.get(key))), None)
+    if asked is None:
+        return None
+    said = next((key for key in ANSWERS if key != asked and (looks_like_turns(record.get(key)) or texts_of(record.get(key)))), None)
+    return (asked, said) if said else None
+
+
+def from_prompt(record: dict[str, Any], column: str | None) -> dict[str, Any]:
+    asked, said = _prompt_keys(record) or ("prompt", "completion")
+    turns: list[dict[str, Any]] = []
+    texts = [] if said == "completion" or looks_like_turns(record[said]) else texts_of(record[said])
+    for key, role in ((asked, "user"), (said, "assistant")):
+        value = Counter(texts).most_common(1)[0][0] if key == said and texts else record[key]
+        turns += spread(unpacked(value)) if looks_like_turns(value) else [{"role": role, "content": value}]
+    made = _talk(record, turns, [asked, said], column)
+    return {**made, "answers": texts} if texts and "answers" not in made else made
 
 
 def is_alpaca(record: dict[str, Any]) -> bool:
@@ -158,7 +164,11 @@ def asked_by(record: dict[str, Any], question: str, answers: list[str], column: 
         return _talk(record, list(zip(asked, said, strict=True)), [question, found[0]], column, "named")
     words, options, used = question_with_options(record, asked[0])
     value = record[found[0]]
-    texts = [str(letter_of(text, options)) for text in ([value] if isinstance(value, int) and options else said)]
+    texts = [str(answer_among(text, options)) for text in ([value] if isinstance(value, int) and options else said)]
+    if options and isinstance(value, list | tuple) and len(set(texts)) > 1:
+        raise BadSample(
+            f"'{found[0]}' names several options ({', '.join(texts[:6])}): all of them may be right together, or each; write one text"
+        )
     right = Counter(texts).most_common(1)[0][0]
     turns = [{"role": "user", "content": words}, {"role": "assistant", "content": right}]
     made = _talk(record, turns, [question, found[0], *used], column, "named")
@@ -166,19 +176,25 @@ def asked_by(record: dict[str, Any], question: str, answers: list[str], column: 
 
 
 def is_boxed(record: dict[str, Any]) -> bool:
-    has_box = any(isinstance(record.get(key), list) and record[key] for key in BOXES)
+    has_box = any(isinstance(record.get(key), list) and record[key] for key in BOX_KEYS)
     return has_box and any(texts_of(record.get(key)) for key in EXPRESSIONS)
+
+
+def has_one_box(record: dict[str, Any]) -> bool:
+    """Whether a record marks one place in its picture: no words that were read in it."""
+    value = next((record[key] for key in BOX_KEYS if isinstance(record.get(key), list) and record[key]), [])
+    return len(value) == 4 and all(type(side) in (int, float) for side in value)
 
 
 def from_box(record: dict[str, Any], column: str | None) -> dict[str, Any]:
     words = next(key for key in EXPRESSIONS if texts_of(record.get(key)))
-    key = next(key for key in BOXES if isinstance(record.get(key), list) and record[key])
-    objects = boxes_of(record, key, texts_of(record[words]))
+    key = next(key for key in BOX_KEYS if isinstance(record.get(key), list) and record[key])
+    marked = boxes_of(record, key, texts_of(record[words]))
     pictures, held = pictures_of(record, column, "any")
     others = [name for name in CAPTIONS if name != words and texts_of(record.get(name))]  # of the box; captions are of the picture
     rest = without(record, [words, key], others, held)
     more = {"expressions": [text for name in others for text in texts_of(record[name])]} if others else {}
-    return {**rest, **more, "objects": objects, "images": pictures}
+    return {**rest, **more, **marked, "images": pictures}
 
 
 def has_objects(record: dict[str, Any]) -> bool:
@@ -188,6 +204,44 @@ def has_objects(record: dict[str, Any]) -> bool:
 def from_objects(record: dict[str, Any], column: str | None) -> dict[str, Any]:
     pictures, held = pictures_of(record, column, "any")
     return {**without(record, held), "images": pictures}
+
+
+def has_ground_truth(record: dict[str, Any]) -> bool:
+    return _ground_truth(record) is not None
+
+
+def _ground_truth(record: dict[str, Any]) -> list[Any] | None:
+    """What Donut's `ground_truth` is to be read as: one thing, or any of several; None: there is none."""
+    value = record.get("ground_truth")
+    value = parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "{" else value
+    if not isinstance(value, dict):
+        return None
+    found = value["gt_parses"] if isinstance(value.get("gt_parses"), list) else [value["gt_parse"]] if "gt_parse" in value else None
+    return found or None
+
+
+def from_ground_truth(record: dict[str, Any], column: str | None) -> dict[str, Any]:
+    """Questions and answers become turns; everything else what is read in the picture, as JSON, or as it is where it is text alone."""
+    found = _ground_truth(record) or []
+    if looks_like_turns(found):
+        return _talk(record, found, ["ground_truth"], column, "named")
+    words = [one.get("text_sequence") if isinstance(one, dict) and len(one) == 1 else one for one in found]
+    texts = [word if isinstance(word, str) else json.dumps(one, ensure_ascii=False) for word, one in zip(words, found, strict=True)]
+    return captions_from({**record, "ground_truth": texts}, ["ground_truth"], column)
+
+
+def refuse_rivals(record: dict[str, Any], layout: str) -> None:
+    """Where two keys of a record could be its question, its answer or its caption.
+
+    Raises:
+        BadSample: names both, and what decides.
+    """
+    if layout in ("question and answer", "query and response", "Alpaca", "prompt and completion"):
+        asked = [key for key in RIVALS["question"] if not looks_like_turns(record.get(key))]
+        only_one(record, "question", asked)
+        only_one(record, "answer")
+    elif layout == "captions" and not any(texts_of(record.get(key)) for key in ("captions", "caption", "sentences", "texts")):
+        only_one(record, "caption")
 
 
 def caption_keys(record: dict[str, Any]) -> list[str]:
@@ -204,6 +258,9 @@ def captions_from(record: dict[str, Any], keys: list[str], column: str | None) -
     texts = [text for key in keys for text in texts_of(whole_captions(record[key]))]
     if not texts:
         raise BadSample(f"no text in '{keys[0]}'; its keys are {keys_of(record)}")
+    for text in texts:
+        check_caption(text)
+    refuse_interleaved(record, keys)
     system = next((key for key in SYSTEM if is_present(record.get(key)) and isinstance(record[key], str)), None)
     if system is not None:
         raise BadSample(f"'{system}' stands beside a caption, which has no turns; write the record as messages")
@@ -214,8 +271,3 @@ def captions_from(record: dict[str, Any], keys: list[str], column: str | None) -
 def without(record: dict[str, Any], *used: list[str]) -> dict[str, Any]:
     gone = {key for keys in used for key in keys}
     return {key: value for key, value in record.items() if key not in gone}
-
-
-def keys_of(record: dict[str, Any]) -> str:
-    """A record's keys, for a message."""
-    return ", ".join(key[:40] if isinstance(key, str) and key.isprintable() else shown(key, 40) for key in list(record)[:30]) or "none"

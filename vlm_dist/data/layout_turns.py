@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
-from vlm_dist.data.layout_values import is_present, parsed, shown, source_of, texts_of
+from vlm_dist.data.layout_lists import CONTENT_KEYS, ROLE_KEYS, key_of, spread
+from vlm_dist.data.layout_values import SOURCE_KEYS, is_present, parsed, shown, source_of, sources_in, texts_of
 from vlm_dist.errors import BadSample
 
 ROLES = {
@@ -20,14 +21,20 @@ ROLES = {
     **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "observations", "tool_response", "function_response", "ipython"), "tool"),
 }  # fmt: skip
-ROLE_KEYS = ("role", "from", "speaker", "author")
-CONTENT_KEYS = ("content", "value", "text", "parts", "message")
 CALLS = ("function_call", "tool_call", "tool_calls")  # speakers whose words are a call
-ASKED, SAID = ("user", "human", "question", "query", "prompt", "q"), ("assistant", "gpt", "answer", "response", "completion", "a")
 IMAGE_PARTS = ("image", "image_url", "input_image", "img", "picture")
 VIDEO_PARTS = ("video", "video_url", "input_video")
+TURN_PICTURES = ("images", "image")  # of a turn itself, as Ollama's
+THOUGHTS = ("thinking", "reasoning")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNNAMED_PARTS = ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData")  # what a part without a type is known by
+PART_KEYS = frozenset({"type", "index", *UNNAMED_PARTS, *SOURCE_KEYS, "media_type", "mime_type"})
+"""What is read of a part."""
+OTHER_MARKERS = re.compile(
+    r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image\|>|<start_of_image>|<ImageHere>|<image_placeholder>|<image_here>|\[IMG\]"
+    r"|<(?:IMAGE|Image)>"
+)
+"""How other trainers write `<image>`; read where there are as many as pictures."""
 NUMBERED_MARKER = re.compile(r"<\|?image[ _]?(\d{1,3})\|?>")
 _QWEN_OR_LLAVA = r"<img>(?P<path>[^<>\n]{1,4096})</img>|<image>"
 _MARKERS_WITHOUT_NUMBERS = re.compile(_QWEN_OR_LLAVA)
@@ -41,12 +48,13 @@ class Turns:
     Args:
         turns: a list of turns.
         column: the pictures that the record names beside the turns.
+        names: the placeholder that stands for each of them in the text, where they have some of their own.
 
     Raises:
         BadSample: no list of turns, or a turn with an unknown role or part.
     """
 
-    def __init__(self, turns: Any, column: list[Any] | None = None):
+    def __init__(self, turns: Any, column: list[Any] | None = None, names: Sequence[str] = ()):
         self.images: list[Any] = []
         """Pictures in order of appearance."""
         self.videos: list[Any] = []
@@ -54,17 +62,22 @@ class Turns:
         self._own: list[Any] = []  # of each place for a picture: its own source, or None
         self._numbers: list[int | None] = []  # of each place: the number of the picture that its marker names
         column, turns = list(column or []), list(spread(turns))
+        self._names = {name: number for number, name in enumerate(names, 1)}
+        self._named = re.compile("|".join(map(re.escape, sorted([*names, MARKER], key=len, reverse=True)))) if names else None
+        if self._named is None and column and not any(MARKER in text for text in _texts(turns)):
+            found = [found for text in _texts(turns) for found in OTHER_MARKERS.findall(text)]
+            self._named = OTHER_MARKERS if len(found) == len(column) else None
         self._marker = _MARKERS if _numbers_can_be_read(turns, len(column)) else _MARKERS_WITHOUT_NUMBERS
         self.turns = [self._turn(turn) for turn in turns]
         self._settle(column)
 
     def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
-        role_key = _key(turn, ROLE_KEYS)
+        role_key = key_of(turn, ROLE_KEYS)
         name = turn.get(role_key)
         role = ROLES.get(name.strip().rstrip(":").casefold()) if isinstance(name, str) else None
         if role is None:
             raise BadSample(f"json: a turn's '{role_key}' is {shown(name)}; expected one of user, assistant, system, tool, human, gpt")
-        content_key = _key(turn, CONTENT_KEYS)
+        content_key = key_of(turn, CONTENT_KEYS)
         rest = {key: value for key, value in turn.items() if value is not None and key not in (role_key, content_key)}
         if "function_call" in rest and "tool_calls" not in rest:
             rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
@@ -76,7 +89,26 @@ class Turns:
             calls = _calls(content)
             if calls:
                 content, rest["tool_calls"] = None, calls
-        return {"role": role, "content": self._content(content, content_key, role, rest), **rest}
+        if isinstance(content, list) and role == "assistant" and "reasoning_content" not in rest:
+            content, thought = _without_thoughts(content)
+            rest |= {"reasoning_content": thought} if thought else {}
+        first, own = len(self._own), [source for key in TURN_PICTURES if key in rest for source in sources_in(rest.pop(key))]
+        made = self._content(content, content_key, role, rest)
+        return {"role": role, "content": self._with_own(made, first, own) if own else made, **rest}
+
+    def _with_own(self, content: Any, first: int, own: list[Any]) -> Any:
+        """A turn that holds pictures beside its words: they belong to its places for pictures; without any, they stand before the words."""
+        places = [number for number in range(first, len(self._own)) if self._own[number] is None]
+        if not places and len(self._own) == first:
+            for source in own:
+                self._place(source)
+            words = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+            return [*({"type": "image"} for _ in own), *words]
+        if len(places) != len(own):
+            raise BadSample(f"json: a turn has {len(own)} pictures, and places for {len(places)}")
+        for number, source in zip(places, own, strict=True):
+            self._own[number] = source
+        return content
 
     def _content(self, content: Any, key: str, role: str, rest: dict[str, Any]) -> Any:
         if content is None and role == "assistant" and (rest.get("tool_calls") or rest.get("reasoning_content")):
@@ -99,6 +131,10 @@ class Turns:
 
     def _text(self, text: str, role: str) -> str:
         """Text with `<image>` where a picture stands, as LLaVA writes it; Qwen's `<img>PATH</img>` and `<image 1>` become that."""
+        if self._named is not None:
+            for found in self._named.findall(text):
+                self._place(None, self._names.get(found))
+            return self._named.sub(MARKER, text)
         if role != "user" or ("<i" not in text and "<|i" not in text):
             for _ in range(text.count(MARKER)):
                 self._place()
@@ -115,26 +151,25 @@ class Turns:
         self._own.append(source)
         self._numbers.append(number)
 
-    def _part(self, part: Any, role: str) -> dict[str, str]:
+    def _part(self, part: Any, role: str) -> dict[str, Any]:
+        """Typed, with the keys that nothing reads."""
         if isinstance(part, str):
             return {"type": "text", "text": self._text(part, role)}
         kind = part.get("type") if isinstance(part, dict) else None
         if kind is None and isinstance(part, dict):
-            kind = next(
-                (key for key in ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData") if is_present(part.get(key))), None
-            )
+            kind = next((key for key in UNNAMED_PARTS if is_present(part.get(key))), None)
         if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            return {"type": "text", "text": part["text"]}
+            return {"type": "text", "text": part["text"], **unread_in(part)}
         if kind in (*IMAGE_PARTS, "inline_data", "inlineData"):
-            own = {key: value for key, value in part.items() if key not in ("type", "text")}
-            index = own.get("index")  # of the column, from 0
+            own = {key: value for key, value in part.items() if key in PART_KEYS and key not in ("type", "text", "index")}
+            index = part.get("index")  # of the column, from 0
             number = index + 1 if isinstance(index, int) and not isinstance(index, bool) else None
             self._place(source_of(own.get("inline_data") or own.get("inlineData") or own), number)
-            return {"type": "image"}
+            return {"type": "image", **unread_in(part)}
         if kind in VIDEO_PARTS:
             own = source_of(next((part[key] for key in VIDEO_PARTS if is_present(part.get(key))), None))
             self.videos += [own] if own is not None else []
-            return {"type": "video"}
+            return {"type": "video", **unread_in(part)}
         raise BadSample(f"json: a part of type {shown(kind)}; expected image, video, or text with 'text'")
 
     def _settle(self, column: list[Any]) -> None:
@@ -155,81 +190,26 @@ class Turns:
         self.images += left
 
 
-def spread(turns: Any) -> Iterator[dict[str, Any]]:
-    """Pairs -> two turns each; [question, answer] pairs, objects with both, texts by turns.
-
-    Raises:
-        BadSample: no list of turns.
-    """
-    if not isinstance(turns, list | tuple) or not turns:
-        raise BadSample("json: expected a list of turns")
-    if all(isinstance(turn, str) for turn in turns):
-        yield from ({"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(turns))
-        return
-    for turn in turns:
-        pair = pair_of(turn)
-        if pair is not None:
-            yield {"role": "user", "content": pair[0]}
-            yield {"role": "assistant", "content": pair[1], **pair[2]}
-        elif isinstance(turn, dict):
-            yield turn
-        else:
-            raise BadSample(f"json: a turn is {shown(turn)}; expected an object such as {{'role': 'user', 'content': ...}}")
+def unread_in(part: dict[str, Any]) -> dict[str, Any]:
+    """What of a part nothing reads."""
+    return {key: value for key, value in part.items() if key not in PART_KEYS and is_present(value)}
 
 
-def pair_of(turn: Any) -> tuple[Any, Any, dict[str, Any]] | None:
-    """(asked, said, the other keys) of [q, a] or {"user": q, "assistant": a}; None: it is a turn."""
-    if isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
-        return turn[0], turn[1], {}
-    if not isinstance(turn, dict) or any(turn.get(key) is not None for key in ("role", "from")):
-        return None
-    asked, said = _key(turn, ASKED, None), _key(turn, SAID, None)
-    if asked is None or said is None or turn[asked] is None or turn[said] is None:
-        return None
-    return turn[asked], turn[said], {key: value for key, value in turn.items() if value is not None and key not in (asked, said)}
+def _without_thoughts(parts: list[Any]) -> tuple[list[Any], str]:
+    """Parts without those of type thinking, and what these say."""
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    thoughts = [text for part, kind in zip(parts, kinds, strict=True) if kind in THOUGHTS for text in texts_of(part.get(kind))]
+    return [part for part, kind in zip(parts, kinds, strict=True) if kind not in THOUGHTS] if thoughts else parts, "\n".join(thoughts)
 
 
-def looks_like_turns(value: Any) -> bool:
-    """Whether a value is a list of turns (or a text that holds one, as a table's cell)."""
-    value = unpacked(value)
-    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], dict):
-        return False
-    turn = value[0]
-    return pair_of(turn) is not None or (
-        any(isinstance(turn.get(key), str) for key in ROLE_KEYS)
-        and any(key in turn for key in (*CONTENT_KEYS, "tool_calls", "function_call"))
-    )
+def _texts(turns: list[dict[str, Any]]) -> list[str]:
+    return [turn[key] for turn in turns for key in CONTENT_KEYS if isinstance(turn.get(key), str)]
 
 
 def _numbers_can_be_read(turns: list[dict[str, Any]], count: int) -> bool:
     """Whether `<image 2>` and its like name pictures of the record; where it has none of its own, whether they stand in order."""
-    texts = [turn[key] for turn in turns for key in CONTENT_KEYS if isinstance(turn.get(key), str)]
-    numbers = [int(number) for text in texts for number in NUMBERED_MARKER.findall(text)]
+    numbers = [int(number) for text in _texts(turns) for number in NUMBERED_MARKER.findall(text)]
     return all(0 < number <= count for number in numbers) if count else numbers == list(range(1, len(numbers) + 1))
-
-
-def is_one_talk(value: Any) -> bool:
-    """Whether a list in a file is one conversation, not a list of records: its objects have a speaker, and no picture of their own."""
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
-        return False
-    return all(
-        any(isinstance(turn.get(key), str) for key in ("role", "from")) and any(key in turn for key in (*CONTENT_KEYS, "tool_calls"))
-        for turn in value
-    ) and not any(key in turn for turn in value for key in ("image", "images"))
-
-
-def unpacked(value: Any) -> Any:
-    """A cell of a table that holds a list as text -> the list."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        found = parsed(value)
-        return found if isinstance(found, list) else value
-    return value
-
-
-def _key(turn: dict[str, Any], names: tuple[str, ...], otherwise: str | None = "") -> Any:
-    """The first key that says something, else the first that is there."""
-    found = next((key for key in names if turn.get(key) is not None), None) or next((key for key in names if key in turn), None)
-    return found or (names[0] if otherwise == "" else None)
 
 
 def _calls(content: Any) -> list[dict[str, Any]]:

@@ -15,16 +15,22 @@ PICTURE_KEYS = (
     "images", "image", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "image_bytes",
     "image_base64", "img", "imgs", "img_path", "picture", "pictures", "pixel_values", "jpg", "jpeg", "png", "webp",
 )  # fmt: skip
-FILE_KEYS = ("file_name", "filename", "image_name", "filepath", "file", "path", "url", "URL")  # a picture where no turn is there to say so
+FILE_KEYS = (
+    "file_name", "filename", "image_name", "imgname", "img_name", "image_filename", "image_local_name", "filepath", "file_path", "file",
+    "path", "url", "URL",
+)  # fmt: skip
+"""A picture where no turn is there to say so."""
 NAMES_PICTURE = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm|jfif)(?:\?.*)?$", re.IGNORECASE)
 NUMBERED = re.compile(r"(?:image|img|picture)_?(\d{1,3})")
 SOURCE_KEYS = ("bytes", "base64", "data", "path", "url", "image", "image_url", "img", "picture", "file_name", "src", "source")
 TEXT_KEYS = ("answer", "raw", "sent", "sentence", "caption", "text", "value", "label", "answer_text", "content")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PLACEHOLDER = re.compile(r"<[^<>\s/]{1,60}>")
 
 
 def texts_of(value: Any, depth: int = 0) -> list[str]:
     """The texts in a value: one text, a number, a list of them, objects such as VQA's {"answer": ...} or SQuAD's {"text": [...]}."""
+    if value is None:
+        return []
     if isinstance(value, str):
         listed = _listed_texts(value)
         return [text for text in listed if text.strip()] if listed is not None else [value.strip()] if value.strip() else []
@@ -87,6 +93,8 @@ def source_of(value: Any, depth: int = 0) -> Any:
     if depth > 4:
         return None
     key = next((key for key in SOURCE_KEYS if is_present(value.get(key))), None)
+    if key is None and any(is_present(item) for item in value.values()) and not any(key in value for key in SOURCE_KEYS):
+        raise BadSample(f"a picture is an object with {keys_of(value)}; expected bytes, path, url or base64")
     if key is None:
         return None
     found = source_of(value[key], depth + 1)
@@ -105,8 +113,12 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
             ends as pictures do.
     """
     if column is not None:
-        return sources_in(record.get(column)), [column]
+        columns = columns_in(column, record)
+        return [source for one in columns for source in sources_in(record.get(one))], columns
     own = [key for key in PICTURE_KEYS[:2] if key in record]
+    both = [sources_in(record[key]) for key in own]
+    if len(both) == 2 and all(both) and not all(any(_are_same(one, other) for other in both[0]) for one in both[1]):
+        raise BadSample("'images' and 'image' name other pictures; `data pack --image NAME` says which, or `--image images,image`")
     for key in PICTURE_KEYS:
         if key in record and (found := sources_in(record[key])):
             return found, [*own, key]
@@ -121,16 +133,34 @@ def pictures_of(record: dict[str, Any], column: str | None, files: str | None) -
     return [], own
 
 
+def _are_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, str | bytes | dict) and type(one) is type(other) and one == other)
+
+
+def columns_in(named: str, record: dict[str, Any]) -> list[str]:
+    """The keys that the user names: one, or several with commas between them."""
+    return [named] if named in record else [one.strip() for one in named.split(",") if one.strip()]
+
+
 def sources_in(value: Any) -> list[Any]:
     """What a key names: one source or several."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         listed = parsed(value)
         value = listed if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed) else value
+    if named := named_sources(value):
+        return list(named.values())
     if isinstance(value, list | tuple) and not _is_pixels(value):
         sources = [source_of(item) for item in value]
         return [source for source in sources if source is not None]
     found = source_of(value)
     return [] if found is None else [found]
+
+
+def named_sources(value: Any) -> dict[str, Any]:
+    """Pictures by the placeholder that stands for each in the text, as MiniCPM-V has them: {"<image_00>": source, ...}; else none."""
+    if not isinstance(value, dict) or not value or not all(isinstance(key, str) and PLACEHOLDER.fullmatch(key) for key in value):
+        return {}
+    return {key: source for key, item in value.items() if (source := source_of(item)) is not None}
 
 
 def _is_pixels(value: Any) -> bool:
@@ -140,65 +170,6 @@ def _is_pixels(value: Any) -> bool:
     return isinstance(first, list) or (isinstance(first, int | float) and not isinstance(first, bool))
 
 
-def question_with_options(record: dict[str, Any], question: str) -> tuple[str, list[str], list[str]]:
-    """(question with hint and lettered options, the options, the keys read)."""
-    lettered = [letter for letter in LETTERS[:10] if texts_of(record.get(letter))]
-    keys = lettered if len(lettered) > 1 and lettered[0] == "A" else []
-    options = [texts_of(record[letter])[0] for letter in keys]
-    if not keys:
-        key = next((key for key in ("options", "choices") if isinstance(record.get(key), str | list | tuple)), None)
-        value = parsed(record[key]) if key and isinstance(record[key], str) else record[key] if key else None
-        options = [text for item in value for text in texts_of(item)[:1]] if isinstance(value, list | tuple) else []
-        keys = [key] if key and len(options) > 1 else []
-    if not keys:
-        return question, [], []
-    hint = texts_of(record.get("hint"))
-    lines = [*hint[:1], question, *(f"{LETTERS[n % 26]}. {text}" for n, text in enumerate(options))]
-    return "\n".join(lines), options, [*keys, *(["hint"] if hint else [])]
-
-
-def letter_of(answer: Any, options: list[str]) -> Any:
-    """The option's letter where the answer is its number, from 0; everything else as it is."""
-    number = int(answer) if isinstance(answer, str) and re.fullmatch(r"\d{1,2}", answer) and answer not in options else answer
-    if options and isinstance(number, int) and not isinstance(number, bool) and 0 <= number < min(len(options), 26):
-        return LETTERS[number]
-    return answer
-
-
-def boxes_of(record: dict[str, Any], key: str, labels: list[str]) -> list[dict[str, Any]]:
-    """Boxes with words, as RefCOCO has them -> `[{"bbox": [x1, y1, x2, y2], "label"}]` in the picture's pixels: several expressions of one
-    box, or one of each. COCO's boxes are [x, y, width, height]; where the annotation as COCO wrote it stands beside (`raw_anns`), or a
-    key says so, they are corners.
-
-    Raises:
-        BadSample: a box is none, or their number is another than the labels'.
-    """
-    named = " ".join(str(record[name])[:20] for name in ("bbox_format", "bbox_mode", "box_format") if isinstance(record.get(name), str))
-    corners = "xyxy" in f"{key} {named}".lower() or (key == "bbox" and record.get("raw_anns") is not None)
-    boxes = record[key] if isinstance(record[key][0], list | tuple) else [record[key]]
-    labels = list(dict.fromkeys(labels)) if len(boxes) == 1 else labels
-    if len(boxes) not in (1, len(labels)):
-        raise BadSample(f"'{key}' has {len(boxes)} boxes for {len(labels)} texts; expected one for each")
-    read = [corners_of(box, is_xyxy=corners) for box in boxes]
-    return [{"bbox": box, "label": label} for box, label in zip(read * (len(labels) if len(read) == 1 else 1), labels, strict=True)]
-
-
-def corners_of(box: Any, *, is_xyxy: bool = False) -> list[float]:
-    """[x, y, width, height] -> [x1, y1, x2, y2].
-
-    Raises:
-        BadSample: it is no box.
-    """
-    is_box = isinstance(box, list | tuple) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-    if not is_box or not all(abs(side) < 1e9 for side in box):  # not for NaN and infinity either
-        raise BadSample(f"a box is {shown(box)}; expected four numbers: x, y, width, height")
-    x, y, width, height = box
-    corners = list(box) if is_xyxy else [x, y, x + width, y + height]
-    if corners[2] <= corners[0] or corners[3] <= corners[1]:
-        raise BadSample(f"a box is {shown(box)}, which is empty; expected {'x1, y1, x2, y2' if is_xyxy else 'x, y, width, height'}")
-    return [round(side, 2) for side in corners]
-
-
 def shown(value: Any, length: int = 80) -> str:
     """A value for a message: short, on one line."""
     try:
@@ -206,3 +177,8 @@ def shown(value: Any, length: int = 80) -> str:
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= length else text[:length] + "..."
+
+
+def keys_of(record: dict[str, Any]) -> str:
+    """A record's keys, for a message."""
+    return ", ".join(key[:40] if isinstance(key, str) and key.isprintable() else shown(key, 40) for key in list(record)[:30]) or "none"

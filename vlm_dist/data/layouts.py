@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_dist.data import layout_kinds as kinds
-from vlm_dist.data.layout_turns import looks_like_turns
-from vlm_dist.data.layout_values import is_present, parsed, shown, texts_of
+from vlm_dist.data.layout_boxes import with_objects
+from vlm_dist.data.layout_keys import KNOWN
+from vlm_dist.data.layout_lists import looks_like_turns
+from vlm_dist.data.layout_names import in_known_names
+from vlm_dist.data.layout_values import columns_in, is_present, keys_of, parsed, shown, texts_of
 from vlm_dist.data.layout_videos import with_videos
 from vlm_dist.errors import BadSample
 
+WRAPPING = ("text", "json", "record")
+WITH_QUESTIONS = ("messages", "conversations", "pairs of texts", "question and answer", "query and response", "Alpaca")
 PREFERENCE = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 
 
@@ -25,6 +30,13 @@ class Columns:
     question: str | None = None
     answer: str | None = None
     image: str | None = None
+    boxes: str | None = None
+    """What the numbers of boxes mean: one of `layout_boxes.FORMS`."""
+
+    @property
+    def named(self) -> list[str]:
+        """The keys named."""
+        return [key for key in (self.question, self.answer, *(self.image or "").split(",")) if key]
 
 
 @dataclass(frozen=True)
@@ -50,23 +62,38 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
     Raises:
         BadSample: no layout that is known, or what it holds is unusable; says the keys found and the layouts known.
     """
-    record = as_object(record)
+    record = unwrapped(as_object(record))
     pair = next((pair for pair in PREFERENCE if all(is_present(record.get(key)) for key in pair)), None)
     if pair is not None:
         raise BadSample(f"a pair of answers ('{pair[0]}', '{pair[1]}') to choose from; make the better one the last turn, alone")
-    if columns is not None and (columns.question or columns.answer or columns.image):
+    columns = columns or Columns()
+    record = in_known_names(record, KNOWN, columns.named)
+    record = with_objects({**record, "bbox_format": columns.boxes} if columns.boxes else record)
+    if columns.named:
         return _finished(_by_columns(record, columns), record)
-    layout = layout_of(record)
+    layout = _first(record)
+    if layout is not None and layout.name == "question and answer" and kinds.has_one_box(record):
+        if columns.boxes is None:
+            raise BadSample("a question with its answer beside a box: `data pack --question KEY` reads the question, --boxes FORM the box")
+        layout = next(one for one in LAYOUTS if one.convert is kinds.from_box)
+    if layout is None and record.get("objects") == []:
+        raise BadSample("'objects' marks nothing in the picture, and there is no text")
     if layout is None:
         known = "; ".join(f"{known.name} ({known.keys})" for known in LAYOUTS)
-        raise BadSample(
-            f"no text in a layout that is known; its keys are {kinds.keys_of(record)}; known are {known}; or name columns: --answer"
-        )
+        raise BadSample(f"no text in a layout that is known; its keys are {keys_of(record)}; known are {known}; or name columns: --answer")
+    kinds.refuse_rivals(record, layout.name)
     return _finished(layout.convert(record, None), record)
 
 
 def layout_of(record: dict[str, Any]) -> Layout | None:
-    """The first layout that fits; None: none does."""
+    """The first layout that fits; None: none does, or what the record says is not clear."""
+    try:
+        return _first(with_objects(in_known_names(record, KNOWN)))
+    except BadSample:
+        return None
+
+
+def _first(record: dict[str, Any]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.fits(record)), None)
 
 
@@ -83,17 +110,33 @@ def as_object(record: Any) -> dict[str, Any]:
     return record
 
 
+def unwrapped(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose text is a record, as an object or as JSON, with that in its place."""
+    for key in WRAPPING:
+        value = record.get(key)
+        value = parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "{" else value
+        if not isinstance(value, dict):
+            continue
+        layout = layout_of(value)
+        if any(all(is_present(value.get(name)) for name in pair) for pair in PREFERENCE) or (layout and layout.name in WITH_QUESTIONS):
+            return {**kinds.without(record, [key]), **value}
+    return record
+
+
 def _by_columns(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    missing = [name for name in (columns.question, columns.answer, columns.image) if name is not None and name not in record]
+    images = columns_in(columns.image, record) if columns.image else []
+    missing = [name for name in (columns.question, columns.answer, *images) if name is not None and name not in record]
     if missing:
-        raise BadSample(f"the record has no '{missing[0]}'; its keys are {kinds.keys_of(record)}")
+        raise BadSample(f"the record has no '{missing[0]}'; its keys are {keys_of(record)}")
     if columns.question is not None:
         return kinds.asked_by(record, columns.question, [columns.answer] if columns.answer else list(kinds.ANSWERS), columns.image)
     if columns.answer is not None:
         return kinds.captions_from(record, [columns.answer], columns.image)
-    layout = layout_of({**record, "image": record[columns.image or ""]})
-    if layout is None:
-        raise BadSample(f"no text in a layout that is known; its keys are {kinds.keys_of(record)}; name the column of texts: --answer")
+    layout = _first({**record, "image": record[images[0]]})
+    if layout is not None:
+        kinds.refuse_rivals(record, layout.name)
+    else:
+        raise BadSample(f"no text in a layout that is known; its keys are {keys_of(record)}; name the column of texts: --answer")
     return layout.convert(record, columns.image)
 
 
@@ -131,11 +174,12 @@ LAYOUTS = (
     Layout("messages", "messages, or a bare list of turns", kinds.is_messages, kinds.from_turns),
     Layout("conversations", "conversations, conversation, chat, dialog, turns, qa", kinds.is_conversation, kinds.from_turns),
     Layout("pairs of texts", "texts: [{user, assistant}]", lambda record: looks_like_turns(record.get("texts")), kinds.from_pairs),
-    Layout("prompt and completion", "prompt, completion", kinds.is_prompt, kinds.from_prompt),
+    Layout("ground truth", "ground_truth: gt_parse", kinds.has_ground_truth, kinds.from_ground_truth),
+    Layout("prompt and completion", "prompt, completion; prompt or input with turns, answer or output", kinds.is_prompt, kinds.from_prompt),
     Layout("Alpaca", "instruction, input, output", kinds.is_alpaca, kinds.from_alpaca),
     Layout("query and response", "query, response, history", kinds.is_query, kinds.from_query),
-    Layout("question and answer", "question or query; answer, answers or label; options", kinds.is_asked, kinds.from_question),
+    Layout("question and answer", "question, query, prefix; answer, answers, label, suffix; options", kinds.is_asked, kinds.from_question),
     Layout("box and expression", "bbox; sentences, expression or caption", kinds.is_boxed, kinds.from_box),
     Layout("captions", "caption, captions, text or sentences", lambda record: bool(kinds.caption_keys(record)), kinds.from_captions),
-    Layout("objects", "objects", kinds.has_objects, kinds.from_objects),
+    Layout("objects", "objects, or points with a label", kinds.has_objects, kinds.from_objects),
 )

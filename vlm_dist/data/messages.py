@@ -7,13 +7,16 @@ import math
 import re
 from typing import Any
 
-from vlm_dist.data.layout_turns import ROLES
+from vlm_dist.data.layout_turns import ROLES, unread_in
 from vlm_dist.errors import BadSample
 
 HANDED_ON = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 """Keys of a turn that the chat template gets as they are."""
-WEIGHTS = ("weight", "loss", "train")
-"""Keys of a turn that say how much it counts: a number, or false and true for 0 and 1 (OpenAI's, ms-swift's, Axolotl's names)."""
+WEIGHTS = ("weight", "loss", "train", "trainable", "is_trainable", "training", "train_on", "loss_weight", "loss_scale", "loss_mask")
+"""Keys of a turn that say how much it counts: a number, or false and true for 0 and 1 (OpenAI's, ms-swift's, Axolotl's, Megatron's and
+others' names)."""
+UNCLEAR = ("mask", "masked", "loss_masked", "ignore", "train_detail", "training_detail")
+"""Keys of a turn that mean learnt in one library and left out in another, or name a part of its words."""
 LARGEST_WEIGHT = 1000.0
 WEIGHT_DIGITS = 6  # what is smaller is nothing
 PICTURE_PARTS = ("image", "image_url", "input_image")
@@ -47,7 +50,8 @@ def check_messages(messages: list[dict[str, Any]], num_pictures: int, found: str
         _place(messages, kind, count)
         asked = sum(part["type"] == kind for message in messages for part in message["content"])
         if asked != count:
-            raise BadSample(f"the text speaks of {asked} {words}, the sample has {count}{found}")
+            hint = f"; <{kind}> in a text, and a part of type {kind}, each stand for one" if asked > count else ""
+            raise BadSample(f"the text speaks of {asked} {words}, the sample has {count}{found}{hint}")
     if not any(message["role"] == "assistant" for message in messages):
         raise BadSample("no assistant turn to learn from")
     if not any(message["role"] == "assistant" and says_something(message) for message in messages):
@@ -63,14 +67,28 @@ def says_something(message: dict[str, Any]) -> bool:
 def unread_keys(turns: Any) -> set[str]:
     """Keys of turns that `read_messages` looks past."""
     known = {"role", "from", "content", "value", *HANDED_ON, *WEIGHTS}
-    return {
-        str(key)[:60] for turn in turns if isinstance(turn, dict) for key, value in turn.items() if key not in known and value is not None
-    }
+    return {str(key)[:60] for turn in _objects(turns) for key, value in turn.items() if key not in known and value is not None}
+
+
+def unread_part_keys(turns: Any) -> set[str]:
+    """Keys of the typed parts of turns that `read_messages` looks past."""
+    parts = (part for turn in _objects(turns) for part in _objects(turn.get("content", turn.get("value"))))
+    return {str(key)[:60] for part in parts for key in unread_in(part)}
+
+
+def weighing_keys(turns: Any) -> set[str]:
+    """Keys by which assistants' turns say that they count less or more than once."""
+    weighed = (turn for turn in _objects(turns) if _speaks(turn))
+    return {key for turn in weighed for key in WEIGHTS if turn.get(key) is not None and turn[key] != 1}
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list | tuple) else []
 
 
 def line_breaks_lost(turns: Any) -> bool:
     """Whether an assistant's text begins or ends with line breaks, which `read_messages` takes away."""
-    said = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict) and _speaks(turn)]
+    said = [turn.get("content", turn.get("value")) for turn in _objects(turns) if _speaks(turn)]
     return any(isinstance(text, str) and text.strip() and text != text.strip("\n") for text in said)
 
 
@@ -161,6 +179,11 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
 def _weight(turn: dict[str, Any]) -> float:
     """0 ... `LARGEST_WEIGHT`; of several keys the product, so that each can switch a turn off."""
     product = 1.0
+    unclear = next((key for key in UNCLEAR if isinstance(turn.get(key), bool | int | float | list) and turn[key] != []), None)
+    if unclear is not None:
+        raise BadSample(
+            f"json: a turn's '{unclear}' is {str(turn[unclear])[:40]!r}, which may mean learnt or left out; write 'train': true or false"
+        )
     for key in WEIGHTS:
         value = turn.get(key)
         if value is None:

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.layout_turns import is_one_talk
-from vlm_dist.data.layout_values import FILE_KEYS, NAMES_PICTURE, PICTURE_KEYS, corners_of, pictures_of
+from vlm_dist.data.layout_boxes import corners_of, sized
+from vlm_dist.data.layout_lists import is_one_talk
+from vlm_dist.data.layout_values import FILE_KEYS, NAMES_PICTURE, PICTURE_KEYS, pictures_of
 from vlm_dist.data.layouts import layout_of
 from vlm_dist.errors import BadSample, DataError
 
@@ -133,15 +134,10 @@ def coco_records(value: dict[str, Any]) -> Iterator[Any]:
         if record is None:
             yield BadSample(f"picture {str(_file_of(image)[0])[:200]!r} has no annotation")
         elif record:
-            yield record.get("bad") or (_sized(record) if "objects" in record or "captions" in record else _only_crowds(record))
+            has_some = "objects" in record or "captions" in record
+            found = {**record, **sized(record)} if "objects" in record else record
+            yield record.get("bad") or (found if has_some else _only_crowds(record))
     yield from others
-
-
-def _sized(record: dict[str, Any]) -> dict[str, Any]:
-    """With the size that its boxes refer to: files are often smaller than they were, or turned by their EXIF orientation."""
-    size = [record.get(side) for side in ("width", "height")]
-    told = "objects" in record and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
-    return {**record, "objects_size": size} if told else record
 
 
 def _only_crowds(record: dict[str, Any]) -> BadSample:

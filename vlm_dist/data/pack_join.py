@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.layout_kinds import ANSWERS, keys_of
-from vlm_dist.data.layout_values import texts_of
+from vlm_dist.data.layout_keys import ANSWERS
+from vlm_dist.data.layout_values import NAMES_PICTURE, keys_of, shown, texts_of
 from vlm_dist.errors import BadSample, DataError
 
+READ = ("messages", "captions", "caption", "answers", "objects", "images", "videos")
+LONGEST_NAME = 1024
 IDS = ("question_id", "id", "qid", "uid")
 COCO = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
 
@@ -99,16 +102,37 @@ def picture_by_number(record: dict[str, Any], base: Path) -> list[str]:
         BadSample: it does not lie below `base`.
     """
     number = record.get("image_id")
-    if isinstance(number, bool) or not (isinstance(number, int) or (isinstance(number, str) and number.isdecimal() and len(number) < 13)):
+    is_name = isinstance(number, str) and re.fullmatch(r"[\w-]{1,100}", number) is not None  # GQA's, TextVQA's
+    if isinstance(number, bool) or not (isinstance(number, int) or is_name):
         return []
-    names = list(_names(int(number), record.get("split")))
+    is_number = isinstance(number, int) or (number.isdecimal() and len(number) < 13)
+    names = list(_names(int(number), record.get("split"))) if is_number else [f"{number}.{kind}" for kind in ("jpg", "png", "jpeg")]
     found = next((name for name in names if (base / name).is_file()), None)
     if found is None:
+        other = "another of COCO's names" if is_number else names[1]
         raise BadSample(
-            f"picture number {number} (image_id) does not lie below '{base}' as {names[0]} or another of COCO's names; "
+            f"picture number {number} (image_id) does not lie below '{base}' as {names[0]} or {other}; "
             "say where the pictures lie: --images FOLDER"
         )
     return [found]
+
+
+def refuse_unread_picture(record: dict[str, Any]) -> None:
+    """See that no key names a picture where none was read.
+
+    Raises:
+        BadSample: one does.
+    """
+    named = [key for key, value in record.items() if key not in READ and _is_picture(value)]
+    if named:
+        found, keys = f"'{named[0]}' names one ({shown(record[named[0]], 60)})", ",".join(named)
+        raise BadSample(f"no picture is read, and {found}; `data pack --image {keys}` reads it")
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, str) and len(value) < LONGEST_NAME and "\n" not in value and NAMES_PICTURE.search(value) is not None
 
 
 def _names(number: int, split: Any) -> Iterator[str]:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_dist.data.layout_boxes import FORM_KEYS, reading
+from vlm_dist.data.layout_values import shown
 from vlm_dist.data.layouts import Columns, as_object, canonical, layout_of
 from vlm_dist.data.picture_sources import name_of
 from vlm_dist.errors import BadSample, DataError
@@ -23,16 +25,22 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
     names: Counter[str] = Counter()
     reasons: list[str] = []
     sample: dict[str, Any] | None = None
+    ways: Counter[str | None] = Counter()
+    fits: list[tuple[str, str] | None] = []
     for number in numbers:
         record = records[number]
+        fits.append(_fitting(record) if columns is None or columns.boxes is None else None)
         try:
             if isinstance(record, BadSample):
                 raise record
             made = canonical(record, columns)
             names[_layout(record, columns)] += 1
             sample = sample or made
+            if "objects" in made and made["objects"] != as_object(record).get("objects"):
+                ways.update([reading(_with_boxes(as_object(record), columns))])
         except BadSample as reason:
             reasons.append(str(reason))
+    _refuse_corners([fit for fit in fits if fit])
     if sample is None:
         which = f"none of the {len(records):,} records" + (f" ({len(numbers)} looked at)" if len(numbers) < len(records) else "")
         distinct = list(dict.fromkeys(reasons))
@@ -43,9 +51,40 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
         f"layout of {len(numbers):,} looked at: {found}" + (f"; not recognised ({len(reasons)}): {reasons[0][:160]}" if reasons else ""),
         f"sample: {_abridged(sample)}",
     ]
-    if "box and expression" in names:
-        lines.append("boxes: read as x, y, width, height, unless a key says xyxy; packed as x1, y1, x2, y2")
+    if ways:
+        how = " or ".join(f"{way} ({count})" for way, count in ways.most_common() if way)
+        lines.append(f"boxes: read as {how}; --boxes says otherwise; packed as x1, y1, x2, y2")
     return lines
+
+
+def _fitting(record: Any) -> tuple[str, str] | None:
+    """Which reading of a record's columns of boxes fits its picture where the other does not, and a box that says so; None: both do, or
+    the record says how they are meant."""
+    value = record.get("objects") if isinstance(record, dict) else None
+    if not isinstance(value, dict) or any(record.get(key) is not None for key in FORM_KEYS) or not isinstance(value.get("bbox"), list):
+        return None
+    size = [record.get(side) for side in ("width", "height")]
+    boxes = [box for box in value["bbox"] if isinstance(box, list | tuple) and len(box) == 4 and all(type(n) in (int, float) for n in box)]
+    inverted = next((box for box in boxes if box[2] <= box[0] or box[3] <= box[1]), None)
+    if inverted is not None or not all(type(side) is int for side in size):
+        return ("xywh", shown(inverted)) if inverted is not None else None
+    leaves = next((box for box in boxes if box[0] + box[2] > size[0] + 1 or box[1] + box[3] > size[1] + 1), None)
+    inside = all(end <= side + 1 for box in boxes for end, side in zip(box[2:], size, strict=True))
+    return ("xyxy", f"{shown(list(leaves))} of a picture of {size[0]} x {size[1]}") if leaves is not None and inside else None
+
+
+def _refuse_corners(fits: list[tuple[str, str]]) -> None:
+    """See that boxes that would be read as COCO's are not corners."""
+    corners = [box for form, box in fits if form == "xyxy"]
+    if len(corners) > len(fits) / 2:
+        raise DataError(
+            f"data pack: the bbox {corners[0]} fits as x1, y1, x2, y2, not as COCO's x, y, width, height (so do {len(corners)} records of "
+            f"those looked at, {len(fits) - len(corners)} the reverse); --boxes xyxy or --boxes xywh says which"
+        )
+
+
+def _with_boxes(record: dict[str, Any], columns: Columns | None) -> dict[str, Any]:
+    return {**record, "bbox_format": columns.boxes} if columns and columns.boxes else record
 
 
 def _layout(record: Any, columns: Columns | None) -> str:

@@ -120,8 +120,8 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
         each = ", ".join(f"{name} ({count:,})" for name, count in splits.items())
         lines.append(f"records of several splits are packed together: {each}; --split NAME packs one of them (NAME,NAME several)")
     unread = {
-        kind: {name.removeprefix(f"unread {kind} "): count for name, count in notes.most_common() if name.startswith(f"unread {kind} ")}
-        for kind in ("key", "turn key", "stripped")
+        kind: {name.removeprefix(f"unread {kind}: "): count for name, count in notes.most_common() if name.startswith(f"unread {kind}: ")}
+        for kind in tally.KINDS
     }
     lines += tally.in_words({kind: names for kind, names in unread.items() if names})
     for name, count in sorted(notes.items()):

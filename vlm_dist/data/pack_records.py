@@ -15,19 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_dist.data.clips import VIDEO_KEYS
 from vlm_dist.data.fetch import Fetcher
-from vlm_dist.data.layouts import Columns, as_object, canonical
-from vlm_dist.data.messages import check_messages, line_breaks_lost, read_messages, unread_keys
+from vlm_dist.data.layouts import Columns, canonical
 from vlm_dist.data.pack_calls import begin, describe_source, done_before, remember
-from vlm_dist.data.pack_join import picture_by_number
+from vlm_dist.data.pack_join import picture_by_number, refuse_unread_picture
 from vlm_dist.data.pack_look import first_look
-from vlm_dist.data.pack_pictures import Pictures, read_picture, with_sizes
+from vlm_dist.data.pack_pictures import MAX_PIXELS, Pictures, read_picture, with_sizes
 from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.pack_split import check_heldout, split_records
 from vlm_dist.data.pack_videos import read_videos
 from vlm_dist.data.pictures import NEEDS_HEIF
-from vlm_dist.data.samples import METADATA
+from vlm_dist.data.samples import notes_of, outline
 from vlm_dist.data.shards import write_shard
 from vlm_dist.errors import BadSample, DataError
 
@@ -184,7 +182,8 @@ def _write_one(task: tuple[str, int, list[int]], records: list[Any] | None, job:
         for number, record in zip(numbers, rows, strict=True):
             here = Counter[str]()
             try:
-                yield {"__key__": f"{part}-{number:08d}", **_members(record, job.pictures, job.columns, here)}
+                key = f"{part}-{number:08d}"
+                yield {"__key__": key, **_members(record, key, job.pictures, job.columns, here)}
                 notes.update(here)
             except BadSample as reason:
                 notes["heif"] += NEEDS_HEIF in str(reason)
@@ -227,7 +226,7 @@ def _finish(
     return made
 
 
-def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes: Counter[str]) -> dict[str, bytes]:
+def _members(record: Any, key: str, pictures_as: Pictures, columns: Columns | None, notes: Counter[str]) -> dict[str, bytes]:
     """The files of a sample.
 
     Raises:
@@ -237,26 +236,25 @@ def _members(record: Any, pictures_as: Pictures, columns: Columns | None, notes:
         raise record
     made = canonical(record, columns)
     moving = made.pop("videos")
-    sources = made.pop("images") or ([] if moving else picture_by_number(as_object(record), pictures_as.base))
+    sources = made.pop("images") or ([] if moving else picture_by_number(made, pictures_as.base))
+    if not sources and not moving:
+        refuse_unread_picture(made)
     pictures = [read_picture(pictures_as, source, notes) for source in sources]
     videos, made = read_videos(pictures_as, moving, made, notes)
     notes["crowds"] += made.pop("crowds", 0) if isinstance(made.get("crowds"), int) else 0
-    if "messages" in made:
-        check_messages(read_messages(made["messages"]), len(pictures), num_videos=len(videos))  # as training will
-    elif len(pictures) != 1 and not (len(videos) == 1 and "captions" in made):
+    if "messages" not in made and len(pictures) != 1 and not (len(videos) == 1 and "captions" in made):
         raise BadSample(f"no text with turns, and {len(pictures)} pictures; expected one picture with its captions or objects")
     made = with_sizes(made, [before for _, _, before in pictures], notes)
     if "messages" not in made and len(made.get("captions", ())) == 1:
         made["caption"] = made.pop("captions")[0]
     if not pictures and not videos:
         notes["no picture"] += 1
-    known = METADATA | VIDEO_KEYS if videos else METADATA
-    notes.update(f"unread key {str(key)[:60]}" for key, value in made.items() if key not in known and value is not None)
-    notes.update(f"unread turn key {key}" for key in unread_keys(made.get("messages") or ()))
     if isinstance(made.get("split"), str):
         notes[f"split {made['split'][:40]}"] += 1
-    notes["unread stripped line breaks"] += line_breaks_lost(made.get("messages") or ())
-    return {**_numbered([(kind, data) for kind, data, _ in pictures]), **_numbered(videos), "json": _as_json(made, notes)}
+    files = {**_numbered([(kind, data) for kind, data, _ in pictures]), **_numbered(videos), "json": _as_json(made, notes)}
+    outline({"__key__": key, **files}, max_image_pixels=MAX_PIXELS, caption_prompt="")  # as training will
+    notes.update(f"unread {kind}: {name}" for kind, name in notes_of(files, made))
+    return files
 
 
 def _numbered(files: list[tuple[str, bytes]]) -> dict[str, bytes]:

@@ -13,11 +13,10 @@ from vlm_dist.data.clips import video_members
 from vlm_dist.data.file_kinds import is_tar, why_no_source
 from vlm_dist.data.layout_values import PICTURE_KEYS
 from vlm_dist.data.layout_videos import VIDEO_KEYS
-from vlm_dist.data.layouts import layout_of
 from vlm_dist.data.pack_files import decoded, read_folder, read_records
 from vlm_dist.data.pack_join import joined, of_split, refuse_half
 from vlm_dist.data.pack_tables import HubRecords, ParquetRecords, choose_split
-from vlm_dist.data.samples import TEXT_MEMBERS, members_found
+from vlm_dist.data.samples import TEXT_MEMBERS, members_found, takes_text
 from vlm_dist.errors import BadSample, DataError
 
 PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)")
@@ -185,7 +184,6 @@ def _record_of(raw: dict[str, Any]) -> dict[str, Any]:
         raise BadSample(f"{raw['__key__']}.json: expected an object with 'messages', 'conversations' or 'captions'")
     if not record and not text:
         raise BadSample(f"no text: expected json, txt, text or caption{members_found(raw)}")
-    layout = layout_of(record)
-    if text and not record.get("captions") and (layout is None or layout.name == "captions"):
-        record = {**record, "caption": text}
-    return record
+    if not text or takes_text(record):
+        return {**record, "caption": text} if text else record
+    return record if text in raw["json"].decode("utf-8", "replace") else {**record, f".{member}": text}  # which nothing reads, and is told

@@ -36,7 +36,7 @@ class ParquetRecords(Sequence):
                   for group in range(file.metadata.num_row_groups)]  # fmt: skip
         self._groups = [(path, group) for path, group, _ in groups]
         self._ends = list(itertools.accumulate(rows for _, _, rows in groups))
-        self._classes = _class_names(files[0].schema_arrow.metadata)
+        self._classes = _features_of(files[0].schema_arrow.metadata)
         self.has_splits = all("split" in file.schema_arrow.names for file in files)
         """Whether a column says which split a row is of."""
         self.about = f"Parquet, {len(paths)} files: {Path(paths[0]).name} ..." if len(paths) > 1 else Path(paths[0]).name
@@ -78,21 +78,37 @@ class ParquetRecords(Sequence):
         return _named(row, self._classes)
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Names of the classes by column, as Hugging Face's library notes them in the file."""
+def _features_of(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """The columns with classes in them, as Hugging Face's library notes them in the file."""
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"}
-    except (ValueError, AttributeError, KeyError):
+        return _with_classes(features)
+    except (ValueError, AttributeError):
         return {}
 
 
-def _named(row: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:
-    for column, names in classes.items():
-        number = row.get(column)
-        if isinstance(number, int) and 0 <= number < len(names):
-            row[column] = names[number]
-    return {name: value for name, value in row.items() if value is not None}
+def _with_classes(features: dict[str, Any]) -> dict[str, Any]:
+    return {name: feature for name, feature in features.items() if '"ClassLabel"' in json.dumps(feature)}
+
+
+def _named(row: dict[str, Any], features: dict[str, Any]) -> dict[str, Any]:
+    """A row with the names of its classes; without empty cells."""
+    named = {name: _with_names(row[name], feature) for name, feature in features.items() if name in row}
+    return {name: value for name, value in {**row, **named}.items() if value is not None}
+
+
+def _with_names(value: Any, feature: Any) -> Any:
+    """A value of a column with classes, also inside of lists and structures."""
+    inner = feature[0] if isinstance(feature, list) and feature else feature.get("feature") if isinstance(feature, dict) else None
+    if isinstance(value, list) and inner is not None:
+        return [_with_names(item, inner) for item in value]
+    if isinstance(value, dict) and isinstance(inner, dict) and "_type" not in inner:  # a list of structures, column by column
+        return {key: _with_names(column, [inner.get(key)]) for key, column in value.items()}
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: _with_names(item, feature.get(key)) for key, item in value.items()}
+    names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return names[value] if isinstance(names, list) and is_number and 0 <= value < len(names) else value
 
 
 def choose_split(paths: list[Path], split: str | None, source: str) -> list[Path]:
@@ -148,7 +164,7 @@ class HubRecords(Sequence):
                 found = found.cast_column(name, datasets.Image(decode=False))
             elif isinstance(getattr(kind, "feature", None), datasets.Image):
                 found = found.cast_column(name, datasets.List(datasets.Image(decode=False)))
-        self._classes = {name: kind.names for name, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)}
+        self._classes = _with_classes(found.features.to_dict())
         self._rows = found
 
     def __len__(self) -> int:

@@ -15,12 +15,22 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, read_objects, unread_object_keys
+from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, numbered, read_objects, unread_object_keys
 from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
-from vlm_dist.data.layout_turns import looks_like_turns
-from vlm_dist.data.layout_values import is_present, shown
-from vlm_dist.data.layouts import canonical
-from vlm_dist.data.messages import WEIGHTS, check_messages, line_breaks_lost, read_messages, text_of, unread_keys
+from vlm_dist.data.layout_captions import check_caption
+from vlm_dist.data.layout_lists import looks_like_turns
+from vlm_dist.data.layout_values import FILE_KEYS, is_present, pictures_of, shown, texts_of
+from vlm_dist.data.layouts import canonical, layout_of
+from vlm_dist.data.messages import (
+    WEIGHTS,
+    check_messages,
+    line_breaks_lost,
+    read_messages,
+    text_of,
+    unread_keys,
+    unread_part_keys,
+    weighing_keys,
+)  # fmt: skip
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
 from vlm_dist.data.placing import asked_for, check_placeholders, placeholders_of, size_of
 from vlm_dist.data.tally import Note
@@ -34,7 +44,7 @@ TEXT_MEMBERS = ("txt", "text", "caption")
 METADATA = {
     "answer", "answers", "caption", "captions", "category", "dataset", "error_message", "exif", "file_name", "height", "id", "image",
     "image_id", "images", "key", "kind", "license", "messages", "objects", "objects_size", "original_height", "original_width",
-    "question_id", "sha256", "source", "split", "status", "task", "tools", "url", "width",
+    "question_id", "sha256", "source", "split", "status", "task", "tools", "url", "width", *FILE_KEYS,
 }  # fmt: skip
 """Keys of KEY.json that are read elsewhere, or tell where a sample comes from and cannot change what it teaches."""
 
@@ -149,16 +159,27 @@ def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
     for key in WEIGHTS:
         if isinstance(value := record.get(key), bool | int | float) and not value:
             raise BadSample(f"json: '{key}' of the whole record is {str(value).lower()}: not learnt from, as it says")
-    if not record or ("messages" not in record and "conversations" not in record and any(name in raw for name in TEXT_MEMBERS)):
+    if not record or (any(name in raw for name in TEXT_MEMBERS) and "objects" not in record and takes_text(record)):
         return record
     try:
         made = canonical(record)
         named = next((key for key in ("video", "videos") if is_present(record.get(key))), None)
         if named is not None and not has_videos(raw):
             raise BadSample(f"'{named}' is {shown(record[named], 40)}; a video is expected as a member, KEY.mp4")
+        named = pictures_of(record, None, None)[0] if len(made["images"]) > 1 else []
+        if len(named) == len(made["images"]) and named != made["images"]:
+            raise BadSample("the text places its pictures in another order than their files have; `data pack` writes them in order")
         return {key: value for key, value in made.items() if key != "videos"}
     except BadSample as reason:
         raise BadSample(f"json: {reason}{members_found(raw)}") from None
+
+
+def takes_text(record: dict[str, Any]) -> bool:
+    """Whether the text beside a JSON is what the assistant says: the JSON has neither turns nor an answer nor several captions."""
+    if any(key in record for key in ("messages", "conversations")) or record.get("captions"):
+        return False
+    layout = layout_of(record)
+    return layout is None or layout.name in ("captions", "objects")
 
 
 def _messages(raw: dict[str, Any], record: dict[str, Any], caption_prompt: str, draw: str | None) -> list[dict]:
@@ -205,6 +226,7 @@ def _caption(raw: dict[str, Any]) -> str:
     if not caption.strip():
         expected = "json with 'messages', 'conversations', 'captions' or 'objects', or txt with a caption"
         raise BadSample(f"no text: expected {expected}{members_found(raw)}")
+    check_caption(caption)
     return text_of(caption.strip())
 
 
@@ -247,13 +269,31 @@ def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
     for name in picture_members(raw):
         pictures[int((PICTURE_MEMBER.fullmatch(name) or [0, 0])[1] or 0)].append(f".{name}")
     notes |= {("pictures", " and ".join(names)) for names in pictures.values() if len(names) > 1}
+    notes |= {("text", name) for name in _texts_beside(raw, record)}
     notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in known and value is not None}
     if (objects := record.get("objects")) and not are_objects(objects):
         notes.add(("key", f"objects ({NO_OBJECTS})"))
     elif objects:
-        notes |= {("object key", key) for key in unread_object_keys(objects)}
+        notes |= {("object key", key) for key in unread_object_keys(objects)} | {("number", label) for label in numbered(objects)}
     elif not objects and (found := next((one for one in PLACEHOLDERS if one.encode() in raw.get("json", b"")), None)):
         notes.add(("placeholder", found))
-    if line_breaks_lost(record.get("messages") or ()):
+    turns = record.get("messages") or ()
+    if line_breaks_lost(turns):
         notes.add(("stripped", "line breaks"))
-    return notes | {("turn key", key) for key in unread_keys(record.get("messages") or ())}
+    notes |= {("part key", key) for key in unread_part_keys(turns)} | {("weight", key) for key in weighing_keys(turns)}
+    return notes | {("turn key", key) for key in unread_keys(turns)}
+
+
+def _texts_beside(raw: dict[str, Any], record: dict[str, Any]) -> set[str]:
+    """Members and keys whose text is not what the sample says: another stands in its turns or captions, or in an earlier member."""
+    members = {f".{name}": raw[name].decode("utf-8-sig", "replace").strip() for name in TEXT_MEMBERS if name in raw}
+    turns = record.get("messages")
+    keys = ("caption", "captions", "answer") if turns is not None else ("caption",) if members and "captions" not in record else ()
+    given = [*members.items(), *((key, text) for key in keys for text in texts_of(record.get(key)))]
+    if not given:
+        return set()
+    if turns is not None:
+        said = json.dumps([turns, record.get("answers")], ensure_ascii=False, default=str)
+        return {name for name, text in given if json.dumps(text, ensure_ascii=False)[1:-1] not in said}
+    said = "\n".join(map(str, record["captions"])) if "captions" in record else given[0][1]
+    return {name for name, text in given if text not in said}
