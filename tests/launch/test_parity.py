@@ -394,7 +394,9 @@ def test_what_launch_and_train_refuse(config, capsys):
             ["--slurm", "--gpus", "2", "--nodes", "2"],
             ["sbatch --job-name=tiny --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=8"],
         ),
-        (["--slurm", "--gpus", "2", "--cpus", "4"], ["--gpus-per-node=2 --cpus-per-task=4"]),
+        (["--slurm", "--gpus", "2", "--cpus", "4"], ["--gpus-per-node=2 --cpus-per-task=4 --time=24:00:00"]),
+        (["--slurm", "--gpus", "2", "--port", "31234"], [",VLM_DIST_PORT=31234 "]),
+        (["--torchrun", "--gpus", "2", "--port", "31234"], ["torchrun --nproc-per-node 2 --master-port 31234 launch/train.py"]),
         (["--ray", "--gpus", "4"], ["launch/ray_train.py --config", "optim.lr=0.1", "ray.workers=4"]),
         (
             ["--ray", "--gpus", "1", "--address", "http://127.0.0.1:8265"],
@@ -429,6 +431,12 @@ def test_launch_refuses_what_cannot_be(config, capsys):
         (["--ray", "--gpus", "1", "--address", "http://127.0.0.1:1", "output_dir=runs"], "output_dir: 'runs' would lie in the copy"),
         (["--ray", "--gpus", "1", "--address", "http://127.0.0.1:1"], "is outside of this folder"),
         (["--slurm", "--nodes", "2"], "--gpus: this machine has no GPU to count"),
+        (["--ray", "--port", "31234"], "--port: nothing heeds it with --ray; leave it out"),
+        (["--torchrun", "--head", "a"], "--head: nothing heeds it with --torchrun on one node"),
+        (["--torchrun", "--nodes", "2", "--head", "a", "--hostfile", "h"], "--hostfile: nothing heeds it with --torchrun; "),
+        (["--deepspeed", "--time", "1:00"], "--time: nothing heeds it"),
+        (["--ray", "--cpus", "4"], "--cpus: nothing heeds it"),
+        (["--slurm", "--address", "http://a"], "--address: nothing heeds it"),
     ):
         path = os.path.relpath(config) if "outside" in told else config
         assert main(["launch", path, *options, "--print"]) == 2 and told in capsys.readouterr().err
