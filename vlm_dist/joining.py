@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from vlm_dist import networks
 from vlm_dist.errors import MachineError, UserError, warn
 from vlm_dist.launched import Place, start_id
 
 TELL_S = 10.0
 MISTAKE, STRANGER = "mistake", "stranger"
+AFAR = "afar"  # the address of a rank on another machine than the first one's
 NAMED = 16  # ranks named in one line
 
 
@@ -52,6 +54,8 @@ def join(place: Place, run: str, timeout_s: float) -> Any:
             raise MachineError(
                 f"rank {place.rank} of {place.world_size} is there twice at {place.where} ({place.said_by}); this one leaves"
             )
+    if place.rank and not networks.is_inside(mine := networks.address_towards(place.host)):
+        store.set(AFAR, mine)
     store.add("there", 1)
     if place.rank == 0:
         _gather_all(store, _listening(base, number, place), place, ends, timeout_s)
@@ -59,6 +63,9 @@ def join(place: Place, run: str, timeout_s: float) -> Any:
         error = MachineError(word)
         error.told = True
         raise error
+    others = [store.get(AFAR).decode()] if store.check([AFAR]) else []
+    if (told := networks.choose(place.host, *others)) and place.local_rank == 0:
+        warn(told)
     return dist.PrefixStore("group", store)
 
 
