@@ -24,7 +24,7 @@ from vlm_dist.run_dir import RunDir
 from vlm_dist.training.health import StopRequest
 from vlm_dist.training.ray_cluster import TELL_S, Workers, connect, refuse_sent_copy, wait_for_room, workers_of
 from vlm_dist.training.ray_stop import Asked, leave_drained_node, signals_held
-from vlm_dist.upstream.ray import trainer_class
+from vlm_dist.upstream.ray import address_told, trainer_class
 
 SILENT_S = 30  # a worker starts in less
 MISTAKE_TIMEOUT_S = 15  # until every rank has met a mistake that all will meet
@@ -95,7 +95,7 @@ def train_on_ray(
         with signals_held():
             can_grow = connect(config.ray)
             stop = StopRequest().__enter__()  # Ray has set handlers of its own
-        with stop:
+        with stop, address_told():
             refuse_sent_copy(config)
             workers = workers_of(config)
             wait_for_room(workers, config.ray, can_grow=can_grow, stopped=lambda: stop.requested)
