@@ -210,9 +210,12 @@ def _word(store: Any, key: str, place: Place, ends: float, timeout_s: float) -> 
     except dist.DistStoreError as error:
         raise _missing(place, [0], timeout_s, str(error)) from None
     except dist.DistNetworkError:
-        pass
+        raise _left(place) from None
+
+
+def _left(place: Place) -> MachineError:
     who = "torchrun on the first node" if is_of_agent() else "rank 0"
-    raise MachineError(
+    return MachineError(
         f"{who} has left {place.where} before all {place.world_size} ranks had come; its own output says why. "
         f"This is rank {place.rank}, as {place.said_by} say; {place.hint}"
     )
