@@ -21,7 +21,7 @@ from vlm_dist.launched import Place, start_id
 
 TELL_S = 10.0
 MISTAKE, STRANGER = "mistake", "stranger"
-AFAR = "afar"  # the address of a rank on another machine than the first one's
+MACHINE, AFAR = "machine", "afar"  # that of the first rank; the address of a rank on another one
 NAMED = 16  # ranks named in one line
 
 
@@ -54,8 +54,8 @@ def join(place: Place, run: str, timeout_s: float) -> Any:
             raise MachineError(
                 f"rank {place.rank} of {place.world_size} is there twice at {place.where} ({place.said_by}); this one leaves"
             )
-    if place.rank and not networks.is_inside(mine := networks.address_towards(place.host)):
-        store.set(AFAR, mine)
+    if base.get(MACHINE).decode() != networks.machine():
+        store.set(AFAR, networks.address_towards(place.host))
     store.add("there", 1)
     if place.rank == 0:
         _gather_all(store, _listening(base, number, place), place, ends, timeout_s)
@@ -63,8 +63,7 @@ def join(place: Place, run: str, timeout_s: float) -> Any:
         error = MachineError(word)
         error.told = True
         raise error
-    others = [store.get(AFAR).decode()] if store.check([AFAR]) else []
-    if (told := networks.choose(place.host, *others)) and place.local_rank == 0:
+    if store.check([AFAR]) and (told := networks.choose(place.host, store.get(AFAR).decode())) and place.local_rank == 0:
         warn(told)
     return dist.PrefixStore("group", store)
 
@@ -133,6 +132,7 @@ def _compare(base: Any, place: Place, whose: str, ends: float, timeout_s: float)
         MachineError: it is another run's.
     """
     if place.rank == 0:
+        base.set(MACHINE, networks.machine())
         base.set("whose", whose)
         return
     found = _word(base, "whose", place, ends, timeout_s)

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import socket
 import struct
+from pathlib import Path
 
 CHOSEN_BY = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915
@@ -17,6 +18,12 @@ DISCARD = 9  # a port for a way that nothing is sent on
 def is_inside(address: str) -> bool:
     """Whether an address is one that only this machine reaches, or none."""
     return not address or ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def machine() -> str:
+    """What tells this machine from others; names alone do not: some are all called localhost."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def own_address() -> str:

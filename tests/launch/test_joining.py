@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ import threading
 import pytest
 
 from tests.conftest import OF_A_RANK, ROOT, child_environment, run_command, write_config
-from vlm_dist import joining, mistakes
+from vlm_dist import joining, mistakes, networks
 from vlm_dist.checking import doctor
 from vlm_dist.cli.main import main
 from vlm_dist.distributed import free_port
@@ -181,6 +182,17 @@ def test_the_first_rank_gives_up_and_tells_for_all(monkeypatch):
     found = together(lambda: joining.join(first, "/runs/a", 2), lambda: joining.join(second, "/runs/a", 2))
     assert "rank 2 of 3 did not come" in str(found[0]) == str(found[1])
     assert [isinstance(error, MachineError) and error.told for error in found] == [False, True]
+
+
+def test_on_one_machine_no_network_is_chosen(monkeypatch, capfd):
+    """Whatever its own name leads to; between machines: test_hosts.py."""
+    monkeypatch.setattr(joining, "_connected", NotKept())
+    monkeypatch.setattr(networks, "own_address", lambda: "127.0.1.1")
+    monkeypatch.delenv(networks.CHOSEN_BY, raising=False)
+    host, port = networks.address_towards("198.51.100.1") or "127.0.0.1", free_port()
+    found = together(*[lambda rank=rank: joining.join(Place(rank, 0, 2, host, port, ""), "/runs/a", 20) for rank in (0, 1)])
+    assert not any(isinstance(one, Exception) for one in found), found
+    assert networks.CHOSEN_BY not in os.environ and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("rank", "says"), [("0", "no other of the 2 ranks met this at"), ("1", "rank 1 of 2 waits for rank 0 at")])
