@@ -19,7 +19,8 @@ from tests.conftest import ROOT, child_environment, command, losses_of, write_co
 from tests.warm import Warm, warm_ranks
 from vlm_dist import load_config, train
 from vlm_dist.checkpoints.form import verify_checkpoint
-from vlm_dist.cli.main import main
+from vlm_dist.cli.main import launch, main
+from vlm_dist.cli.train import run_on_ray
 from vlm_dist.data.shards import read_in_order
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.training import outcome
@@ -382,6 +383,16 @@ def test_what_launch_and_train_refuse(config, capsys):
     with pytest.raises(SystemExit):
         main(["launch", config, "--torchrun", "--port", "99999", "--print"])
     assert "is no port" in capsys.readouterr().err
+
+
+def test_a_dry_run_for_ray_is_of_its_workers(config, capsys, monkeypatch):
+    """Whatever RANK is left over in the driver's shell: it is none of them, and asks no other."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port(14))):
+        monkeypatch.setenv(name, value)
+    words = ["--config", config, "--dry-run", "training.micro_batch=1"]
+    assert launch(None, run_on_ray, [*words, "ray.workers=4"], among_ranks=False) == 0 and "all checks passed" in capsys.readouterr().out
+    assert launch(None, run_on_ray, [*words, "ray.workers=3"], among_ranks=False) == 2
+    assert "micro_batch x ranks" in (told := capsys.readouterr().err) and "rank 0" not in told
 
 
 @pytest.mark.parametrize(
