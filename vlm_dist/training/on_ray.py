@@ -91,15 +91,17 @@ def train_on_ray(
     """
     import ray
 
+    here = Path.cwd()
     try:
         with signals_held():
             can_grow = connect(config.ray)
             stop = StopRequest().__enter__()  # Ray has set handlers of its own
         with stop, address_told():
-            refuse_sent_copy(config)
+            refuse_sent_copy(config, here)
             workers = workers_of(config)
+            settings = {"again": resume_anyway, "instead": instead, "cwd": str(here)}
             wait_for_room(workers, config.ray, can_grow=can_grow, stopped=lambda: stop.requested)
-            return _interrupted(stop) if stop.requested else _fit(config, workers, stop, {"again": resume_anyway, "instead": instead})
+            return _interrupted(stop) if stop.requested else _fit(config, workers, stop, settings)
     finally:
         ray.shutdown()
 
@@ -111,7 +113,7 @@ def _fit(config: Config, workers: Workers, stop: StopRequest, settings: dict[str
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a node that may be lost
     outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote(config.model_dump(mode="json"))
-    trainer = _trainer(config, workers, settings | {"cwd": os.getcwd(), "outcome": outcome})
+    trainer = _trainer(config, workers, settings | {"outcome": outcome})
     failed: list[BaseException] = []
 
     def fit() -> None:
