@@ -118,12 +118,13 @@ def test_own_names_that_lead_nowhere_else(hosts, tmp_path):
     for host, address, text in zip(reversed(hosts), ("10.231.7.2", "10.231.7.1"), output, strict=True):
         assert f"{host} is 127.0.1.1 by its own name, which no other node reaches: ranks meet over eth0 ({address})" in text
     preflight = [sys.executable, "launch/train.py", "--config", "configs/quickstart.yaml", "--preflight"]
-    first, second = ranks_on(hosts, preflight, GLOO_SOCKET_IFNAME="lo")
-    told = first.communicate(timeout=200)[0]
-    second.kill()
-    second.communicate()
-    assert first.returncode == 6 and "Traceback" not in told, told
-    assert f"rank 0 on {hosts[1]} cannot reach the others (" in told and "here it is 'lo'" in told, told
+    started = ranks_on(hosts, preflight, GLOO_SOCKET_IFNAME="lo")
+    until(lambda: any(process.poll() is not None for process in started))  # the one that must connect; the other listens, until it is ended
+    rank = next(number for number, process in enumerate(started) if process.poll() is not None)
+    started[1 - rank].kill()
+    told, _ = [process.communicate()[0] for process in (started[rank], started[1 - rank])]
+    assert started[rank].returncode == 6 and "Traceback" not in told, told
+    assert f"rank {rank} on {hosts[1 - rank]} cannot reach the others (" in told and "here it is 'lo'" in told, told
 
 
 def test_torchrun_and_deepspeed_on_two_hosts(hosts, config, expected, tmp_path):
