@@ -19,7 +19,7 @@ def main() -> int:
     from vlm_dist.cli.main import launch
     from vlm_dist.cli.train import run_on_ray
 
-    return launch(__doc__, run_on_ray)
+    return launch(__doc__, run_on_ray, among_ranks=False)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,10 @@ def disk_error(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def cannot_begin(path: Path, error: OSError) -> MachineError:
-    """The error of a run whose directory cannot be made."""
-    return MachineError(f"output_dir: {_short(path)} cannot be written ({why(error)}); {remedy(error)} (output_dir=..., name=...)")
+def cannot_begin(path: Path, error: OSError) -> UserError:
+    """The error of a run whose directory cannot be made; of one that is there, another user's for instance, that it cannot go on."""
+    kind = CheckpointError if os.path.isdir(path) else MachineError
+    return kind(f"output_dir: {_short(path)} cannot be written ({why(error)}); {remedy(error)} (output_dir=..., name=...)")
 
 
 def cannot_go_on(path: Path, error: OSError) -> UserError:

@@ -6,13 +6,16 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_dist.cards import card_id, check_cards, choose_device
+from vlm_dist.errors import MachineError
 from vlm_dist.joining import join
-from vlm_dist.launched import announced
+from vlm_dist.launched import Place, announced
+from vlm_dist.networks import CHOSEN_BY, own_address
 
 if TYPE_CHECKING:
     import torch
@@ -145,10 +148,29 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = join(place, run, join_timeout_s)
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+        with _reaching(place):
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
     ranks = Ranks(dist.get_rank(), place.local_rank, dist.get_world_size(), chosen)
     check_cards(ranks.gather((socket.gethostname(), card_id(chosen))))
     return ranks
+
+
+@contextmanager
+def _reaching(place: Place) -> Iterator[None]:
+    """Raises:
+    MachineError: the ranks know one another's addresses, and cannot connect.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        why = str(error).splitlines()[0].rpartition("] ")[2][:120]
+        raise MachineError(
+            f"rank {place.rank} on {socket.gethostname()} cannot reach the others ({why}); name a network that leads to them, on every "
+            f"node: {CHOSEN_BY}=INTERFACE (`ip -br addr` has them; here it is '{os.environ.get(CHOSEN_BY, '')}', and the host's own name "
+            f"leads to {own_address() or 'nowhere'}), and let a firewall pass all ports between the nodes"
+        ) from None
 
 
 def alone() -> Ranks:

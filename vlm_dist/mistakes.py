@@ -10,9 +10,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from vlm_dist.errors import ConfigError, DataError, MachineError, ModelError, UserError
-from vlm_dist.joining import MISTAKE, connected, is_of_agent
-from vlm_dist.launched import announced
+from vlm_dist.errors import ConfigError, DataError, MachineError, ModelError, UserError, warn
+from vlm_dist.joining import MISTAKE, connected, is_of_agent, telling
+from vlm_dist.launched import Place, announced
 
 WAIT_S = 5.0  # the first rank keeps the store so long for the others
 LASTING = (ConfigError, DataError, ModelError)  # a new start does not mend them
@@ -20,7 +20,7 @@ LASTING = (ConfigError, DataError, ModelError)  # a new start does not mend them
 
 def told_once(error: UserError, say: Callable[[UserError], object]) -> None:
     """Call `say`, on the first of the ranks that meet this error. Every rank then ends with its own exit code, although launchers send
-    SIGTERM to all when one has ended."""
+    SIGTERM to all when one has ended. Where variables say that there are other ranks and none comes, a line says which variables."""
     try:
         place = announced()
     except MachineError:
@@ -37,11 +37,13 @@ def told_once(error: UserError, say: Callable[[UserError], object]) -> None:
         _leave(store, place, error)
 
 
-def _store(place: Any) -> Any:
+def _store(place: Place) -> Any:
+    """Where the ranks of this start agree on who tells; None: there is nobody to agree with."""
     try:
-        store = connected(place, 3 * WAIT_S)
+        with telling(place, WAIT_S):
+            store = connected(place, 2 * WAIT_S)
     except MachineError:
-        return None  # nobody to agree with
+        return None
     store.set_timeout(timedelta(seconds=WAIT_S))
     return store
 
@@ -53,13 +55,18 @@ def _is_first(store: Any, text: str) -> bool:
         return True
 
 
-def _leave(store: Any, place: Any, error: UserError) -> None:
+def _leave(store: Any, place: Place, error: UserError) -> None:
+    import torch.distributed as dist
+
     try:
         if is_of_agent() and isinstance(error, LASTING):
             store.set(MISTAKE, f"{error.exit_code} {error}")
-        store.add("met", 1)
-        ends = time.monotonic() + WAIT_S
-        while place.rank == 0 and not is_of_agent() and time.monotonic() < ends and store.add("met", 0) < place.world_size:
+        met, ends = store.add("met", 1), time.monotonic() + WAIT_S
+        while place.rank == 0 and not is_of_agent() and time.monotonic() < ends and met < place.world_size:
             time.sleep(0.05)
+            met = store.add("met", 0)
     except RuntimeError:
         return
+    have_joined = dist.is_initialized() and dist.get_world_size() > 1
+    if place.rank == 0 and not is_of_agent() and met == 1 and not have_joined and not isinstance(error, MachineError):
+        warn(f"no other of the {place.world_size} ranks met this at {place.where} ({place.said_by} say that there are some); {place.hint}")

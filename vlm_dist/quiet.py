@@ -16,6 +16,7 @@ def quiet_libraries() -> None:
     redact_log()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch 2.13 tells of each store that is gone in a page of C++; we in a line
     _hide_folder("kernels")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # says that this package is not installed
     logging.getLogger("DeepSpeed").addFilter(_not_about_accelerator)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from vlm_dist.run_mend import mend
 from vlm_dist.training.log import events_until, missing
 from vlm_dist.training.start import begin
 
+NOBODY = 65534
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -237,6 +239,23 @@ def test_output_dir_that_cannot_be_is_one_line(settings, tmp_path, capsys):
         assert main(["train", str(write_config(settings | {"output_dir": place}, tmp_path))]) == 6, what
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("vlm-dist: output_dir: ") and "cannot be written" in line and len(line) < 450, line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
+def test_the_directory_of_another_user(settings):
+    """One that is there: 5, as all that a run's own files refuse; a new one that cannot be made beside it: 6."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        config = write_config(settings | {"output_dir": f"{folder}/runs"}, Path(folder))
+        (Path(folder) / "runs" / "tiny" / "logs").mkdir(parents=True)
+        os.seteuid(NOBODY)
+        try:
+            for name, kind in (("tiny", CheckpointError), ("new", MachineError)):
+                with pytest.raises(kind, match=rf"output_dir: {folder}/runs/{name} cannot be written \(Permission denied\); give yourself"):
+                    _begun(config, f"name={name}")
+        finally:
+            os.seteuid(0)
+    assert (CheckpointError.exit_code, MachineError.exit_code) == (5, 6)
 
 
 def test_checkpoints_that_is_a_file_is_told_before_anything_is_done(settings, tmp_path, capsys):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator
 
+import jsonschema
 from ruamel.yaml import YAML
 
 from tests.conftest import ROOT
+from tests.launch import kuberay_fields
 from vlm_dist.config import CheckpointConfig
 
 FOLDER = ROOT / "configs" / "cluster"
@@ -31,6 +34,37 @@ def test_kuberay():
         assert template["metadata"]["labels"] == labels
     assert len({container["image"] for template in (*templates, job["spec"]["submitterPodTemplate"])
                 for container in template["spec"]["containers"]}) == 1  # fmt: skip
+
+
+def misspelt(value: object) -> Iterator[object]:
+    """Copies of a document with one key of an object changed, each in turn."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield {f"{name}s" if name == key else name: found for name, found in value.items()}
+            yield from ({**value, key: changed} for changed in misspelt(inner))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from ([*value[:place], changed, *value[place + 1 :]] for changed in misspelt(inner))
+
+
+def test_kuberay_has_the_fields_of_its_crds():
+    """Each field is one that the operator or Kubernetes knows; of the copies with one misspelt all are found, but for free names."""
+    free = ("labels", "matchLabels", "rayStartParams", "limits")
+    for document in YAML(typ="safe", pure=True).load_all((FOLDER / "kuberay.yaml").read_text()):
+        validator = jsonschema.Draft202012Validator(kuberay_fields.of(document["kind"]))
+        assert [error.message for error in validator.iter_errors(document)] == []
+        copies = list(misspelt(document))
+        passed = [copy for copy in copies if validator.is_valid(copy)]
+        names = sum(len(found) for found in objects_named(document, free))
+        assert len(copies) > 15 and len(passed) == names, len(copies)
+
+
+def objects_named(value: object, names: tuple[str, ...]) -> Iterator[dict]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        if key in names:
+            yield inner
+        else:
+            yield from objects_named(inner, names)
 
 
 def test_kuberay_lets_in_whoever_must_come_and_leaves_time_to_save():

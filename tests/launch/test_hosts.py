@@ -61,7 +61,7 @@ def hosts():
 def on(host: str, words: list[str], **changes: str) -> subprocess.Popen:
     """A command on that host, which has its name."""
     inside = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host, *words]
-    environment = child_environment(GLOO_SOCKET_IFNAME="eth0", PATH=f"{BIN}:{os.environ['PATH']}", **changes)
+    environment = child_environment(**{"GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{os.environ['PATH']}", **changes})
     return subprocess.Popen(inside, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -96,6 +96,35 @@ def test_preflight_on_two_hosts(hosts, settings, tmp_path):
     assert all(f"  ok  {host}" in told for host in hosts) and "versions      the same on 2 nodes" in told
     assert f"{hosts[0]} - {hosts[1]}" in told or f"{hosts[1]} - {hosts[0]}" in told
     assert "is the same folder on all ranks" in told and not list((tmp_path / "runs").iterdir()), json.dumps(told)
+
+
+def inside(names: list[str]) -> None:
+    """The hosts file of each says 127.0.1.1 of its own name, as Debian writes it, and nothing of the other."""
+    for name in names:
+        (Path("/etc/netns") / name / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+
+
+def ranks_on(hosts: list[str], words: list[str], **changes: str) -> list[subprocess.Popen]:
+    """A rank on each, without a launcher, which meet at the second's address."""
+    group = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.231.7.2", "MASTER_PORT": "25999", **changes}
+    return [on(host, words, RANK=str(rank), **group) for rank, host in enumerate(reversed(hosts))]
+
+
+def test_own_names_that_lead_nowhere_else(hosts, tmp_path):
+    """Both at 127.0.1.1: ranks find the network between them themselves. One that leads nowhere is refused in a line, by preflight too."""
+    inside(hosts)
+    output = finish(ranks_on(hosts, [sys.executable, "tests/launch/rank.py", str(tmp_path), "/runs/a"], GLOO_SOCKET_IFNAME=""))
+    assert [(tmp_path / f"sum-{rank}").read_text() for rank in (0, 1)] == ["3.0", "3.0"]
+    for host, address, text in zip(reversed(hosts), ("10.231.7.2", "10.231.7.1"), output, strict=True):
+        assert f"{host} is 127.0.1.1 by its own name, which no other node reaches: ranks meet over eth0 ({address})" in text
+    preflight = [sys.executable, "launch/train.py", "--config", "configs/quickstart.yaml", "--preflight"]
+    started = ranks_on(hosts, preflight, GLOO_SOCKET_IFNAME="lo")
+    until(lambda: any(process.poll() is not None for process in started))  # the one that must connect; the other listens, until it is ended
+    rank = next(number for number, process in enumerate(started) if process.poll() is not None)
+    started[1 - rank].kill()
+    told, _ = [process.communicate()[0] for process in (started[rank], started[1 - rank])]
+    assert started[rank].returncode == 6 and "Traceback" not in told, told
+    assert f"rank {rank} on {hosts[1 - rank]} cannot reach the others (" in told and "here it is 'lo'" in told, told
 
 
 def test_torchrun_and_deepspeed_on_two_hosts(hosts, config, expected, tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from tests.conftest import OF_A_RANK, run_command, write_config
-from vlm_dist import joining, mistakes
+from tests.conftest import OF_A_RANK, ROOT, child_environment, run_command, write_config
+from vlm_dist import joining, mistakes, networks
 from vlm_dist.checking import doctor
+from vlm_dist.cli.main import main
 from vlm_dist.distributed import free_port
 from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.launched import PORTS, Place, announced, port_of
@@ -149,3 +153,71 @@ def test_a_mistake_of_all_ranks_is_told_by_one(monkeypatch):
     told: list[str] = []
     together(*[lambda: mistakes.told_once(ConfigError("optim.lrr: no such key"), lambda error: told.append(str(error)))] * 2)
     assert told == ["optim.lrr: no such key"]
+
+
+FIRST = (
+    "import sys; from vlm_dist import joining, launched; joining.join(launched.Place(0, 0, 3, '127.0.0.1', int(sys.argv[1]), ''), 'a', 60)"
+)
+
+
+def test_the_first_rank_is_killed_while_another_waits(capfd):
+    """One line, at once, instead of torch's pages of C++."""
+    place = Place(1, 0, 3, "127.0.0.1", free_port(), "RANK=1 and WORLD_SIZE=3")
+    process = subprocess.Popen([sys.executable, "-c", FIRST, str(place.port)], cwd=ROOT, env=child_environment())
+    killing = threading.Thread(target=lambda: (joining._await_first(place, 60), threading.Event().wait(1), process.kill()))
+    killing.start()
+    with pytest.raises(MachineError, match=r"rank 0 has left 127.0.0.1:\d+ before all 3 ranks had come; .* env -u RANK -u WORLD_SIZE"):
+        joining.join(place, "a", 60)
+    killing.join()
+    process.wait()
+    told: list[str] = []
+    together(lambda: mistakes.told_once(ConfigError("a mistake"), lambda error: told.append(str(error))))
+    assert "frame #" not in capfd.readouterr().err
+
+
+def test_the_first_rank_gives_up_and_tells_for_all(monkeypatch):
+    monkeypatch.setattr(joining, "_connected", NotKept())
+    port = free_port()
+    first, second = (Place(rank, 0, 3, "127.0.0.1", port, "") for rank in (0, 1))
+    found = together(lambda: joining.join(first, "/runs/a", 2), lambda: joining.join(second, "/runs/a", 2))
+    assert "rank 2 of 3 did not come" in str(found[0]) == str(found[1])
+    assert [isinstance(error, MachineError) and error.told for error in found] == [False, True]
+
+
+def test_on_one_machine_no_network_is_chosen(monkeypatch, capfd):
+    """Whatever its own name leads to; between machines: test_hosts.py."""
+    monkeypatch.setattr(joining, "_connected", NotKept())
+    monkeypatch.setattr(networks, "own_address", lambda: "127.0.1.1")
+    monkeypatch.delenv(networks.CHOSEN_BY, raising=False)
+    host, port = networks.address_towards("198.51.100.1") or "127.0.0.1", free_port()
+    found = together(*[lambda rank=rank: joining.join(Place(rank, 0, 2, host, port, ""), "/runs/a", 20) for rank in (0, 1)])
+    assert not any(isinstance(one, Exception) for one in found), found
+    assert networks.CHOSEN_BY not in os.environ and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", "no other of the 2 ranks met this at"), ("1", "rank 1 of 2 waits for rank 0 at")])
+def test_a_mistake_where_variables_are_left_over(monkeypatch, capfd, rank, says):
+    """15 s of silence before: a line says which variables are there, and how to leave them out."""
+    monkeypatch.setattr(mistakes, "WAIT_S", 0.3)
+    say(monkeypatch, RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    told: list[str] = []
+    together(lambda: mistakes.told_once(ConfigError("a mistake"), lambda error: told.append(str(error))))
+    lines = capfd.readouterr().err.splitlines()
+    assert told == ["a mistake"] and len(lines) == 1 and says in lines[0]
+    assert f"(RANK={rank} and WORLD_SIZE=2 say" in lines[0] and lines[0].endswith("env -u RANK -u WORLD_SIZE COMMAND")
+
+
+def test_commands_that_are_no_rank_ask_nobody(monkeypatch, capfd, tmp_path):
+    """In a shell of a pod that has RANK, while the training of that pod goes on."""
+    say(monkeypatch, RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(mistakes, "connected", never)
+    for command in (
+        ["report", str(tmp_path / "none")],
+        ["plan", str(tmp_path / "none.yaml")],
+        ["export", str(tmp_path), "--to", "adapter"],
+    ):
+        assert main(command) == 2 and capfd.readouterr().err.startswith("vlm-dist: "), command

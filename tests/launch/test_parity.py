@@ -19,7 +19,8 @@ from tests.conftest import ROOT, child_environment, command, losses_of, write_co
 from tests.warm import Warm, warm_ranks
 from vlm_dist import load_config, train
 from vlm_dist.checkpoints.form import verify_checkpoint
-from vlm_dist.cli.main import main
+from vlm_dist.cli.main import launch, main
+from vlm_dist.cli.train import run_on_ray
 from vlm_dist.data.shards import read_in_order
 from vlm_dist.run_dir import read_jsonl
 from vlm_dist.training import outcome
@@ -391,6 +392,16 @@ def test_what_launch_and_train_refuse(config, capsys):
     assert "is no port" in capsys.readouterr().err
 
 
+def test_a_dry_run_for_ray_is_of_its_workers(config, capsys, monkeypatch):
+    """Whatever RANK is left over in the driver's shell: it is none of them, and asks no other."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port(14))):
+        monkeypatch.setenv(name, value)
+    words = ["--config", config, "--dry-run", "training.micro_batch=1"]
+    assert launch(None, run_on_ray, [*words, "ray.workers=4"], among_ranks=False) == 0 and "all checks passed" in capsys.readouterr().out
+    assert launch(None, run_on_ray, [*words, "ray.workers=3"], among_ranks=False) == 2
+    assert "micro_batch x ranks" in (told := capsys.readouterr().err) and "rank 0" not in told
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -401,7 +412,9 @@ def test_what_launch_and_train_refuse(config, capsys):
             ["--slurm", "--gpus", "2", "--nodes", "2"],
             ["sbatch --job-name=tiny --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=8"],
         ),
-        (["--slurm", "--gpus", "2", "--cpus", "4"], ["--gpus-per-node=2 --cpus-per-task=4"]),
+        (["--slurm", "--gpus", "2", "--cpus", "4"], ["--gpus-per-node=2 --cpus-per-task=4 --time=24:00:00"]),
+        (["--slurm", "--gpus", "2", "--port", "31234"], [",VLM_DIST_PORT=31234 "]),
+        (["--torchrun", "--gpus", "2", "--port", "31234"], ["torchrun --nproc-per-node 2 --master-port 31234 launch/train.py"]),
         (["--ray", "--gpus", "4"], ["launch/ray_train.py --config", "optim.lr=0.1", "ray.workers=4"]),
         (
             ["--ray", "--gpus", "1", "--address", "http://127.0.0.1:8265"],
@@ -436,6 +449,12 @@ def test_launch_refuses_what_cannot_be(config, capsys):
         (["--ray", "--gpus", "1", "--address", "http://127.0.0.1:1", "output_dir=runs"], "output_dir: 'runs' would lie in the copy"),
         (["--ray", "--gpus", "1", "--address", "http://127.0.0.1:1"], "is outside of this folder"),
         (["--slurm", "--nodes", "2"], "--gpus: this machine has no GPU to count"),
+        (["--ray", "--port", "31234"], "--port: nothing heeds it with --ray; leave it out"),
+        (["--torchrun", "--head", "a"], "--head: nothing heeds it with --torchrun on one node"),
+        (["--torchrun", "--nodes", "2", "--head", "a", "--hostfile", "h"], "--hostfile: nothing heeds it with --torchrun; "),
+        (["--deepspeed", "--time", "1:00"], "--time: nothing heeds it"),
+        (["--ray", "--cpus", "4"], "--cpus: nothing heeds it"),
+        (["--slurm", "--address", "http://a"], "--address: nothing heeds it"),
     ):
         path = os.path.relpath(config) if "outside" in told else config
         assert main(["launch", path, *options, "--print"]) == 2 and told in capsys.readouterr().err

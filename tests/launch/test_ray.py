@@ -56,15 +56,16 @@ def config(settings, tmp_path) -> str:
 
 
 class Cluster:
-    """Two Ray nodes of one CPU each on this machine, with a dashboard, which takes jobs."""
+    """Ray nodes of one CPU each on this machine, with a dashboard, which takes jobs."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, nodes: int = 2):
         self.gcs = f"127.0.0.1:{(port := free_port())}"
         self.address, self.jobs = f"ray.address={self.gcs}", f"http://127.0.0.1:{(dashboard := free_port())}"
         here = [f"--temp-dir={folder}", f"--port={port}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
         self.nodes: list[subprocess.Popen] = []
         self._begin("--head", "--dashboard-host=127.0.0.1", *here)
-        self.add()
+        for _ in range(nodes - 1):
+            self.add()
 
     def add(self) -> None:
         """One more node."""
@@ -83,17 +84,25 @@ class Cluster:
         raise AssertionError("no node of Ray comes up on this machine")
 
 
+@contextlib.contextmanager
+def started_cluster(nodes: int):
+    """In a folder of its own, so that no other run takes it for the machine's cluster; sockets want short paths."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    made = Cluster(folder, nodes)
+    try:
+        yield made
+    finally:
+        for node in reversed(made.nodes):
+            node.terminate()
+            node.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    """One for the tests of this file; the last of them takes a node away. In a folder of its own, so that no other run takes it for the
-    machine's cluster; sockets want short paths."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    made = Cluster(folder)
-    yield made
-    for node in reversed(made.nodes):
-        node.terminate()
-        node.wait(60)
-    shutil.rmtree(folder, ignore_errors=True)
+    """One for the tests of this file; the last of them takes a node away."""
+    with started_cluster(nodes=2) as made:
+        yield made
 
 
 def test_a_mistake_is_told_once_with_its_exit_code(cluster, config, tmp_path):
@@ -145,6 +154,30 @@ def test_a_job_that_is_stopped_has_saved(cluster, config, tmp_path):
     assert (summary["ended"], summary["signal"]) == ("interrupted", "SIGTERM") and summary["step"] == len(losses_of(run))
     assert (run / "checkpoints" / f"step-{summary['step']:08d}").is_dir() and "interrupted by SIGTERM" in log
     assert "get_kernel" not in log  # the repository's kernels/ is no package of that name
+
+
+def test_two_clusters_and_two_drivers_that_are_told_to_stop(cluster, config):
+    """At the same time on this machine. SIGTERM to a driver: its workers save and it ends by 143; the other one goes on, until its own."""
+    with started_cluster(nodes=1) as other:
+        drivers = {
+            name: start(
+                "--config", config, where.address, "ray.workers=1", f"name={name}", "training.steps=5000", "checkpoint.save_every=0"
+            )
+            for name, where in (("here", cluster), ("there", other))
+        }
+        runs = {name: Path(json.loads(Path(config).read_text())["output_dir"]) / name for name in drivers}
+        for name, driver in drivers.items():
+            wait_for(lambda run=runs[name]: (run / "metrics.jsonl").exists() and len(losses_of(run)) >= 2, driver)
+        for name, driver in drivers.items():
+            made = len(losses_of(runs[name]))
+            wait_for(lambda run=runs[name], made=made: len(losses_of(run)) > made, driver)
+            driver.send_signal(signal.SIGTERM)
+            code, out, err = finish(driver)
+            summary = json.loads((runs[name] / "summary.json").read_text())
+            assert code == 143 and (summary["ended"], summary["signal"]) == ("interrupted", "SIGTERM"), out[-2000:] + err[-2000:]
+            assert summary["step"] == len(losses_of(runs[name]))
+            assert (runs[name] / "checkpoints" / f"step-{summary['step']:08d}").is_dir()
+            assert not re.search("Traceback|No available agent|Abort|get_kernel", out + err), out + err
 
 
 def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(cluster, config, tmp_path):

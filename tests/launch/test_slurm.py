@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT, child_environment, command, losses_of, run_command, write_config
+from vlm_dist.launched import port_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -78,16 +80,26 @@ def test_a_job_saves_before_its_limit_queues_again_and_ends(slurm, config, tmp_p
     assert losses_of(tmp_path / "runs" / "limited") == pytest.approx(losses_of(tmp_path / "runs" / "plain"), rel=1e-4)
 
 
-def test_a_rank_has_eight_cpus(slurm, config, tmp_path):
-    """SLURM gives one by default; and srun takes the number from the job only when it is handed on."""
+def test_a_rank_has_eight_cpus_and_a_port(slurm, config, tmp_path):
+    """SLURM gives one CPU by default; and srun takes the number from the job only when it is handed on. The port is the job's, or the
+    user's; what is none is refused."""
     script = tmp_path / "cpus.sh"
-    script.write_text("echo a rank has $SLURM_CPUS_PER_TASK\n")
-    for more, expected in (([], 8), (["--cpus-per-task=3"], 3)):
-        log = tmp_path / f"job-{expected}.log"
+    script.write_text("echo a rank has $SLURM_CPUS_PER_TASK, of job $SLURM_JOB_ID, at $MASTER_PORT\n")
+    cases = (([], "", 8, 0), (["--cpus-per-task=3"], "31234", 3, 0), ([], "65536", 0, 2), ([], "node-1", 0, 2))
+    for number, (more, port, cpus, code) in enumerate(cases):
+        log = tmp_path / f"job-{number}.log"
         words = ["sbatch", "--wait", f"--output={log}", *more, "launch/slurm/train.sbatch", config]
-        there = environment(slurm) | {"VLM_DIST_PYTHON": "/bin/sh", "VLM_DIST_TRAIN": str(script)}
-        subprocess.run(words, capture_output=True, cwd=ROOT, env=there, check=True, timeout=240)
-        assert f"a rank has {expected}\n" in log.read_text()
+        there = (
+            environment(slurm) | {"VLM_DIST_PYTHON": "/bin/sh", "VLM_DIST_TRAIN": str(script)} | ({"VLM_DIST_PORT": port} if port else {})
+        )
+        done = subprocess.run(words, capture_output=True, cwd=ROOT, env=there, check=False, timeout=240)
+        told = log.read_text()
+        assert done.returncode == code, told
+        if code:
+            assert f"VLM_DIST_PORT='{port}' is no port, expected a whole number of 1 to 65535" in told
+            continue
+        job = re.search(rf"a rank has {cpus}, of job (\d+), at (\d+)\n", told)
+        assert job is not None and job[2] == (port or str(port_of(job[1]))) and f"ranks meet at 127.0.0.1:{job[2]}\n" in told, told
 
 
 def wait_for(condition, folder) -> None:

@@ -222,7 +222,7 @@ def _sockets() -> Iterator[Check]:
     chosen = [variable for variable in INTERFACES if os.environ.get(variable)]
     inside = address.startswith("127.") and len(chosen) < len(INTERFACES)
     fix = (
-        f"on several nodes: ranks would wait for one another at an address that no other node reaches; "
+        f"no other node reaches that address. Ranks look for a better one themselves, except on Ray; to name it, on every node: "
         f"{' and '.join(f'export {variable}=INTERFACE' for variable in INTERFACES if variable not in chosen)} (`ip -br addr` names them), "
         f"or take '{name}' off the line of {address} in /etc/hosts"
     )

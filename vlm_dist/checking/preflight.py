@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def _write(path: Path, word: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(word)
     except OSError as error:
+        with suppress(OSError):
+            path.unlink()
         return f"{path.parent} cannot be written ({error.strerror})"
     return ""
 

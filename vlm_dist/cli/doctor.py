@@ -50,7 +50,7 @@ def show(check: Any) -> None:
 
     colour, word = SIGNS[check.state]
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[{colour}]{word:>4}[/]  {check.name:<14}", end="")
+    console.print(f"[{colour}]{word:>4}[/]  {check.name:<13} ", end="")
     console.print(check.found, markup=False)
     if check.fix:
         console.print(f"{'':20}-> {check.fix}", markup=False)

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         help="ask the questions with greyed pictures too: what of the score needs eyes (default: as evaluation.without_pictures says)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, among_ranks=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

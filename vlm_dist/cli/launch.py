@@ -17,11 +17,13 @@ from vlm_dist.cli.starter import starter_file
 from vlm_dist.config import Config
 from vlm_dist.config_load import load_config
 from vlm_dist.distributed import free_port
-from vlm_dist.errors import ConfigError, MachineError
+from vlm_dist.errors import ConfigError, MachineError, warn
 from vlm_dist.launched import port_of
 from vlm_dist.redaction import redacted
 
 CPUS = 8  # of a rank: it reads and decodes beside training
+HOSTFILE, TIME = "hostfile", "24:00:00"
+MATTER = ("AWS_", "GLOO_", "HF_", "OMP_", "TOKENIZERS_", "TORCH_", "TRITON_", "VLM_DIST_", "WANDB_")  # variables that a rank heeds
 
 
 def add_parser(commands: Any) -> None:
@@ -46,11 +48,11 @@ def add_parser(commands: Any) -> None:
         "--port",
         metavar="N",
         type=_port_number,
-        help="where ranks meet (default: a free one; on several nodes one that follows from the run's name)",
+        help="where ranks meet (default: a free one; on several nodes one that follows from the run's name, or the job's number)",
     )
-    parser.add_argument("--hostfile", metavar="FILE", default="hostfile", help="--deepspeed: a line `HOST slots=N` for each node")
-    parser.add_argument("--time", metavar="LIMIT", default="24:00:00", help="--slurm: time limit of one start (default: 24:00:00)")
-    parser.add_argument("--cpus", metavar="N", type=_positive, default=CPUS, help=f"--slurm: CPUs of each process (default: {CPUS})")
+    parser.add_argument("--hostfile", metavar="FILE", help=f"--deepspeed: a line `HOST slots=N` for each node (default: {HOSTFILE})")
+    parser.add_argument("--time", metavar="LIMIT", help=f"--slurm: time limit of one start (default: {TIME})")
+    parser.add_argument("--cpus", metavar="N", type=_positive, help=f"--slurm: CPUs of each process (default: {CPUS})")
     parser.add_argument("--address", metavar="URL", help="--ray: submit as a job to this address, e.g. http://127.0.0.1:8265")
     parser.add_argument("--preflight", action="store_true", help="check the nodes and what lies between them, by the same launcher")
     parser.add_argument("--print", dest="only_print", action="store_true", help="print the command, start nothing")
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.deepspeed_config import check_batches
 
     config = load_config(arguments.config, arguments.overrides)
+    _refuse_unheeded(arguments)
     arguments.gpus = arguments.gpus or _gpus_here(arguments)
     check_batches(config, arguments.gpus * arguments.nodes)
     if arguments.preflight:
@@ -74,6 +77,23 @@ def run(arguments: argparse.Namespace) -> int:
     return os.execvp(command[0], command)
 
 
+def _refuse_unheeded(arguments: argparse.Namespace) -> None:
+    """Options that this launcher has no use for."""
+    launcher, several = arguments.launcher, arguments.nodes > 1
+    heeded = {
+        "head": several and launcher in (_torchrun, _deepspeed),
+        "port": launcher is not _ray,
+        "hostfile": several and launcher is _deepspeed,
+        "time": launcher is _slurm,
+        "cpus": launcher is _slurm,
+        "address": launcher is _ray,
+    }
+    for name, is_heeded in heeded.items():
+        if getattr(arguments, name) is not None and not is_heeded:
+            nodes = " on one node" if not several and name in ("head", "hostfile") else ""
+            raise ConfigError(f"--{name}: nothing heeds it with --{launcher.__name__.strip('_')}{nodes}; leave it out")
+
+
 def _training(arguments: argparse.Namespace, script: str = "train.py") -> list[str]:
     return [_script(script), "--config", arguments.config, *arguments.overrides]
 
@@ -81,10 +101,24 @@ def _training(arguments: argparse.Namespace, script: str = "train.py") -> list[s
 def _deepspeed(arguments: argparse.Namespace, config: Config) -> list[str]:
     command = [_beside_python("deepspeed"), "--master_port", str(_port(arguments, config))]
     if arguments.nodes > 1:
-        if not Path(arguments.hostfile).exists() and not arguments.only_print:
-            raise ConfigError(f"--hostfile: '{arguments.hostfile}' is missing; write a line `HOST slots={arguments.gpus}` for each node")
-        command += ["--hostfile", arguments.hostfile, "--num_nodes", str(arguments.nodes), "--master_addr", _head(arguments)]
+        hostfile = arguments.hostfile or HOSTFILE
+        if not Path(hostfile).exists() and not arguments.only_print:
+            raise ConfigError(f"--hostfile: '{hostfile}' is missing; write a line `HOST slots={arguments.gpus}` for each node")
+        if shutil.which("pdsh") is None and not arguments.only_print:
+            raise MachineError("launch: deepspeed reaches the other nodes by pdsh, which is not installed here (apt-get install pdsh)")
+        if left := left_here():
+            warn(f"launch: deepspeed hands {', '.join(left)} to no other node; write what they need as NAME=VALUE into ~/.deepspeed_env")
+        command += ["--hostfile", hostfile, "--num_nodes", str(arguments.nodes), "--master_addr", _head(arguments)]
     return [*command, "--num_gpus", str(arguments.gpus), *_training(arguments)]
+
+
+def left_here() -> list[str]:
+    """Names of variables that a rank heeds, are set here, and do not reach the other nodes through deepspeed 0.19, which hands on those of
+    `.deepspeed_env` and a few of its own (MLFLOW*, MV2*, PYTHON*, UCX*, with CUDA NCCL*)."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    files = [path for path in (Path.home() / name, Path(name)) if path.is_file()]
+    written = {line.partition("=")[0].strip() for path in files for line in path.read_text().splitlines()}
+    return sorted(one for one in os.environ if one.startswith(MATTER) and one not in written)
 
 
 def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
@@ -94,7 +128,7 @@ def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{_head(arguments)}:{port}", "--rdzv-id", f"{config.name}-{port}"]
         command += ["--nnodes", str(arguments.nodes), *meeting]
     else:
-        command += ["--standalone"]
+        command += ["--master-port", str(arguments.port)] if arguments.port else ["--standalone"]
     return [*command, *_training(arguments)]
 
 
@@ -108,13 +142,14 @@ def _port(arguments: argparse.Namespace, config: Config) -> int:
 def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
     """Absolute paths: SLURM runs a copy of the script, and the command may be given elsewhere."""
     size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}",
-            f"--cpus-per-task={arguments.cpus}"]  # fmt: skip
+            f"--cpus-per-task={arguments.cpus or CPUS}"]  # fmt: skip
     python = shutil.which(os.environ.get("VLM_DIST_PYTHON", sys.executable)) or sys.executable
     for path in (os.path.abspath(python), str(starter_file("launch/train.py"))):
         if "," in path:
             raise ConfigError(f"--slurm: '{path}' has a comma in it, at which sbatch would cut it; use a path without one")
     where = f"--export=ALL,VLM_DIST_PYTHON={os.path.abspath(python)},VLM_DIST_TRAIN={starter_file('launch/train.py')}"
-    options = [f"--job-name={config.name}", *size, f"--time={arguments.time}", f"--chdir={Path.cwd()}", where]
+    where += f",VLM_DIST_PORT={arguments.port}" if arguments.port else ""
+    options = [f"--job-name={config.name}", *size, f"--time={arguments.time or TIME}", f"--chdir={Path.cwd()}", where]
     return ["sbatch", *options, str(starter_file("launch/slurm/train.sbatch")), os.path.abspath(arguments.config), *arguments.overrides]
 
 

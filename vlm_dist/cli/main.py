@@ -53,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parse(build_parser(), argv)
     quiet_libraries()
-    return _left(argv, run_reporting(lambda: arguments.run(arguments), debug=arguments.debug))
+    among_ranks = getattr(arguments, "among_ranks", False)
+    return _left(argv, run_reporting(lambda: arguments.run(arguments), debug=arguments.debug, among_ranks=among_ranks))
 
 
-def launch(description: str | None, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
+def launch(
+    description: str | None, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None, *, among_ranks: bool = True
+) -> int:
     """The command line of the scripts in launch/; returns the exit code."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML configuration")
@@ -66,7 +69,7 @@ def launch(description: str | None, run: Callable[[argparse.Namespace], int], ar
     train.add_options(parser)
     arguments = parse(parser, argv)
     quiet_libraries()
-    return _left(argv, run_reporting(lambda: run(arguments), debug=arguments.debug))
+    return _left(argv, run_reporting(lambda: run(arguments), debug=arguments.debug, among_ranks=among_ranks))
 
 
 def _left(argv: Sequence[str] | None, code: int) -> int:
@@ -76,13 +79,17 @@ def _left(argv: Sequence[str] | None, code: int) -> int:
     return code
 
 
-def run_reporting(action, *, debug: bool = False) -> int:
-    """Run `action`; a user error, or a disk that fails, becomes one line on standard error and an exit code. No secret is printed."""
+def run_reporting(action, *, debug: bool = False, among_ranks: bool = False) -> int:
+    """Run `action`; a user error, or a disk that fails, becomes one line on standard error and an exit code. No secret is printed.
+
+    Args:
+        among_ranks: this process may be one of several that a launcher started: then one of them tells what all meet.
+    """
     with redacted_screen():
-        return _reporting(action, debug=debug)
+        return _reporting(action, debug=debug, among_ranks=among_ranks)
 
 
-def _reporting(action, *, debug: bool) -> int:
+def _reporting(action, *, debug: bool, among_ranks: bool) -> int:
     try:
         code = action() or 0
         sys.stdout.flush()  # what cannot be printed is told here, and not when Python ends
@@ -91,7 +98,7 @@ def _reporting(action, *, debug: bool) -> int:
         if debug:
             raise
         if not error.told:
-            told_once(error, _tell)
+            told_once(error, _tell) if among_ranks else _tell(error)
         return error.exit_code
     except BrokenPipeError:
         _forget_output()

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     )
     add_config(parser)
     add_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, among_ranks=True)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,21 +42,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.dry_run:
-        return _dry_run(config, arguments)
+        return _dry_run(config, announced().world_size, arguments)
     if arguments.preflight:
         from vlm_dist.checking.preflight import preflight
 
-        return _told(preflight(config), arguments)
+        return _told(preflight(config), arguments, speaks=announced().rank == 0)
     from vlm_dist.training.train import train
 
-    return _end(train(config, resume_anyway=arguments.resume_anyway), arguments)
+    return _end(train(config, resume_anyway=arguments.resume_anyway), arguments, speaks=announced().rank == 0)
 
 
 def run_on_ray(arguments: argparse.Namespace) -> int:
-    """The same, by workers of a Ray cluster."""
+    """The same, by workers of a Ray cluster; this process is none of them, whatever a launcher's variables say."""
     config = _config(arguments)
     if arguments.dry_run:
-        return _dry_run(config, arguments)
+        return _dry_run(config, config.ray.workers or 1, arguments)
     from vlm_dist.training.on_ray import train_on_ray
 
     if arguments.preflight:
@@ -73,17 +73,17 @@ def _config(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, arguments.overrides)
 
 
-def _end(summary: dict[str, Any], arguments: argparse.Namespace) -> int:
-    if announced().rank == 0:
+def _end(summary: dict[str, Any], arguments: argparse.Namespace, *, speaks: bool = True) -> int:
+    if speaks:
         _tell(summary, arguments)
     if summary["ended"] == "interrupted":
         return 128 + signal.Signals[summary["signal"]]
     return 0
 
 
-def _told(found: dict[str, Any], arguments: argparse.Namespace) -> int:
+def _told(found: dict[str, Any], arguments: argparse.Namespace, *, speaks: bool = True) -> int:
     """The findings, by the first rank; the exit code is the same on all."""
-    if announced().rank == 0:
+    if speaks:
         bad = sum(check["state"] == "bad" for check in found["checks"])
         if arguments.json:
             print(json.dumps({"fit": found["fit"], "checks": found["checks"]}, indent=1))
@@ -96,10 +96,10 @@ def _told(found: dict[str, Any], arguments: argparse.Namespace) -> int:
     return 0 if found["fit"] else MachineError.exit_code
 
 
-def _dry_run(config: Any, arguments: argparse.Namespace) -> int:
+def _dry_run(config: Config, ranks: int, arguments: argparse.Namespace) -> int:
     from vlm_dist.checking.dry_run import dry_run
 
-    plan = dry_run(config, announced().world_size)
+    plan = dry_run(config, ranks)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:

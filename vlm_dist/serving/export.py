@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm_dist import distributed
+from vlm_dist.cards import device_here
 from vlm_dist.config import Config, DataConfig, ModelConfig
 from vlm_dist.config_load import load_config
 from vlm_dist.data.collate import collate
@@ -66,9 +66,8 @@ def export_run(
     if out is not None and out.exists():
         raise ConfigError(f"--out: '{out}' exists already; give a new folder")
     out = out or RunDir(made.adapter.parent).path / "export" / to
-    ranks = distributed.start()
     base = base_of(made.adapter, base_model)
-    model, processor = load_adapter(made.adapter, base, ranks.device)  # checks the adapter against its record
+    model, processor = load_adapter(made.adapter, base, device_here())  # checks the adapter against its record
     comparison, warning = None, ""
     with _whole_or_not_there(out):
         if to == "adapter":

@@ -24,7 +24,7 @@ from vlm_dist.run_dir import RunDir
 from vlm_dist.training.health import StopRequest
 from vlm_dist.training.ray_cluster import TELL_S, Workers, connect, refuse_sent_copy, wait_for_room, workers_of
 from vlm_dist.training.ray_stop import Asked, leave_drained_node, signals_held
-from vlm_dist.upstream.ray import trainer_class
+from vlm_dist.upstream.ray import address_told, trainer_class
 
 SILENT_S = 30  # a worker starts in less
 MISTAKE_TIMEOUT_S = 15  # until every rank has met a mistake that all will meet
@@ -91,15 +91,17 @@ def train_on_ray(
     """
     import ray
 
+    here = Path.cwd()
     try:
         with signals_held():
             can_grow = connect(config.ray)
             stop = StopRequest().__enter__()  # Ray has set handlers of its own
-        with stop:
-            refuse_sent_copy(config)
+        with stop, address_told():
+            refuse_sent_copy(config, here)
             workers = workers_of(config)
+            settings = {"again": resume_anyway, "instead": instead, "cwd": str(here)}
             wait_for_room(workers, config.ray, can_grow=can_grow, stopped=lambda: stop.requested)
-            return _interrupted(stop) if stop.requested else _fit(config, workers, stop, {"again": resume_anyway, "instead": instead})
+            return _interrupted(stop) if stop.requested else _fit(config, workers, stop, settings)
     finally:
         ray.shutdown()
 
@@ -111,7 +113,7 @@ def _fit(config: Config, workers: Workers, stop: StopRequest, settings: dict[str
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a node that may be lost
     outcome = ray.remote(num_cpus=0)(_Outcome).options(scheduling_strategy=here).remote(config.model_dump(mode="json"))
-    trainer = _trainer(config, workers, settings | {"cwd": os.getcwd(), "outcome": outcome})
+    trainer = _trainer(config, workers, settings | {"outcome": outcome})
     failed: list[BaseException] = []
 
     def fit() -> None:

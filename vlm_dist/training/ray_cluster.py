@@ -102,19 +102,22 @@ def _python_path() -> list[str]:
     return [str(root), str(root / "kernels")]
 
 
-def refuse_sent_copy(config: Config) -> None:
+def refuse_sent_copy(config: Config, here: Path) -> None:
     """Inside a job to which the working directory was sent: that copy is deleted with the job.
+
+    Args:
+        here: the current folder as the job began. Ray 2.60 may unpack the copy anew when the job connects, and then there is none.
 
     Raises:
         ConfigError: the run would be written into it.
     """
     import ray
 
-    here, output = Path.cwd(), Path(config.output_dir)
-    if ray.get_runtime_context().runtime_env.get("working_dir") and output.absolute().is_relative_to(here):
+    output = Path(os.path.normpath(here / config.output_dir))
+    if ray.get_runtime_context().runtime_env.get("working_dir") and output.is_relative_to(here):
         raise ConfigError(
-            f"output_dir: '{output}' is in the copy of the working directory that Ray made for this job ({here}) and deletes after it; "
-            "give an absolute path on storage that every node sees"
+            f"output_dir: '{config.output_dir}' is in the copy of the working directory that Ray made for this job ({here}) and deletes "
+            "after it; give an absolute path on storage that every node sees"
         )
 
 

@@ -53,8 +53,8 @@ def begin(config: Config, ranks: Ranks, *, resume_anyway: bool) -> Iterator[Star
 
     Raises:
         ConfigError: another process trains there, or it holds a run of another configuration.
-        MachineError: the directory cannot be made or written.
-        CheckpointError: it could not be written any more on the way.
+        MachineError: the directory cannot be made.
+        CheckpointError: it is there and cannot be written, now or on the way.
     """
     run = RunDir(Path(config.output_dir) / config.name)
     lock, start = RunLock(run), Start(config, run, ranks, resume_anyway)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 SEEN = "2.60.0"
+ADDRESS = "RAY_ADDRESS"
 NAMES = (
     "ray.train.v2._internal.execution.context.get_train_context",
     "ray.train.v2._internal.execution.scaling_policy.elastic.ElasticScalingPolicy._count_possible_workers",
     "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer._initialize_and_run_controller",
     "ray._private.state.available_resources_per_node",
+    "ray.train.v2._internal.constants.ENV_VARS_TO_PROPAGATE",
 )
 
 
@@ -20,6 +24,23 @@ def preemption_notice() -> Any:
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info
+
+
+@contextmanager
+def address_told() -> Iterator[None]:
+    """Within this context the actors of Ray Train know which cluster they are of. Its PlacementGroupCleaner looks for any on its machine:
+    with two it ends with a traceback, and of another one it learns that its run is gone, whose workers it then takes away."""
+    import ray
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    before = os.environ.get(ADDRESS)
+    ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        os.environ.pop(ADDRESS)
+        os.environ.update({} if before is None else {ADDRESS: before})
 
 
 def free_by_node() -> list[dict[str, float]]:
