@@ -64,7 +64,7 @@ def test_all_problems_are_told_at_once():
     [
         ("a: 1\na: 2", "x.yaml:2: found duplicate key"),
         ("a: [1\nb: 2", "not valid YAML"),
-        ("- 3", "expected keys and values"),
+        ("- 3", "expected keys and values such as 'name: my-run', found a list"),
         (GOOD.replace("training: {steps: 3}", ""), "'training' is missing"),
         (GOOD.replace("steps: 3", "steps: 3, epochs: 2"), "exactly one of training.steps and training.epochs"),
         (GOOD.replace("steps: 3", "steps: 3, global_batch: 6, micro_batch: 4"), "global_batch=6 is not a multiple of micro_batch=4"),

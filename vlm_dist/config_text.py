@@ -88,7 +88,10 @@ def _loaded(text: str, source: str) -> Any:
 
 
 def _kind(document: Any) -> str:
-    return "nothing" if document is None else type(document).__name__
+    """In the words of who wrote it, not in those of ruamel."""
+    if document is None:
+        return "nothing"
+    return "a list" if isinstance(document, list) else f"'{str(document)[:60]}'"
 
 
 def _marked(error: Any) -> int | str:

@@ -13,10 +13,12 @@ from PIL import Image
 from tests.conftest import write_config
 from vlm_dist import load_config, train
 from vlm_dist.cli.main import main
+from vlm_dist.data.encode import Encoder
 from vlm_dist.data.index import scan_shards
+from vlm_dist.data.lengths import Ruler
 from vlm_dist.data.storage import Storage
 from vlm_dist.data.tally import Tally, in_words, summed
-from vlm_dist.errors import DataError
+from vlm_dist.errors import BadSample, DataError
 
 COLOURS = ["red", "green", "blue", "orange"]
 
@@ -83,6 +85,15 @@ def test_an_odd_sample_is_named_and_left_out(run, qwen):
     assert reasons["wide"].startswith("processor: absolute aspect ratio must be smaller than 200")
     for number, (_, words) in enumerate(ODD.values()):
         assert words in reasons[f"odd{number}"]
+
+
+def test_packing_leaves_out_a_picture_that_the_processor_refuses(qwen):
+    """Its size alone is asked about there, by the processor's own rule."""
+    from transformers import AutoProcessor
+
+    ruler = Ruler(Encoder(AutoProcessor.from_pretrained(qwen), max_seq_length=512))
+    with pytest.raises(BadSample, match=r"^processor: absolute aspect ratio must be smaller than 200"):
+        ruler.measure([{"role": "user", "content": [{"type": "image"}]}], [(3000, 2)])
 
 
 @pytest.mark.parametrize("usable", [0, 2])

@@ -366,3 +366,11 @@ def test_what_nothing_will_read_is_told_with_its_number(folder, capsys):
     said = capsys.readouterr().out
     assert "keys of the JSON that nothing reads: tone (1 sample)" in said
     assert "keys of a turn that nothing reads: mood (2 samples)" in said
+
+
+def test_a_folder_of_pictures_that_is_none_is_told_at_once(folder, capsys):
+    """Else every record with a picture is left out, those without are packed, and the call is one of success."""
+    (folder / "rows.jsonl").write_text(LINES + '{"question": "Which?", "answer": "red"}\n')
+    assert pack(folder / "rows.jsonl", folder / "out", "--images", str(folder / "nowhere")) == 3
+    assert capsys.readouterr().err.startswith(f"vlm-dist: data pack: --images: '{folder / 'nowhere'}' is no folder here")
+    assert not (folder / "out").exists()

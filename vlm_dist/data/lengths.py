@@ -11,6 +11,7 @@ from vlm_dist.data.encoded import count_patches
 from vlm_dist.data.pictures import Size
 from vlm_dist.data.video import Clip
 from vlm_dist.data.video_lengths import VideoRuler
+from vlm_dist.errors import BadSample, words_of
 from vlm_dist.upstream.transformers import picture_token_rule
 
 PROBES = ((64, 48), (640, 360))  # (width, height) on which a processor's own rule is compared with what the processor does
@@ -44,7 +45,8 @@ class Ruler:
         """A conversation about pictures of these sizes (width, height) and these videos.
 
         Raises:
-            BadSample: there are videos, and this model or this run takes none; or the text cannot be encoded.
+            BadSample: there are videos, and this model or this run takes none; the text cannot be encoded, or the processor refuses a
+                picture of such a size.
         """
         ways = self.encoder.videos
         shown = [[one.size(ways.config)] * len(one.times(ways.config)) for one in videos]
@@ -65,7 +67,11 @@ class Ruler:
         return Length(added // count, count_patches(encoded.inputs) // count)
 
     def _by_rule(self, size: Size, among_others: bool) -> Length:
-        return Length(self._rule(size) + self._besides, round(self._rule(size) * self._patches_a_token))
+        try:
+            told = self._rule(size)
+        except Exception as error:  # what a processor does not like of a picture, it says in any way
+            raise BadSample(f"processor: {words_of(error)}") from None
+        return Length(told + self._besides, round(told * self._patches_a_token))
 
     def _rule(self, size: Size) -> int:
         assert self._told is not None

@@ -88,14 +88,14 @@ def pack_records(
         tell, look_only: the first look is told in words; after it nothing is packed.
 
     Raises:
-        DataError: the source cannot be read, no record of it can be used, or OUT holds other shards already.
+        DataError: the source cannot be read, no record of it can be used, `images` is no folder, or OUT holds other shards already.
     """
+    base = _base(images, Path(source))
     records = open_source(str(source), split, annotations)
     say = tell or (lambda text: None)
     say("\n".join(first_look(str(source), records, columns)))
     if look_only:
         return {}
-    base = images or _beside(Path(source))
     pictures = Pictures(base, max_side, reencode, quality, fetcher)
     about = {
         **describe_source(str(source)), "records": len(records), "samples_per_shard": samples_per_shard, "heldout": heldout, "dedup": dedup,
@@ -121,8 +121,13 @@ def _tasks(parts: dict[str, list[int]], samples_per_shard: int) -> list[tuple[st
     ]
 
 
-def _beside(source: Path) -> Path:
-    return source if source.is_dir() else source.parent
+def _base(images: Path | None, source: Path) -> Path:
+    """Where paths of pictures begin."""
+    if images is None:
+        return source if source.is_dir() else source.parent
+    if not images.is_dir():
+        raise DataError(f"data pack: --images: '{images}' is no folder here; give the one where paths of pictures begin")
+    return images
 
 
 @dataclass(frozen=True)
