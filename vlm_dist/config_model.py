@@ -119,9 +119,10 @@ class ModelConfig(Section):
     on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel that transformers uses; auto: sdpa."""
-    gradient_checkpointing: bool | dict[Literal["vision", "language"], bool | PositiveInt] = False
-    """Recompute activations in the backward pass: much less memory, about a third more time. true: in all layers; or by side, in all or
-    in the first so many, e.g. {language: 16, vision: true}."""
+    gradient_checkpointing: bool | Literal["offload"] | dict[Literal["vision", "language"], bool | PositiveInt] = False
+    """Recompute activations in the backward pass: much less memory, about a third more time. true: in all layers; offload: in all, and
+    what they keep (their inputs) lies in pinned host memory meanwhile; or by side, in all or in the first so many, e.g. {language: 16,
+    vision: true}."""
     freeze: list[Side] = []
     """Parts left untrained when every weight trains (lora: null): vision, projector, language."""
     trust_remote_code: bool = False

@@ -10,6 +10,7 @@ from vlm_dist.config_load import parse_config
 from vlm_dist.data.collate import collate
 from vlm_dist.data.encode import Encoder
 from vlm_dist.families import FAMILIES
+from vlm_dist.models import offloading
 from vlm_dist.models.checkpointing import checkpoint_gradients
 from vlm_dist.models.load import load_model, read_model_config
 from vlm_dist.models.lora import add_lora, freeze_sides
@@ -205,3 +206,18 @@ def test_what_loading_takes():
     assert loading_of(counted, config_of("m", **three), 4) == 40 + 5200 // 4 + 600
     assert loading_of(counted, config_of("m", **three, **{"engine.offload": "all"}), 4) == 40 + 600
     assert memory_of(counted, config_of("m", **three), 3, 4).loading == 40 + 5200 // 4 + 600 + CONTEXT
+
+
+def test_inputs_in_host_memory_are_not_counted(llava, monkeypatch):
+    """Each layer keeps its input [1, T, H] otherwise. (The last language layer is not recomputed, and needs but a few rows.)"""
+    monkeypatch.setattr(offloading, "LEAST_BYTES", 1)
+    batch = batch_of(load_processor(config_of(llava).model, llava))
+    kept, peaks = [], []
+    for wanted in ("true", "offload"):
+        config = config_of(llava, checkpointing=wanted)
+        counted = count_micro_batch(config, *read_model_config(config.model, llava), torch.float32, batch)
+        kept.append(sum(counted.kept.values()))
+        peaks.append(counted.peak)
+    tokens, width = batch["input_ids"].shape[1], read_model_config(config.model, llava)[0].text_config.hidden_size
+    assert kept[0] - kept[1] > 4 * tokens * width  # the first language layer's in float32, and the vision tower's
+    assert peaks[1] < peaks[0]

@@ -125,6 +125,8 @@ class _Arguments(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") == "empty":  # tests put another one in its place
+            kwargs.pop("pin_memory", None)
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
             return self._move(func, args, kwargs)
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and on_card(args[0]):

@@ -6,13 +6,15 @@ from typing import Any
 
 from vlm_dist.errors import ModelError
 from vlm_dist.families import Family
+from vlm_dist.models.offloading import offload_inputs
 
 
-def checkpoint_gradients(model: Any, family: Family, wanted: bool | dict[Any, bool | int]) -> None:
+def checkpoint_gradients(model: Any, family: Family, wanted: bool | str | dict[Any, bool | int]) -> None:
     """Let layers keep only their input and recompute the rest in the backward pass (Chen et al. 2016, arXiv:1604.06174).
 
     Args:
-        wanted: whether; or by side, whether, or in how many of its first layers.
+        wanted: whether; "offload": in all layers, whose inputs are kept in host memory (models/offloading.py); or by side, whether, or in
+            how many of its first layers.
 
     Raises:
         ModelError: the model has no such layers on a side that is asked for.
@@ -22,7 +24,9 @@ def checkpoint_gradients(model: Any, family: Family, wanted: bool | dict[Any, bo
     if not wanted:
         return
     model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant, frozen inputs would starve the adapters below them
-    if wanted is True:
+    if wanted == "offload":
+        offload_inputs(model)
+    if not isinstance(wanted, dict):
         return
     met = dict.fromkeys(wanted, 0)
     for name, module in model.named_modules():

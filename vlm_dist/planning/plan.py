@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm_dist.planning.count import Counted
     from vlm_dist.planning.gpus import Gpu
 
-Checkpointing = bool | dict[Any, Any]
+Checkpointing = bool | str | dict[Any, Any]
 MODES: dict[str, Checkpointing] = {"none": False, "vision": {"vision": True}, "language": {"language": True}, "all": True}
 ROUNDED = 64  # tokens that a row's length is rounded down to
 ASSUMED: tuple[Size, ...] = ((1024, 1024), (512, 512), (256, 256), (56, 56))

@@ -8,6 +8,7 @@ from typing import Any
 from vlm_dist.cards import device_here
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.errors import ModelError
+from vlm_dist.models.offloading import offload_inputs
 from vlm_dist.quiet import quiet_libraries
 
 
@@ -37,7 +38,8 @@ class FastVisionModel:
             max_seq_length: longest sample in tokens; kept as `processor.tokenizer.model_max_length`.
             dtype: None (bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU), torch.bfloat16, torch.float16 (train
                 with SFTConfig(fp16=True), which scales the loss) or torch.float32.
-            use_gradient_checkpointing: True or "unsloth" recompute activations in the backward pass.
+            use_gradient_checkpointing: True recomputes activations in the backward pass; with "unsloth" what layers keep (their inputs)
+                lies in host memory meanwhile, where there is a GPU.
             base_model: where an adapter's base is now, if not where its files say.
 
         Returns:
@@ -100,7 +102,8 @@ class FastVisionModel:
             bias: "none", "lora_only" or "all", as PEFT means them.
             layers_to_transform: adapt only these layers of the chosen sides; negative numbers count from the end.
             modules_to_save: modules that train whole; they must not be in 4 bit.
-            use_gradient_checkpointing: True or "unsloth" recompute activations in the backward pass.
+            use_gradient_checkpointing: True recomputes activations in the backward pass; with "unsloth" what layers keep (their inputs)
+                lies in host memory meanwhile, where there is a GPU.
             random_state: seed of the adapters' first values.
             loftq_config: scripts for Unsloth name it; only None is taken.
 
@@ -169,3 +172,5 @@ def _checkpoint_gradients(model: Any, wanted: bool | str) -> None:
         raise ModelError(f"use_gradient_checkpointing={wanted!r} is not supported; use True, False or 'unsloth'")
     if wanted:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if wanted == "unsloth":
+        offload_inputs(model)

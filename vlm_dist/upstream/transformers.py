@@ -89,6 +89,11 @@ def still_when_recomputed(layer: Any) -> None:
     layer._gradient_checkpointing_func = still
 
 
+def around_recomputing(layer: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap the function that runs a GradientCheckpointingLayer so that it can be computed again."""
+    layer._gradient_checkpointing_func = wrap(layer._gradient_checkpointing_func)
+
+
 def attention_of(hf_config: Any) -> str:
     """The attention implementation that a model was loaded with; empty where none was chosen."""
     return hf_config._attn_implementation or ""
