@@ -72,7 +72,9 @@ def test_8_bit_moments_are_not_sharded(settings, tmp_path, capsys):
 
 
 def test_batch_that_the_ranks_cannot_share(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     _, line = fails(capsys, "train", str(write_config(settings, tmp_path)), "--dry-run")
     assert "training.global_batch=4 is not a multiple of micro_batch x ranks = 2 x 3; use 6" in line
 
