@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from vlm_kernels.common import AMPERE, INTERPRETED, Compilation
 
-OTHERS = ("aot", "common", "nf4_gated_mlp", "nf4_lora_group", "reference")  # the two are made of other files' kernels
+OTHERS = ("aot", "common", "launch", "nf4_gated_mlp", "nf4_lora_group", "operation", "reference")  # the two are of other files' kernels
 KERNELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in OTHERS))
 """One file is one kernel."""
 KIB = 1024

@@ -72,11 +72,12 @@ def test_8_bit_moments_are_not_sharded(settings, tmp_path, capsys):
 
 
 def test_batch_that_the_ranks_cannot_share(settings, tmp_path, monkeypatch, capsys):
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in launched.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    _, line = fails(capsys, "train", str(write_config(settings, tmp_path)), "--dry-run")
+    assert main(["train", str(write_config(settings, tmp_path)), "--dry-run"]) == 2
+    line, why = capsys.readouterr().err.strip().splitlines()
     assert "training.global_batch=4 is not a multiple of micro_batch x ranks = 2 x 3; use 6" in line
+    assert "RANK=0 and WORLD_SIZE=3 say that there are some" in why
 
 
 def test_a_shard_that_is_no_tar(settings, tmp_path, capsys):
