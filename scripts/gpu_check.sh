@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first minutes on any NVIDIA card: what is right, wrong, slow. Planned for 9 to 10 minutes on an H100; docs/gpu.md says what each part does.
+# The first minutes on any NVIDIA card: what is right, wrong, slow. Planned for 9 minutes on an H100; docs/gpu.md says what each part does.
 #   scripts/gpu_check.sh [--name NAME] [--parts machine tested ...] [--out FOLDER]     # goes on where it stopped
 #   scripts/gpu_check.sh --dry-run                                                       # all of it, tiny, on a CPU
 # Needs no scripts/setup.sh: the environment's Python if there is one, else the system's (PYTHON=... names another).

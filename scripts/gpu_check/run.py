@@ -17,7 +17,7 @@ from pathlib import Path
 from part import ROOT, describe_machine
 
 BUDGETS = {  # seconds on one H100; a part leaves out what does not fit, and is stopped after half as much again
-    "machine": 20, "tested": 90, "tiny": 150, "profiled": 30, "memory": 60, "speed": 150, "pieces": 60, "several": 120,
+    "machine": 20, "tested": 70, "tiny": 150, "profiled": 30, "memory": 60, "speed": 150, "pieces": 60, "several": 120,
 }  # fmt: skip
 VERDICTS = ("wrong", "slow", "skipped", "right")
 

@@ -39,7 +39,7 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
         "name": name,
         "output_dir": str(folder / "runs"),
         "kernels": "off",
-        "model": {"name": str(folder / "llava"), "load_in_4bit": True, "dtype": "bfloat16"},
+        "model": {"name": str(folder / "llava"), "load_in_4bit": True, "dtype": "bfloat16", "gradient_checkpointing": "offload"},
         "lora": {"r": 4},
         "data": {
             "train": [path for path in shards if "train" in Path(path).name],
@@ -64,8 +64,11 @@ def prepare(folder: Path) -> None:
 
 
 def train(folder: Path, name: str) -> None:
-    """Loading in NF4, DeepSpeed, evaluation, checkpoint, adapter."""
+    """Loading in NF4, DeepSpeed, layers' inputs in host memory, evaluation, checkpoint, adapter."""
+    from vlm_dist.models import offloading
     from vlm_dist.training.train import train
+
+    offloading.LEAST_BYTES = 1
 
     assert train(parse(folder, name))["ended"] == "finished"
 
