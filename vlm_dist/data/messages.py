@@ -67,7 +67,9 @@ def says_something(message: dict[str, Any]) -> bool:
 def unread_keys(turns: Any) -> set[str]:
     """Keys of turns that `read_messages` looks past."""
     known = {"role", "from", "content", "value", *HANDED_ON, *WEIGHTS}
-    return {str(key)[:60] for turn in _objects(turns) for key, value in turn.items() if key not in known and value is not None}
+    found = {str(key)[:60] for turn in _objects(turns) for key, value in turn.items() if key not in known and value is not None}
+    others = (turn for turn in _objects(turns) if not _speaks(turn))
+    return found | {f"{key} (of a turn that is no assistant's)" for turn in others for key in WEIGHTS if turn.get(key)}
 
 
 def unread_part_keys(turns: Any) -> set[str]:

@@ -130,6 +130,8 @@ def read_table(path: Path) -> Iterator[Any]:
         rows = csv.DictReader(_without_mark(file), delimiter=delimiter, skipinitialspace=True)
         names = [name.strip() for name in rows.fieldnames or []]
         rows.fieldnames = names
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            raise DataError(f"data pack: '{path}' has two columns '{twice}'; give one of them another name")
         is_flickr = {"image_name", "comment"} <= set(names)
         yield from _grouped(_rows(rows, path, names)) if is_flickr else _rows(rows, path, names)
 
