@@ -82,7 +82,8 @@ def test_a_picture_of_a_pair_belongs_to_its_question():
 
 def test_pictures_of_turns_and_of_the_record_that_are_others_are_refused():
     turns = [{"role": "user", "content": [{"type": "image", "image": "1.jpg"}]}, {"role": "assistant", "content": A}]
-    assert canonical({"messages": turns, "images": ["data/1.jpg"]})["images"] == ["data/1.jpg"]
+    for other in ("data/1.jpg", "data\\\\1.jpg", "%31.jpg", "https://a.b/c.jpg"):
+        assert canonical({"messages": turns, "images": [other]})["images"] == [other]
     with pytest.raises(BadSample, match=r"'1\.jpg', the record '0\.jpg'"):
         canonical({"messages": turns, "images": ["0.jpg"]})
 
@@ -90,6 +91,11 @@ def test_pictures_of_turns_and_of_the_record_that_are_others_are_refused():
 def test_what_says_that_a_question_is_learnt_is_told():
     turns = [{"role": "user", "content": Q, "train": True, "weight": 0}, {"role": "assistant", "content": A, "train": True}]
     assert unread_keys(turns) == {"train (of a turn that is no assistant's)"}
+
+
+def test_a_turn_that_contradicts_itself_is_told():
+    assert unread_keys([{"role": "user", "from": "human", "content": Q, "value": Q}]) == set()
+    assert unread_keys([{"role": "user", "from": "gpt", "content": Q, "value": A}]) == {"from", "value"}
 
 
 def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path):

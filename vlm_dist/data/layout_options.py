@@ -24,7 +24,10 @@ Options = list[tuple[str, str]]
 def question_with_options(record: dict[str, Any], question: str) -> tuple[str, Options, list[str]]:
     """(question with hint and lettered options, the options, the keys read); those that the question lists are not listed twice."""
     own = _letter_keys(record)
-    options, keys = _labelled([_words(record.get(key)) for key in own.values()], list(own)), [key for key in own.values() if key]
+    options, keys = (
+        _labelled([_words(record[key] if key else None) for key in own.values()], list(own)),
+        [key for key in own.values() if key],
+    )
     if not keys:
         key = next((key for key in OPTION_KEYS if isinstance(record.get(key), str | list | tuple | dict)), None)
         options = _options(_value(record[key])) if key else []
@@ -78,7 +81,7 @@ def answer_among(answer: str | int, options: Options) -> str:
         return labels[place]
     if isinstance(place, int) or (re.fullmatch("[A-Z]", answer) and all(label in LETTERS for label in labels)):
         has = ", ".join(label for label in labels if label)
-        raise BadSample(f"the answer {answer} is none of the options {has}, nor the number of one, from 0; write the letter")
+        raise BadSample(f"the answer {str(answer)[:40]} is none of the options {has}, nor the number of one, from 0; write the letter")
     return answer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,8 +197,12 @@ class Turns:
 
 def _are_others(own: Any, beside: Any) -> bool:
     """Whether two sources name files with different names."""
-    names = [re.split(r"[/\\]", one.strip())[-1] for one in (own, beside) if isinstance(one, str) and "://" not in one[:12]]
+    names = [re.split(r"[/\\]", urllib.parse.unquote(one).strip())[-1] for one in (own, beside) if _is_path(one)]
     return len(names) == 2 and names[0] != names[1] and all(len(name) <= 200 and NAMES_PICTURE.search(name) for name in names)
+
+
+def _is_path(source: Any) -> bool:
+    return isinstance(source, str) and len(source) <= 4096 and "://" not in source[:12]
 
 
 def unread_in(part: dict[str, Any]) -> dict[str, Any]:
