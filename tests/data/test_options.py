@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from vlm_dist.data.layouts import canonical
@@ -102,3 +104,26 @@ def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("image,question,answer,answer\n0.jpg,q,red,blue\n")
     with pytest.raises(DataError, match="two columns 'answer'"):
         list(read_table(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("t.tsv", '1.jpg\t"open\tz\n2.jpg\tlast"\tw\n', "several rows within quotes"),
+        ("t.tsv", '1.jpg\t"a" b\tz\n', "line 2: .*written twice"),
+        ("t.csv", '1.jpg,"open,z\n2.jpg,"last",w\n', "lines 2 to 3: .*written twice"),
+    ],
+)
+def test_rows_that_a_stray_quote_joins_are_refused(tmp_path, name, text, words):
+    comma = "\t" if name == "t.tsv" else ","
+    path = tmp_path / name
+    path.write_text(f"{comma.join(('image', 'question', 'answer'))}\n{text}{comma.join(('3.jpg', 'q', 'a'))}\n")
+    refused, *rows = read_table(path)
+    assert isinstance(refused, BadSample)
+    assert re.search(words, str(refused))
+    assert rows == [{"image": "3.jpg", "question": "q", "answer": "a"}]
+
+
+def test_cells_of_several_lines_and_quotes_stay(tmp_path):
+    (tmp_path / "t.csv").write_text('image,question,answer\n1.jpg,"a ""b"", c","x\ny, z"\n')
+    assert list(read_table(tmp_path / "t.csv")) == [{"image": "1.jpg", "question": 'a "b", c', "answer": "x\ny, z"}]
