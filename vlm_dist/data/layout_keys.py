@@ -22,7 +22,7 @@ TURN_KEYS = (
 PAIR_KEYS = ("questions", "qa_list", "question_answers", "question_answer_pairs", "qna")  # turns where each item has question and answer
 QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "questions", "user", "input", "q", "prefix")
 ANSWERS = (
-    "multiple_choice_answer", "answer", "answers", "label", "labels", "response", "completion", "output", "solution", "target",
+    "multiple_choice_answer", "answer", "answers", "response", "completion", "output", "label", "labels", "solution", "target",
     "correct_choice_idx", "direct_answers", "assistant", "full_answer", "suffix", "ground_truth",
 )  # fmt: skip
 RIVALS = {

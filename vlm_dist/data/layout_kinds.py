@@ -11,7 +11,7 @@ from vlm_dist.data.layout_captions import check_caption, refuse_interleaved
 from vlm_dist.data.layout_keys import ANSWERS, CAPTIONS, EXPRESSIONS, PAIR_KEYS, QUESTIONS, RIVALS, SYSTEM, TURN_KEYS
 from vlm_dist.data.layout_lists import looks_like_turns, spread, unpacked
 from vlm_dist.data.layout_names import only_one
-from vlm_dist.data.layout_options import answer_among, question_with_options
+from vlm_dist.data.layout_options import option_said, question_with_options
 from vlm_dist.data.layout_turns import Turns
 from vlm_dist.data.layout_values import is_present, keys_of, named_sources, parsed, pictures_of, shown, texts_of
 from vlm_dist.data.layout_videos import whole_captions
@@ -157,14 +157,12 @@ def asked_by(record: dict[str, Any], question: str, answers: list[str], column: 
     found = [key for key in answers if key != question and texts_of(record.get(key))]
     if not found or not texts_of(record[question]):
         raise BadSample(f"no text in '{question if found else ' or '.join(answers[:3])}'; its keys are {keys_of(record)}")
-    asked, said = texts_of(record[question]), texts_of(record[found[0]])
+    asked = texts_of(record[question])
     if len(asked) > 1:
-        if len(asked) != len(said):
-            raise BadSample(f"'{question}' has {len(asked)} texts and '{found[0]}' has {len(said)}; expected as many answers as questions")
-        return _talk(record, list(zip(asked, said, strict=True)), [question, found[0]], column, "named")
+        return _talk(record, _pairs_of(record, question, found[0]), [question, found[0]], column, "named")
     words, options, used = question_with_options(record, asked[0])
     value = record[found[0]]
-    texts = [str(answer_among(text, options)) for text in ([value] if isinstance(value, int) and options else said)]
+    texts = option_said(value, record, options)
     if options and isinstance(value, list | tuple) and len(set(texts)) > 1:
         raise BadSample(
             f"'{found[0]}' names several options ({', '.join(texts[:6])}): all of them may be right together, or each; write one text"
@@ -173,6 +171,22 @@ def asked_by(record: dict[str, Any], question: str, answers: list[str], column: 
     turns = [{"role": "user", "content": words}, {"role": "assistant", "content": right}]
     made = _talk(record, turns, [question, found[0], *used], column, "named")
     return {**made, "answers": texts_of(record["answers"]) if "answers" in found and not options else texts}
+
+
+def _pairs_of(record: dict[str, Any], question: str, answer: str) -> list[tuple[str, str]]:
+    """Several questions, each with the answer in the same place, of several the most frequent; places where both are empty are none."""
+    asked, said = (_in_places(record[key]) for key in (question, answer))
+    if len(asked) != len(said) or any(bool(one) != bool(other) or len(one) > 1 for one, other in zip(asked, said, strict=True)):
+        counts = [sum(map(len, texts)) for texts in (asked, said)]
+        raise BadSample(
+            f"'{question}' has {counts[0]} texts and '{answer}' has {counts[1]}; expected one answer in the place of each question"
+        )
+    return [(one[0], Counter(other).most_common(1)[0][0]) for one, other in zip(asked, said, strict=True) if one]
+
+
+def _in_places(value: Any) -> list[list[str]]:
+    """The texts of each thing in a list."""
+    return [texts_of(one) for one in value] if isinstance(value, list | tuple) else [[one] for one in texts_of(value)]
 
 
 def is_boxed(record: dict[str, Any]) -> bool:

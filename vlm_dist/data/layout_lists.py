@@ -10,6 +10,7 @@ from vlm_dist.errors import BadSample
 
 ROLE_KEYS = ("role", "from", "speaker", "author")
 CONTENT_KEYS = ("content", "value", "text", "parts", "message")
+TURN_PICTURES = ("images", "image")  # of a turn itself, as Ollama's
 ASKED = ("user", "human", "question", "query", "prompt", "q", "instruction", "input")
 SAID = ("assistant", "gpt", "answer", "response", "completion", "a", "output")
 
@@ -31,7 +32,7 @@ def spread(turns: Any) -> Iterator[dict[str, Any]]:
             asked, said, rest = pair
             if isinstance(system := rest.pop("system", None), str):
                 yield from [{"role": "system", "content": system}] if system.strip() else []
-            yield {"role": "user", "content": asked}
+            yield {"role": "user", "content": asked, **{key: rest.pop(key) for key in TURN_PICTURES if key in rest}}
             yield {"role": "assistant", "content": said, **rest}
         elif isinstance(turn, dict):
             yield turn

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_dist.data.layout_lists import CONTENT_KEYS, ROLE_KEYS, key_of, spread
-from vlm_dist.data.layout_values import SOURCE_KEYS, is_present, parsed, shown, source_of, sources_in, texts_of
+from vlm_dist.data.layout_lists import CONTENT_KEYS, ROLE_KEYS, TURN_PICTURES, key_of, spread
+from vlm_dist.data.layout_values import NAMES_PICTURE, SOURCE_KEYS, is_present, parsed, shown, source_of, sources_in, texts_of
 from vlm_dist.errors import BadSample
 
 ROLES = {
@@ -24,7 +25,6 @@ ROLES = {
 CALLS = ("function_call", "tool_call", "tool_calls")  # speakers whose words are a call
 IMAGE_PARTS = ("image", "image_url", "input_image", "img", "picture")
 VIDEO_PARTS = ("video", "video_url", "input_video")
-TURN_PICTURES = ("images", "image")  # of a turn itself, as Ollama's
 THOUGHTS = ("thinking", "reasoning")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNNAMED_PARTS = ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData")  # what a part without a type is known by
@@ -180,6 +180,11 @@ class Turns:
             self.images = [column[number - 1] for number in numbers] + unnamed
             return
         if len(column) == len(self._own):
+            other = next((pair for pair in zip(self._own, column, strict=True) if _are_others(*pair)), None)
+            if other is not None:
+                raise BadSample(
+                    f"a turn has the picture {shown(other[0])}, the record {shown(other[1])} in its place; leave one of them out"
+                )
             self.images = column
             return
         left = iter(column)
@@ -188,6 +193,16 @@ class Turns:
             if source is not None:
                 self.images.append(source)
         self.images += left
+
+
+def _are_others(own: Any, beside: Any) -> bool:
+    """Whether two sources name files with different names."""
+    names = [re.split(r"[/\\]", urllib.parse.unquote(one).strip())[-1] for one in (own, beside) if _is_path(one)]
+    return len(names) == 2 and names[0] != names[1] and all(len(name) <= 200 and NAMES_PICTURE.search(name) for name in names)
+
+
+def _is_path(source: Any) -> bool:
+    return isinstance(source, str) and len(source) <= 4096 and "://" not in source[:12]
 
 
 def unread_in(part: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,17 @@ def says_something(message: dict[str, Any]) -> bool:
 def unread_keys(turns: Any) -> set[str]:
     """Keys of turns that `read_messages` looks past."""
     known = {"role", "from", "content", "value", *HANDED_ON, *WEIGHTS}
-    return {str(key)[:60] for turn in _objects(turns) for key, value in turn.items() if key not in known and value is not None}
+    found = {str(key)[:60] for turn in _objects(turns) for key, value in turn.items() if key not in known and value is not None}
+    found |= {key for turn in _objects(turns) for key in _contradicting(turn)}
+    others = (turn for turn in _objects(turns) if not _speaks(turn))
+    return found | {f"{key} (of a turn that is no assistant's)" for turn in others for key in WEIGHTS if turn.get(key)}
+
+
+def _contradicting(turn: dict[str, Any]) -> list[str]:
+    """Keys that say again who speaks, or what, and say something else than those that are read."""
+    roles = [ROLES.get(name.strip().casefold()) for key in ("role", "from") if isinstance(name := turn.get(key), str)]
+    words = [turn[key] for key in ("content", "value") if turn.get(key)]
+    return ["from"] * (len(set(roles)) > 1) + ["value"] * (len(words) > 1 and words[0] != words[1] and isinstance(words[0], str))
 
 
 def unread_part_keys(turns: Any) -> set[str]:

@@ -127,9 +127,11 @@ def read_table(path: Path) -> Iterator[Any]:
             yield from _read_tokens(file)
             return
         delimiter = max("\t,;|", key=header.count) if path.suffix.lower() != ".tsv" else "\t"
-        rows = csv.DictReader(_without_mark(file), delimiter=delimiter, skipinitialspace=True)
+        rows = csv.DictReader(_without_mark(file), delimiter=delimiter, skipinitialspace=True, strict=True)
         names = [name.strip() for name in rows.fieldnames or []]
         rows.fieldnames = names
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            raise DataError(f"data pack: '{path}' has two columns '{twice}'; give one of them another name")
         is_flickr = {"image_name", "comment"} <= set(names)
         yield from _grouped(_rows(rows, path, names)) if is_flickr else _rows(rows, path, names)
 
@@ -137,14 +139,17 @@ def read_table(path: Path) -> Iterator[Any]:
 def _rows(rows: csv.DictReader, path: Path, names: list[str]) -> Iterator[Any]:
     seen: dict[str, str] = {}
     while True:
+        begin = rows.reader.line_num + 1
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield BadSample(f"'{path.name}' line {rows.line_num}: {error}")
+            end = rows.reader.line_num
+            lines = f"line {begin}" if begin >= end else f"lines {begin} to {end}"
+            yield BadSample(f"'{path.name}' {lines}: {error}; a quote within a quoted cell is written twice")
             continue
         if row is None:
             return
-        yield _row(row, f"'{path.name}' line {rows.line_num}", names, seen)
+        yield _row(rows, row, f"'{path.name}' line {rows.line_num}", names, seen)
 
 
 def _read_tokens(file: IO[str]) -> Iterator[Any]:
@@ -169,9 +174,11 @@ def _without_mark(file: IO[str]) -> Iterator[str]:
         yield line.lstrip("\ufeff") if not number else line
 
 
-def _row(row: dict[Any, Any], where: str, names: list[str], seen: dict[str, str]) -> Any:
+def _row(rows: csv.DictReader, row: dict[Any, Any], where: str, names: list[str], seen: dict[str, str]) -> Any:
     if None in row:
         return BadSample(f"{where}: {len(names) + len(row[None])} cells; expected {len(names)}: {', '.join(names)}")
+    if rows.reader.dialect.delimiter == "\t" and any(isinstance(cell, str) and "\t" in cell and "\n" in cell for cell in row.values()):
+        return BadSample(f"{where}: several rows within quotes; a quote that begins a cell is written twice, within quotes")
     if any(isinstance(cell, str) and NOT_UTF8.search(cell) for cell in row.values()):
         return BadSample(f"{where}: it is no UTF-8; save the table as UTF-8")
     found = {name: cell for name, cell in row.items() if cell not in (None, "") and name}

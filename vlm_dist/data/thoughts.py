@@ -57,3 +57,9 @@ def has_reasoning(message: dict[str, Any]) -> bool:
 def without_reasoning(text: str) -> str:
     """What an answer says behind its thought."""
     return text.rsplit(CLOSING, 1)[-1].strip()
+
+
+def without_lost_thought(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """A turn without the `reasoning_content` that the template left out."""
+    is_lost = str(message.get("reasoning_content") or "").strip() not in text
+    return {key: value for key, value in message.items() if key != "reasoning_content"} if is_lost else message

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vlm_dist.data.messages import says_something
 from vlm_dist.data.tally import Note
-from vlm_dist.data.thoughts import thought_of
+from vlm_dist.data.thoughts import thought_of, without_lost_thought
 from vlm_dist.errors import BadSample
 
 Messages = list[dict[str, Any]]
@@ -95,8 +95,9 @@ def assistant_turns(
     Raises:
         BadSample: the template leaves out what an assistant says, or rewrites it beyond recognition.
     """
+    _check_marks(text)
     speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
-    messages = [_without_lost_thought(message, text) for message in messages]
+    messages = [without_lost_thought(message, text) for message in messages]
     tries = ({"calls": True}, {}, {"thoughts_apart": True})
     holes = next((found for one in tries if (found := _find_holes(messages, text, render, **one)) is not None), None)
     turns: list[Turn] = []
@@ -117,12 +118,6 @@ def assistant_turns(
     return turns
 
 
-def _without_lost_thought(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """A turn without the `reasoning_content` that the template left out."""
-    is_lost = str(message.get("reasoning_content") or "").strip() not in text
-    return {key: value for key, value in message.items() if key != "reasoning_content"} if is_lost else message
-
-
 def _span_of(messages: Messages, number: int, text: str, holes: Holes, habits: Habits) -> tuple[int, int] | None:
     """From the first thing said in a turn to the last, its tool calls included; None: those do not stand behind its words."""
     start, said = min(start for start, _ in holes[number]), max(end for _, end in holes[number])
@@ -137,10 +132,16 @@ def _span_of(messages: Messages, number: int, text: str, holes: Holes, habits: H
     return start, said if is_last else end
 
 
+def _check_marks(text: str) -> None:
+    if found := MARK.search(text):
+        raise BadSample(f"a text has the private characters {found[0]!a}, by which turns are located; write it without them")
+
+
 def prompt_before_answer(messages: Messages, render: Render, reasoning: bool) -> str:
     """The text up to where the assistant's words begin in training: its thought, or behind the empty one that a thinking template writes
     before an answer without."""
     answer = _thinking_answer() if reasoning else {"role": "assistant", "content": [{"type": "text", "text": _mark(0)}]}
+    _check_marks(render(messages))
     full = render([*messages, answer])
     found = MARK.search(full)
     if found is None:
