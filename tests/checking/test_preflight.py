@@ -97,10 +97,10 @@ def test_what_a_start_would_refuse_in_the_runs_own_directory(tmp_path):
     assert f"{run.path} is a file" in refusal(config, run, resume_anyway=True)[0]
 
 
-def test_a_batch_that_cannot_be_cut(capsys):
-    """As the training itself refuses it, before anything is looked at."""
-    words = ["train", str(ROOT / "configs" / "quickstart.yaml"), "--preflight", "training.global_batch=3"]
-    assert main(words) == 2 and "is not a multiple of micro_batch x ranks" in capsys.readouterr().err
+def test_ranks_that_cannot_share_a_batch(capsys):
+    """As the training itself refuses them, before anything is looked at."""
+    words = ["train", str(ROOT / "configs" / "quickstart.yaml"), "--preflight", "engine.sequence_parallel=2"]
+    assert main(words) == 2 and "1 ranks cannot be put into groups of 2" in capsys.readouterr().err
 
 
 def test_an_output_dir_that_is_another_on_each_node(config, tmp_path):
