@@ -20,6 +20,7 @@ from vlm_dist.errors import MachineError, UserError, warn
 from vlm_dist.launched import Place, start_id
 
 TELL_S = 10.0
+LISTEN_S = 1.0  # torch's wait hears no Ctrl-C
 MISTAKE, STRANGER = "mistake", "stranger"
 MACHINE, AFAR = "machine", "afar"  # that of the first rank; the address of a rank on another one
 NAMED = 16  # ranks named in one line
@@ -204,13 +205,16 @@ def _word(store: Any, key: str, place: Place, ends: float, timeout_s: float) -> 
     """
     import torch.distributed as dist
 
-    try:
-        store.wait([key], timedelta(seconds=max(1.0, ends - time.monotonic())))
-        return store.get(key).decode()
-    except dist.DistStoreError as error:
-        raise _missing(place, [0], timeout_s, str(error)) from None
-    except dist.DistNetworkError:
-        raise _left(place) from None
+    ends = max(ends, time.monotonic() + LISTEN_S)
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=LISTEN_S))
+            return store.get(key).decode()
+        except dist.DistStoreError:  # not yet
+            if time.monotonic() >= ends:
+                raise _missing(place, [0], timeout_s, "") from None
+        except dist.DistNetworkError:
+            raise _left(place) from None
 
 
 def _left(place: Place) -> MachineError:

@@ -126,11 +126,11 @@ def _meeting_point(names: dict[str, str], values: dict[str, str], said_by: str) 
         raise MachineError(f"{names['MASTER_PORT']}='{port}' is set, expected a port of 1 to 65535; {_unset(names)}")
     if "JOB" in values:
         port = port if port is not None else port_of(values["JOB"])
-        if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in values:
+        if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and not values.get("MASTER_ADDR"):
             raise MachineError(
                 "srun on several nodes: MASTER_ADDR is not set; export the first node's name, as launch/slurm/train.sbatch does"
             )
-        return values.get("MASTER_ADDR", "127.0.0.1"), port
+        return values.get("MASTER_ADDR") or "127.0.0.1", port
     if port is None or not values.get("MASTER_ADDR"):
         missing = "MASTER_PORT" if port is None else "MASTER_ADDR"
         raise MachineError(f"{said_by}: one of several ranks, but {missing} is not set; {_unset(names)}")

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, child_environment, write_config
+from vlm_dist.checking.preflight import refusal
+from vlm_dist.cli.main import main
+from vlm_dist.config_load import load_config
 from vlm_dist.distributed import free_port
+from vlm_dist.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +79,28 @@ def test_versions_clocks_and_a_full_disk(config, full_disk, tmp_path):
     ):
         assert found[name]["state"] == "bad" and words in found[name]["found"] and found[name]["fix"], found
     assert not [name for name in os.listdir(full_disk) if name.startswith(".preflight")]
+
+
+def test_what_a_start_would_refuse_in_the_runs_own_directory(tmp_path):
+    """A run of another configuration, a file in its place; another user's needs another user."""
+    config = load_config(str(ROOT / "configs" / "quickstart.yaml"), [f"output_dir={tmp_path}"])
+    run = RunDir(tmp_path / config.name)
+    assert refusal(config, run, resume_anyway=False) == ("", "")
+    run.claim(load_config(str(ROOT / "configs" / "quickstart.yaml"), [f"output_dir={tmp_path}", "optim.lr=0.5"]))
+    assert refusal(config, run, resume_anyway=False)[0] == ""  # nothing is begun
+    run.metrics.write_text('{"loss": 1.0}\n')
+    found, fix = refusal(config, run, resume_anyway=False)
+    assert found.startswith(f"{run.path} holds a run of another configuration (optim.lr: 0.5 -> ") and "name=..." in fix
+    assert refusal(config, run, resume_anyway=True)[0] == ""
+    shutil.rmtree(run.path)
+    run.path.touch()
+    assert f"{run.path} is a file" in refusal(config, run, resume_anyway=True)[0]
+
+
+def test_ranks_that_cannot_share_a_batch(capsys):
+    """As the training itself refuses them, before anything is looked at."""
+    words = ["train", str(ROOT / "configs" / "quickstart.yaml"), "--preflight", "engine.sequence_parallel=2"]
+    assert main(words) == 2 and "1 ranks cannot be put into groups of 2" in capsys.readouterr().err
 
 
 def test_an_output_dir_that_is_another_on_each_node(config, tmp_path):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from tests.conftest import OF_A_RANK, ROOT, child_environment, run_command, write_config
 from vlm_dist import joining, mistakes, networks
 from vlm_dist.checking import doctor
 from vlm_dist.cli.main import main
+from vlm_dist.config import RayConfig
 from vlm_dist.distributed import free_port
 from vlm_dist.errors import ConfigError, MachineError
 from vlm_dist.launched import PORTS, Place, announced, port_of
+from vlm_dist.training import ray_cluster
 
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "123456"}
 
@@ -46,6 +52,7 @@ def say(monkeypatch, **variables: str) -> None:
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT='70000' is set, expected a port of 1 to 65535"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "but MASTER_ADDR is not set"),
         ({**SLURM, "SLURM_STEP_NUM_NODES": "2"}, "srun on several nodes: MASTER_ADDR is not set"),
+        ({**SLURM, "SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": ""}, "srun on several nodes: MASTER_ADDR is not set"),
     ],
 )
 def test_variables_that_do_not_agree(monkeypatch, variables, told):
@@ -66,6 +73,8 @@ def test_places(monkeypatch):
     assert (place.rank, place.world_size, place.port) == (1, 2, 23456) and place.said_by == "SLURM_PROCID=1 and SLURM_STEP_NUM_TASKS=2"
     (finding,) = [check for check in doctor._variables() if check.name == "launcher"]
     assert finding.state == "bad" and "waits for 1 other ranks at 127.0.0.1:23456" in finding.found and "-u SLURM_PROCID" in finding.fix
+    say(monkeypatch, MASTER_ADDR="")
+    assert announced().host == "127.0.0.1"
     say(monkeypatch, RANK="1", LOCAL_RANK="1", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="5")
     assert announced() == Place(1, 1, 4, "a", 5, "RANK=1 and WORLD_SIZE=4")
 
@@ -173,6 +182,33 @@ def test_the_first_rank_is_killed_while_another_waits(capfd):
     told: list[str] = []
     together(lambda: mistakes.told_once(ConfigError("a mistake"), lambda error: told.append(str(error))))
     assert "frame #" not in capfd.readouterr().err
+
+
+def test_ctrl_c_while_another_rank_is_awaited():
+    """By a rank that is not the first, which waits inside torch: there it is heard only when the wait is over."""
+    place = Place(1, 0, 3, "127.0.0.1", free_port(), "")
+    store = dist.TCPStore(place.host, place.port, 3, True, timedelta(seconds=60), wait_for_workers=False)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        joining._word(store, "all", place, began + 30, 30)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("http://10.0.0.10:8265", "RAY_ADDRESS: 'http://10.0.0.10:8265' is a dashboard's address, to which jobs are sent"),
+        ("ray://10.0.0.10:10001", "is an address of Ray Client, through which no run can be watched"),
+        ("10.0.0.10", "RAY_ADDRESS: '10.0.0.10' is no address of a cluster; expected HOST:PORT of the head"),
+    ],
+)
+def test_what_ray_is_named_by(monkeypatch, address, told):
+    """`ray job` takes a dashboard's address from RAY_ADDRESS, so shells have it."""
+    say(monkeypatch, RAY_ADDRESS=address)
+    with pytest.raises(ConfigError) as error:
+        ray_cluster.connect(RayConfig())
+    assert told in str(error.value) and str(error.value).endswith("env -u RAY_ADDRESS COMMAND") and "\n" not in str(error.value)
 
 
 def test_the_first_rank_gives_up_and_tells_for_all(monkeypatch):

@@ -84,13 +84,15 @@ def test_a_rank_has_eight_cpus_and_a_port(slurm, config, tmp_path):
     """SLURM gives one CPU by default; and srun takes the number from the job only when it is handed on. The port is the job's, or the
     user's; what is none is refused."""
     script = tmp_path / "cpus.sh"
-    script.write_text("echo a rank has $SLURM_CPUS_PER_TASK, of job $SLURM_JOB_ID, at $MASTER_PORT\n")
+    script.write_text("echo a rank has $SLURM_CPUS_PER_TASK$RANK, of job $SLURM_JOB_ID, at $MASTER_PORT\n")
     cases = (([], "", 8, 0), (["--cpus-per-task=3"], "31234", 3, 0), ([], "65536", 0, 2), ([], "node-1", 0, 2))
     for number, (more, port, cpus, code) in enumerate(cases):
         log = tmp_path / f"job-{number}.log"
         words = ["sbatch", "--wait", f"--output={log}", *more, "launch/slurm/train.sbatch", config]
         there = (
-            environment(slurm) | {"VLM_DIST_PYTHON": "/bin/sh", "VLM_DIST_TRAIN": str(script)} | ({"VLM_DIST_PORT": port} if port else {})
+            environment(slurm)
+            | {"VLM_DIST_PYTHON": "/bin/sh", "VLM_DIST_TRAIN": str(script), "RANK": "0", "WORLD_SIZE": "2"}
+            | ({"VLM_DIST_PORT": port} if port else {})
         )
         done = subprocess.run(words, capture_output=True, cwd=ROOT, env=there, check=False, timeout=240)
         told = log.read_text()

@@ -15,8 +15,12 @@ from typing import Any
 from vlm_dist import distributed
 from vlm_dist.checking.doctor import MOST_APART, Check, examine
 from vlm_dist.config import Config
+from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.distributed import Ranks
 from vlm_dist.environment import PACKAGES, version
+from vlm_dist.errors import UserError
+from vlm_dist.models.going_on import settle
+from vlm_dist.run_dir import RunDir
 
 MB = 16
 ROUNDS = 3
@@ -24,18 +28,24 @@ MOST_NODES = 8  # of more only neighbours are measured against one another
 SLOW = 0.5  # of the median bandwidth
 
 
-def preflight(config: Config) -> dict[str, Any]:
+def preflight(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     """Check this start's nodes. Every rank must call it.
+
+    Args:
+        resume_anyway: the run there may be of another configuration.
 
     Returns:
         `fit`, and `checks`: the findings of each node (those of doctor that are not ok) and of all together, on every rank.
 
     Raises:
+        ConfigError: the batch cannot be cut for so many ranks.
         MachineError: the ranks do not find one another.
     """
-    run = Path(config.output_dir) / config.name
-    ranks = distributed.start(os.path.abspath(run), config.distributed.join_timeout_s, config.engine.device)
-    checks = [*_each_node(config, ranks), *_versions(ranks), *_clocks(ranks), *_shared(Path(config.output_dir), ranks), *_links(ranks)]
+    run = RunDir(Path(config.output_dir) / config.name)
+    ranks = distributed.start(os.path.abspath(run.path), config.distributed.join_timeout_s, config.engine.device)
+    check_batches(config, ranks.world_size)
+    checks = [*_each_node(config, ranks), *_versions(ranks), *_clocks(ranks), *_shared(Path(config.output_dir), ranks)]
+    checks += [*_run(config, run, ranks, resume_anyway=resume_anyway), *_links(ranks)]
     return {"ended": "finished", "fit": all(check.state != "bad" for check in checks), "checks": [check.to_dict() for check in checks]}
 
 
@@ -87,6 +97,30 @@ def _shared(folder: Path, ranks: Ranks) -> Iterator[Check]:
         yield Check("output_dir", "bad", found, "give a folder that all nodes share")
     else:
         yield Check("output_dir", "ok", f"{folder.absolute()} is the same folder on all ranks")
+
+
+def _run(config: Config, run: RunDir, ranks: Ranks, *, resume_anyway: bool) -> Iterator[Check]:
+    """The run's own directory, where one is: the first rank looks, and changes nothing."""
+    found, fix = ranks.gather(refusal(config, run, resume_anyway=resume_anyway) if ranks.is_first else ("", ""))[0]
+    if found:
+        yield Check("run directory", "bad", found, fix)
+
+
+def refusal(config: Config, run: RunDir, *, resume_anyway: bool) -> tuple[str, str]:
+    """Why a start would be refused there, and what to do; empty: it would not."""
+    if not os.path.lexists(run.path):
+        return "", ""
+    if not run.path.is_dir():
+        return f"{run.path} is a file or a link to nowhere", "move it away, or another name (name=...)"
+    if not os.access(run.path, os.W_OK | os.X_OK):
+        return f"{run.path} cannot be written", "run as its owner, or another name (name=...)"
+    if resume_anyway or not run.is_begun or not run.config.exists():
+        return "", ""
+    try:
+        changed = run.changed(settle(config))
+    except UserError:  # told by the start, which mends what is damaged
+        return "", ""
+    return (f"{run.path} holds a run of another configuration ({'; '.join(changed)})" if changed else ""), "another name (name=...)"
 
 
 def _write(path: Path, word: str) -> str:

@@ -23,6 +23,7 @@ from vlm_dist.redaction import redacted
 
 CPUS = 8  # of a rank: it reads and decodes beside training
 HOSTFILE, TIME = "hostfile", "24:00:00"
+IN_IMAGE = "/app/launch/train.py"  # of configs/cluster/apptainer.def
 MATTER = ("AWS_", "GLOO_", "HF_", "OMP_", "TOKENIZERS_", "TORCH_", "TRITON_", "VLM_DIST_", "WANDB_")  # variables that a rank heeds
 
 
@@ -143,14 +144,24 @@ def _slurm(arguments: argparse.Namespace, config: Config) -> list[str]:
     """Absolute paths: SLURM runs a copy of the script, and the command may be given elsewhere."""
     size = [f"--nodes={arguments.nodes}", f"--ntasks-per-node={arguments.gpus}", f"--gpus-per-node={arguments.gpus}",
             f"--cpus-per-task={arguments.cpus or CPUS}"]  # fmt: skip
-    python = shutil.which(os.environ.get("VLM_DIST_PYTHON", sys.executable)) or sys.executable
-    for path in (os.path.abspath(python), str(starter_file("launch/train.py"))):
+    python, config_file = _python_of_nodes(), os.path.abspath(arguments.config)
+    training = IN_IMAGE if python.endswith(".sif") else str(starter_file("launch/train.py"))
+    for path in (python, training, config_file):
         if "," in path:
-            raise ConfigError(f"--slurm: '{path}' has a comma in it, at which sbatch would cut it; use a path without one")
-    where = f"--export=ALL,VLM_DIST_PYTHON={os.path.abspath(python)},VLM_DIST_TRAIN={starter_file('launch/train.py')}"
+            raise ConfigError(f"--slurm: '{path}' has a comma in it, at which SLURM's scripts would cut it; use a path without one")
+    where = f"--export=ALL,VLM_DIST_PYTHON={python},VLM_DIST_TRAIN={training}"
     where += f",VLM_DIST_PORT={arguments.port}" if arguments.port else ""
     options = [f"--job-name={config.name}", *size, f"--time={arguments.time or TIME}", f"--chdir={Path.cwd()}", where]
-    return ["sbatch", *options, str(starter_file("launch/slurm/train.sbatch")), os.path.abspath(arguments.config), *arguments.overrides]
+    return ["sbatch", *options, str(starter_file("launch/slurm/train.sbatch")), config_file, *arguments.overrides]
+
+
+def _python_of_nodes() -> str:
+    """What VLM_DIST_PYTHON names, which may lie on the nodes alone, or be an image and no program here; else this Python."""
+    named = os.environ.get("VLM_DIST_PYTHON") or sys.executable
+    found = shutil.which(named)
+    if found is None and "/" not in named:
+        raise ConfigError(f"VLM_DIST_PYTHON: '{named}' is no program here; give its absolute path, as the nodes see it, or unset it")
+    return os.path.abspath(found or named)
 
 
 def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
@@ -217,7 +228,6 @@ def _port_number(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
+    return int(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import signal
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preflight:
         from vlm_dist.checking.preflight import preflight
 
-        return _told(preflight(config), arguments, speaks=announced().rank == 0)
+        return _told(preflight(config, resume_anyway=arguments.resume_anyway), arguments, speaks=announced().rank == 0)
     from vlm_dist.training.train import train
 
     return _end(train(config, resume_anyway=arguments.resume_anyway), arguments, speaks=announced().rank == 0)
@@ -62,7 +63,7 @@ def run_on_ray(arguments: argparse.Namespace) -> int:
     if arguments.preflight:
         from vlm_dist.checking.preflight import preflight
 
-        found = train_on_ray(config, instead=preflight)
+        found = train_on_ray(config, instead=functools.partial(preflight, resume_anyway=arguments.resume_anyway))
         return _told(found, arguments) if "fit" in found else _end(found, arguments)
     return _end(train_on_ray(config, resume_anyway=arguments.resume_anyway), arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import tempfile
 import time
@@ -17,12 +18,13 @@ from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.errors import ConfigError, MachineError, tell
 from vlm_dist.redaction import redacted
 from vlm_dist.training.ray_stop import signals_held
-from vlm_dist.upstream.ray import free_by_node
+from vlm_dist.upstream.ray import ADDRESS, free_by_node
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "WANDB_MODE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS",
              "GLOO_SOCKET_IFNAME")  # fmt: skip  # no secrets: Ray shows them
 TELL_S = 10.0  # between two lines of a run that waits
 LOCAL = "local"
+HOST_AND_PORT = re.compile(r"[^/\s]+:\d{1,5}")
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,16 @@ def connect(config: RayConfig) -> bool:
     """Join a running cluster, or start one (docs/security.md says where it listens); returns whether it was there before.
 
     Raises:
+        ConfigError: what names a cluster is no address of one.
         MachineError: the cluster that is named does not answer.
     """
+    address = config.address or os.environ.get(ADDRESS) or _cluster_here()
+    _refuse_other_addresses(address, "ray.address" if config.address else ADDRESS)
     import ray
 
     environment = {name: os.environ[name] for name in os.environ if name in PASSED_ON or name.startswith("NCCL_")}
     environment = {name: redacted(value) for name, value in environment.items()}
     environment["PYTHONPATH"] = os.pathsep.join(_python_path())
-    address = config.address or os.environ.get("RAY_ADDRESS") or _cluster_here()
     try:
         with signals_held():
             ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=True, logging_level=logging.WARNING)
@@ -80,6 +84,21 @@ def connect(config: RayConfig) -> bool:
             "RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
         ) from None
     return address != LOCAL
+
+
+def _refuse_other_addresses(address: str, said_by: str) -> None:
+    """Raises:
+    ConfigError: it is a dashboard's, as `ray job` takes it from the same variable, or of Ray Client.
+    """
+    if address in ("auto", LOCAL) or HOST_AND_PORT.fullmatch(address):
+        return
+    what = "no address of a cluster"
+    if address.startswith(("http://", "https://")):
+        what = "a dashboard's address, to which jobs are sent (vlm-dist launch --ray --address URL)"
+    elif address.startswith("ray://"):
+        what = "an address of Ray Client, through which no run can be watched"
+    leave = "" if said_by != ADDRESS else f"; without it: env -u {ADDRESS} COMMAND"
+    raise ConfigError(f"{said_by}: '{redacted(address)}' is {what}; expected HOST:PORT of the head (often port 6379), auto or local{leave}")
 
 
 def _cluster_here() -> str:
