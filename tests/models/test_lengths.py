@@ -7,13 +7,16 @@ import copy
 import pytest
 import torch
 
+from tests.conftest import losses_of, write_config
 from tests.models.test_ahead import batches, loss_and_gradients
 from tests.models.test_packing import loaded, samples  # noqa: F401
+from vlm_dist.config_load import load_config
 from vlm_dist.families import FAMILIES
 from vlm_dist.models.ahead import ahead_rule
 from vlm_dist.models.introspect import family_of
 from vlm_dist.models.patching import patch_model
 from vlm_dist.models.patching_lengths import attend_by_lengths, needs_masks
+from vlm_dist.training import train
 
 BY_LENGTHS = "attention: by the lengths of samples, without masks"
 
@@ -127,3 +130,16 @@ def test_when_it_is_chosen(wanted, packs, on_gpu, chosen, checkpoint):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint("llava")))
     told = attend_by_lengths(model, FAMILIES["llava"], wanted, packs=packs, on_gpu=on_gpu, dtype=torch.bfloat16)
     assert told == (BY_LENGTHS if chosen else "") and hasattr(model, "sample_lengths") == chosen
+
+
+def test_a_run(settings, tmp_path):
+    """Training with packed rows on this CPU: the same losses as with masks, and the log says which it was."""
+    settings["training"] |= {"steps": 2, "global_batch": 2, "micro_batch": 1}
+    settings["data"]["packing"] = True
+    losses = {}
+    for way in ("sdpa", "varlen"):
+        train(load_config(write_config(settings, tmp_path), [f"name={way}", f"model.attn_implementation={way}"]))
+        losses[way] = losses_of(tmp_path / "runs" / way)
+        log = (tmp_path / "runs" / way / "logs" / "rank-0.log").read_text()
+        assert log.count(BY_LENGTHS) == (way == "varlen")
+    assert losses["varlen"] == pytest.approx(losses["sdpa"], rel=1e-5) and len(losses["sdpa"]) == 2

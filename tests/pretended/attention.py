@@ -30,12 +30,13 @@ def by_lengths(func: Any, args: tuple) -> Any:
     given, (starts, _, longest, _, is_causal) = (args[:3], args[3:8]) if is_forward else (args[1:4], args[6:11])
     scale, (before, after) = args[8:10] if is_forward else args[12:14]
     _check(*given, starts, longest)
-    assert after == 0 and is_causal == (before == -1)
+    assert is_causal == ((before, after) == (-1, 0))
     heads = given[0].shape[1]
     query, key, value = (one.float().repeat_interleave(heads // one.shape[1], 1).transpose(0, 1) for one in given)  # [H, T, D]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     sample = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff().long())
-    seen = (sample[:, None] == sample).tril().triu(-before if before >= 0 else -len(sample))
+    before, after = (len(sample) if side < 0 else side for side in (before, after))
+    seen = (sample[:, None] == sample).tril(after).triu(-before)
     shares = (scale * query @ key.transpose(1, 2)).masked_fill(~seen, float("-inf")).softmax(-1)
     if is_forward:
         found = (shares @ value).transpose(0, 1)

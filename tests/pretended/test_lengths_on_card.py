@@ -16,6 +16,7 @@ from vlm_dist.data.encode import Encoder
 from vlm_dist.models.ahead import ahead_rule, placed
 from vlm_dist.models.introspect import family_of
 from vlm_dist.models.patching_lengths import attend_by_lengths
+from vlm_dist.models.patching_vision import attend_in_windows
 from vlm_dist.models.positions import position_rule
 from vlm_dist.models.processor import load_processor
 
@@ -54,6 +55,20 @@ def test_a_step(name, checkpoint):
         _, model = one_step(checkpoint(name), CARD, launches, dtype="bfloat16", packed=True)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
         assert all(gradient is not None and gradient.device == CARD for gradient in gradients)
+
+
+@pytest.mark.parametrize("lengths", [[4, 6, 4, 2, 6], [3, 0, 5], [4, 4]])
+def test_windows_of_a_vision_tower(lengths):
+    """Those of several lengths at once; their number is known to the host, as models/ahead.py hands it over."""
+    states = torch.randn((3, 1, 2, sum(lengths), 8), generator=torch.Generator().manual_seed(0)).bfloat16()
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    window = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    expected = torch.nn.functional.scaled_dot_product_attention(*states.float(), attn_mask=window[:, None] == window, scale=0.3)
+    with pretended_card():
+        found, _ = attend_in_windows(None, *states.to(CARD), cu_seq_lens_q=ends, scaling=0.3)
+        assert found.device == CARD and (len(set(lengths)) == 1 or ends.windows.starts[0].device == CARD)
+        found = found.cpu()
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), rtol=2e-2, atol=2e-2)
 
 
 def test_lengths_left_on_the_cpu_are_found(llava):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from vlm_dist.families import Family
+from vlm_dist.models.patching_loss import is_counted
 from vlm_dist.upstream.transformers import attend_by, attention_configs, attention_interface, register_attention
-from vlm_kernels.common import is_counted
 
 VARLEN = "varlen"
 WIDEST = 256  # numbers a head that flash-attention takes
@@ -94,7 +94,12 @@ def needs_masks(base: Any, family: Family, on_gpu: bool, dtype: torch.dtype) -> 
 
 
 def _needed_on_card(base: Any, dtype: torch.dtype) -> str:
-    width = base.get_decoder().layers[0].self_attn.head_dim
+    return refused_by_card(dtype, base.get_decoder().layers[0].self_attn.head_dim)
+
+
+@cache
+def refused_by_card(dtype: torch.dtype, width: int) -> str:
+    """Why varlen_attn cannot be used on a card for heads of `width` numbers; empty: it can."""
     if not {"scale", "window_size"} <= _options():
         return f"torch {torch.__version__} has no varlen_attn for them"
     if dtype == torch.float32:
@@ -130,15 +135,25 @@ def attend(
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return attention_interface("sdpa")(module, query, key, value, attention_mask, scaling=scaling, **options)
     flat = [one.to(value.dtype).transpose(1, 2).flatten(0, 1) for one in (query, key, value)]
-    by_length = _on_card if query.is_cuda or is_counted(query) else sample_by_sample
     before = -1 if sliding_window is None else sliding_window - 1
-    found = by_length(*flat, attention_mask.view(-1), max_length_q, before, scaling)
+    if computes_on_card(query):
+        found = on_card(*flat, attention_mask.view(-1), max_length_q, scaling, (before, 0))
+    else:
+        found = sample_by_sample(*flat, attention_mask.view(-1), before, scaling)
     return found.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def _on_card(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, before: int, scale: float | None
-) -> torch.Tensor:
+def computes_on_card(tensor: torch.Tensor) -> bool:
+    """Whether it lies on a card, or is counted for one."""
+    return tensor.is_cuda or is_counted(tensor)
+
+
+def on_card(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, scale: float | None,
+    window: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:  # fmt: skip
+    """query [M, H, D], key and value [M, K, D] in 16 bit -> [M, H, D]: attention inside each block of M tokens, which begin at `starts`
+    [N + 1] (int32, there) and are at most `longest` long; a token sees so many before and behind it (-1: all)."""
     from torch.nn.attention.varlen import varlen_attn
 
     shared: dict[str, Any] = {}
@@ -147,15 +162,15 @@ def _on_card(
             shared["enable_gqa"] = True
         else:
             key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
-    found: Any = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=(before, 0), **shared)
+    found: Any = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=window, **shared)
     return found
 
 
 def sample_by_sample(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, before: int, scale: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, before: int, scale: float | None
 ) -> torch.Tensor:
-    """query [B T, H, D], key and value [B T, K, D], as varlen_attn takes them, -> [B T, H, D]; a token sees itself and those before it in
-    its sample, at most `before` of them (-1: all)."""
+    """query [M, H, D], key and value [M, K, D] -> [M, H, D]: a token sees itself and those before it in its sample, at most `before` of
+    them (-1: all)."""
     found = []
     for q, k, v in zip(*(one.split(starts.diff().tolist()) for one in (query, key, value)), strict=True):
         window = None if before < 0 or len(q) <= before + 1 else q.new_ones(len(q), len(q), dtype=torch.bool).tril().triu(-before)
