@@ -6,17 +6,25 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.conftest import losses_of, write_config
 from tests.models.test_ahead import batches, loss_and_gradients
-from tests.models.test_packing import loaded, samples  # noqa: F401
+from tests.models.test_packing import SIZES, loaded, samples, talk  # noqa: F401
+from vlm_dist.config import ModelConfig
 from vlm_dist.config_load import load_config
+from vlm_dist.data.collate import collate_packed
+from vlm_dist.data.encode import Encoder
 from vlm_dist.families import FAMILIES
 from vlm_dist.models.ahead import ahead_rule
 from vlm_dist.models.introspect import family_of
+from vlm_dist.models.load import read_model_config
 from vlm_dist.models.patching import patch_model
 from vlm_dist.models.patching_lengths import attend_by_lengths, needs_masks
-from vlm_dist.training import train
+from vlm_dist.models.positions import position_rule
+from vlm_dist.models.processor import load_processor
+from vlm_dist.planning.count import count_micro_batch
+from vlm_dist.training.train import train
 
 BY_LENGTHS = "attention: by the lengths of samples, without masks"
 
@@ -68,13 +76,6 @@ def test_numbers_are_those_with_masks(loaded, samples, monkeypatch):  # noqa: F8
 @pytest.mark.parametrize("name", ["pixtral", "qwen2_5_vl"])
 def test_sliding_windows(name, checkpoint, monkeypatch):
     """Windows of 8 tokens count in each sample from its own beginning; with kernels on both sides."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from tests.models.test_packing import SIZES, talk
-    from vlm_dist.config import ModelConfig
-    from vlm_dist.data.encode import Encoder
-    from vlm_dist.models.processor import load_processor
-
     path = checkpoint(name)
     config = AutoConfig.from_pretrained(path)
     text = config.get_text_config()
@@ -94,8 +95,6 @@ def test_sliding_windows(name, checkpoint, monkeypatch):
 
 
 def test_who_keeps_masks_is_told(checkpoint):
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     def told(family="llava", dtype=torch.bfloat16, on_gpu=True, **changes) -> str:
         config = AutoConfig.from_pretrained(checkpoint(family))
         for name, value in changes.items():
@@ -124,12 +123,32 @@ def test_who_keeps_masks_is_told(checkpoint):
     ],
 )
 def test_when_it_is_chosen(wanted, packs, on_gpu, chosen, checkpoint):
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint("llava")))
     told = attend_by_lengths(model, FAMILIES["llava"], wanted, packs=packs, on_gpu=on_gpu, dtype=torch.bfloat16)
     assert told == (BY_LENGTHS if chosen else "") and hasattr(model, "sample_lengths") == chosen
+
+
+@pytest.mark.parametrize(("family", "counted"), [("qwen2_5_vl", True), ("gemma3", False)])
+def test_a_plan_counts_no_mask_where_none_is_made(family, counted, checkpoint):
+    """Of packed rows on a GPU: the same operation as on the card, less kept and moved, and nobody waits for positions."""
+    from tests.planning.test_count import config_of
+
+    path = checkpoint(family)
+    encoder = Encoder(load_processor(ModelConfig(name=path), path), 4096)
+    found = [encoder.encode(talk(str(number), sizes, "red and blue")) for number, sizes in enumerate(SIZES)]
+    hf_config, row = read_model_config(ModelConfig(name=path), path)
+    with torch.device("meta"):
+        positions = position_rule(AutoModelForImageTextToText.from_config(hf_config))
+    batch = collate_packed([found[:3], found[3:]], 0, positions)
+    plans = {}
+    for way in ("sdpa", "auto"):
+        config = config_of(path, **{"data.packing": "true", "model.attn_implementation": way})
+        plans[way] = count_micro_batch(config, hf_config, row, torch.bfloat16, dict(batch))
+    names = {operation.name for operation in plans["auto"].work}
+    assert ({"_varlen_attn", "_varlen_attn_backward"} <= names) == counted
+    masks, ours = ((plan.saved, plan.flops, sum(plan.work.values()), sum(plan.waits.values())) for plan in plans.values())
+    assert all(less < more for less, more in zip(ours, masks, strict=True)) if counted else ours == masks
 
 
 def test_a_run(settings, tmp_path):

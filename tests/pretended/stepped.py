@@ -49,9 +49,11 @@ def one_step(
     if packed:
         row = [encoder.encode(sample) for sample in chosen]
         data = ahead_rule(model)(collate_packed([row], processor.tokenizer.pad_token_id, position_rule(model)))
+        moved = placed(data, device)
     else:
         data = batch(encoder, chosen)
-    moved = placed(data, device) | ({left_behind: data[left_behind]} if left_behind else {})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in data.items()}
+    moved |= {left_behind: data[left_behind]} if left_behind else {}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     with autocast(model):
