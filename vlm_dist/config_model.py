@@ -117,8 +117,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number type of weights and computation; auto: bfloat16 on a GPU that has it, float16 on an older one (its loss is scaled), float32
     on a CPU."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel that transformers uses; auto: sdpa."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2"] = "auto"
+    """How attention is computed; varlen: in training by the lengths of samples, without masks (torch's varlen_attn on a GPU), elsewhere
+    sdpa; auto: varlen for packed rows on a GPU, where the architecture and the number type can, else sdpa."""
     gradient_checkpointing: bool | Literal["offload"] | dict[Literal["vision", "language"], bool | PositiveInt] = False
     """Recompute activations in the backward pass: much less memory, about a third more time. true: in all layers; offload: in all, and
     what they keep (their inputs) lies in pinned host memory meanwhile; or by side, in all or in the first so many, e.g. {language: 16,

@@ -42,6 +42,9 @@ class Family:
     packs: bool = False
     """Whether several samples may share a row without one seeing another (tests/models/test_packing.py shows it by their losses)."""
 
+    two_way: bool = False
+    """Whether the tokens of a picture see one another both ways, which lengths of samples alone do not say."""
+
     cuts: bool = False
     """Whether a row may be cut over several ranks (tests/models/test_sequence.py shows it by losses and gradients)."""
 
@@ -61,8 +64,14 @@ SIGLIP_HEAD = ("model.vision_tower.head",)  # SigLIP pools with it; a vision-lan
 FAMILIES = {
     row.model_type: row
     for row in (
-        Family("gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="gemma", overflows_in_float16=True, video="frames"),
-        Family("gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, boxes="gemma", video="timed"),
+        Family(
+            "gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, two_way=True, cuts=True, boxes="gemma", overflows_in_float16=True,
+            video="frames",
+        ),
+        Family(
+            "gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, two_way=True, boxes="gemma",
+            video="timed",
+        ),
         Family("glm4v", *QWEN_PARTS, packs=True, video="frames"),
         Family("glm4v_moe", *QWEN_PARTS, packs=True, video="frames"),
         Family("idefics3", *IDEFICS_PARTS, packs=True, cuts=True, video="frames"),

@@ -83,11 +83,44 @@ def packed_attention(part: Part) -> None:
     return part.judge(float(apart) < 0.05, "packed attention by lengths", f"{times['lengths']:.3f} ms, by a mask {times['mask']:.3f} ms")
 
 
+def grouped_attention(part: Part) -> None:
+    """The same forward and backward, as models attend: fewer heads of keys and values, by the function that training calls."""
+    from vlm_dist.models.patching_lengths import on_card, refused_by_card, sample_by_sample
+
+    tokens, heads, groups, width = (32, 4, 2, 16) if part.dry else (4096, 28, 4, 128)
+    kind = torch.float32 if part.dry else torch.bfloat16
+    if not part.dry and (reason := refused_by_card(kind, width)):
+        return part.find("skipped", "grouped attention by lengths", reason)
+    made = {"device": part.device, "dtype": kind}
+    q, k, v = (torch.randn(tokens, number, width, **made, requires_grad=True) for number in (heads, groups, groups))
+    starts = torch.arange(0, tokens + 1, tokens // 4, device=part.device, dtype=torch.int32)
+    sample = torch.arange(4, device=part.device).repeat_interleave(tokens // 4)
+    mask, upstream = ((sample[:, None] == sample[None]).tril(), torch.randn(tokens, heads, width, **made))
+
+    def masked() -> tuple[torch.Tensor, ...]:
+        of_heads = [one.repeat_interleave(heads // one.shape[1], 1).transpose(0, 1)[None] for one in (q, k, v)]
+        found = torch.nn.functional.scaled_dot_product_attention(*of_heads, attn_mask=mask[None, None])[0].transpose(0, 1)
+        return found, *torch.autograd.grad(found, (q, k, v), upstream)
+
+    def by_lengths() -> tuple[torch.Tensor, ...]:
+        found = sample_by_sample(q, k, v, starts, -1, None) if part.dry else on_card(q, k, v, starts, tokens // 4, None, (-1, 0))
+        return found, *torch.autograd.grad(found, (q, k, v), upstream)
+
+    apart = max(
+        float((mine - other).detach().float().norm() / other.detach().float().norm())
+        for mine, other in zip(by_lengths(), masked(), strict=True)
+    )
+    times = {"mask": median_ms(masked, part.device, 10), "lengths": median_ms(by_lengths, part.device, 10), "apart": apart}
+    part.results["grouped_attention"] = times
+    return part.judge(apart < 2e-2, "grouped attention by lengths", f"{times['lengths']:.3f} ms, by a mask {times['mask']:.3f} ms")
+
+
 def main() -> None:
     part = Part(__doc__)
     part.attempt("scripts/bench/kernels.py", lambda: bench(part))
     part.attempt("patch embedding", lambda: patch_embedding(part))
     part.attempt("packed attention", lambda: packed_attention(part))
+    part.attempt("grouped attention", lambda: grouped_attention(part))
     part.write()
 
 

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.pretended.attention import by_lengths
+
 CARD, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 CAPABILITY, MEMORY = (9, 0), 80 << 30
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -72,7 +74,7 @@ class _Devices(TorchDispatchMode):
         if func.namespace in ("vlm_kernels", "vlm_dist", "bitsandbytes"):  # Python inside: looked into, too
             with self.wanting(None), self.arguments, self:
                 return func.redispatch(CPU_KEYS, *args, **kwargs)
-        result = func(*args, **kwargs)
+        result = by_lengths(func, args) if func.namespace == "torch_attn" else func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if is_to_be and isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()

@@ -25,12 +25,14 @@ Batch = dict[str, Any]
 def ahead_rule(model: Any) -> Callable[[Batch], Batch]:
     """From a collated micro-batch on the CPU to the same with what this model would work out of it: `position_ids` [3, B, T] with M-RoPE,
     `image_*` (see `transformers.vision_utils`) for towers that take them, and for our own kernels `supervised_rows` [P] (the places of a
-    flattened [B T] that predict a supervised token) and `picture_tokens`, their number."""
+    flattened [B T] that predict a supervised token) and `picture_tokens`, their number; for attention by lengths `sample_starts` [N + 1]
+    and `longest_sample`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_of(base)
     tower = base.get_submodule(family.vision) if family.tower_takes_sizes else None
     owner = next((module for module in base.modules() if hasattr(module, "get_rope_index")), None)
     picture = getattr(base.config, "image_token_id", None)
+    by_lengths = hasattr(base, "sample_lengths")
 
     def ahead(batch: Batch) -> Batch:
         found = dict(batch)
@@ -40,6 +42,8 @@ def ahead_rule(model: Any) -> Callable[[Batch], Batch]:
             found |= {f"image_{name}": value for name, value in _of_tower(tower, batch["image_grid_thw"]).items()}
         supervised = (torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED).flatten()
         found["supervised_rows"] = supervised.nonzero().squeeze(1)
+        if by_lengths:
+            found |= _samples(batch)
         if picture is not None:
             found["picture_tokens"] = (batch["input_ids"] == picture).sum()
         return found
@@ -55,6 +59,20 @@ def _positions(owner: Any, batch: Batch) -> Batch:
     names = ("mm_token_type_ids", "second_per_grid_ts", "attention_mask")
     positions, _ = owner.get_rope_index(batch["input_ids"], **grids, **{name: batch[name] for name in names if name in batch})
     return {"position_ids": positions}
+
+
+def _samples(batch: Batch) -> Batch:
+    """Where samples begin in the flattened [B T], and B T; what pads a row is one more. Positions tell them apart as transformers does:
+    what does not count on from the token before begins anew."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None:
+        begins = mask.diff(prepend=mask[:, :1]) != 0
+    else:
+        positions = positions if positions.ndim == 2 else positions[0]
+        begins = positions.diff(prepend=positions[:, :1] - 1) != 1
+    begins[:, 0] = True
+    starts = torch.cat([begins.flatten().nonzero().squeeze(1), torch.tensor([begins.numel()])])
+    return {"sample_starts": starts.to(torch.int32), "longest_sample": int(starts.diff().max())}
 
 
 def _of_tower(tower: Any, grid: torch.Tensor) -> dict[str, Any]:

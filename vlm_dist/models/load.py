@@ -164,7 +164,7 @@ def load_weights(
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 dtype=dtype,
-                attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
+                attn_implementation="sdpa" if config.attn_implementation in ("auto", "varlen") else config.attn_implementation,
                 device_map={"": device} if device.type == "cuda" else None,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are told below, by name

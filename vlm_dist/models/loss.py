@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 IGNORED = -100  # as in torch.nn.functional.cross_entropy
 
-OURS = ("labels", "datasets", "num_datasets", "weights", "supervised_rows", "picture_tokens")  # what the model does not take
+OURS = (
+    "labels", "datasets", "num_datasets", "weights", "supervised_rows", "picture_tokens", "sample_starts", "longest_sample",
+)  # fmt: skip
+"""What the model does not take."""
 WEIGHT_UNIT = 1_000_000  # of `weights`, as vlm_dist.data.encode writes them
 
 if TYPE_CHECKING:
@@ -28,10 +32,11 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             token comes from, and `num_datasets`, a scalar; where turns have weights `weights` [B, T], (w - 1) x 10^6; what was worked
             out ahead (models/ahead.py).
     """
-    places = getattr(model, "picture_places", None)
-    if places is None:
-        return _summed(model, batch)
-    with places.counted(batch.get("picture_tokens")):
+    places, lengths = (getattr(model, name, None) for name in ("picture_places", "sample_lengths"))
+    with (
+        nullcontext() if places is None else places.counted(batch.get("picture_tokens")),
+        nullcontext() if lengths is None else lengths.of(batch),
+    ):
         return _summed(model, batch)
 
 

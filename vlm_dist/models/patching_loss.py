@@ -14,10 +14,10 @@ import vlm_kernels
 from vlm_dist.models.generate import autocast
 from vlm_dist.models.patches import Patches, bind
 from vlm_kernels import reference
-from vlm_kernels.common import as_on_gpu
+from vlm_kernels.common import as_on_gpu, is_counted
 from vlm_kernels.linear_cross_entropy import workspace_bytes
 
-__all__ = ["SummedLoss", "as_on_gpu", "patch_linear_cross_entropy", "patch_supervised_rows", "workspace_bytes"]
+__all__ = ["SummedLoss", "as_on_gpu", "is_counted", "patch_linear_cross_entropy", "patch_supervised_rows", "workspace_bytes"]
 
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 

@@ -1,20 +1,23 @@
 """Vision towers: their patch embedding as one product, and windows of their attention (Qwen2-VL and its descendants), all of one length
-at a time.
+at a time, or on a card all at once.
 
 transformers hands whole sequences to flash-attention, and to every other implementation one window after another, in a loop in Python: of
-a picture of 4,096 patches 64 calls a layer. Windows of equal length are one batch.
+a picture of 4,096 patches 64 calls a layer. Windows of equal length are one batch; those of several lengths go to torch's varlen_attn,
+where it takes their numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from vlm_dist.models.patches import Patches, bind, with_names
+from vlm_dist.models.patching_lengths import computes_on_card, on_card, refused_by_card
 from vlm_dist.upstream.deepspeed import gathered
 from vlm_dist.upstream.transformers import attention_of
 
@@ -49,28 +52,42 @@ def attend_in_windows(
     """
     states = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]  # [N, H, D]
     windows = _windows_of(cu_seq_lens_q, query.device)
-    if len(windows) == 1:
-        return _attend(states, windows[0][0], scaling, dropout)[None], None
+    if len(windows.distinct) == 1:
+        return _attend(states, windows.distinct[0], scaling, dropout)[None], None
+    kind, width = states[2].dtype, states[2].shape[-1]
+    if computes_on_card(query) and not dropout and not refused_by_card(kind, width):
+        return on_card(*(one.to(kind) for one in states), *windows.starts, scaling)[None], None
     result = torch.empty_like(states[2], memory_format=torch.contiguous_format)
-    for length, places in windows:
+    for length, places in zip(windows.distinct, windows.places, strict=True):
         result = result.index_copy(0, places, _attend([tensor[places] for tensor in states], length, scaling, dropout))
     return result[None], None
 
 
-def _windows_of(starts: torch.Tensor, device: torch.device) -> list[tuple[int, torch.Tensor]]:
-    """Each length of windows and, where there are several, the places of its patches; worked out once for all layers of a batch."""
-    if (known := getattr(starts, "windows", None)) is not None:
-        return known
-    on_host = starts.cpu()
-    lengths = on_host.diff()
-    distinct = [length for length in lengths.unique().tolist() if length]
-    found = [(length, torch.empty(0)) for length in distinct]
-    if len(distinct) > 1:
-        chosen = [on_host[:-1][lengths == length] for length in distinct]
-        places = [(begin[:, None] + torch.arange(length)).flatten() for begin, length in zip(chosen, distinct, strict=True)]
-        found = [(length, one.to(device, non_blocking=True)) for length, one in zip(distinct, places, strict=True)]
-    starts.windows = found  # pyright: ignore[reportAttributeAccessIssue]
-    return found
+class _Windows:
+    """Those of a batch, worked out once for all layers."""
+
+    def __init__(self, starts: torch.Tensor, device: torch.device):
+        self.device, self.on_host = device, starts.cpu()
+        self.lengths = self.on_host.diff()
+        self.distinct: list[int] = [length for length in self.lengths.unique().tolist() if length]
+
+    @cached_property
+    def places(self) -> list[torch.Tensor]:
+        """Of each length the patches in windows of it."""
+        chosen = [self.on_host[:-1][self.lengths == length] for length in self.distinct]
+        places = [(begin[:, None] + torch.arange(length)).flatten() for begin, length in zip(chosen, self.distinct, strict=True)]
+        return [one.to(self.device, non_blocking=True) for one in places]
+
+    @cached_property
+    def starts(self) -> tuple[torch.Tensor, int]:
+        """Where windows that are not empty begin, and N; how long the longest is."""
+        return self.on_host.unique_consecutive().to(torch.int32).to(self.device, non_blocking=True), max(self.distinct)
+
+
+def _windows_of(starts: torch.Tensor, device: torch.device) -> _Windows:
+    if (known := getattr(starts, "windows", None)) is None:
+        known = starts.windows = _Windows(starts, device)  # pyright: ignore[reportAttributeAccessIssue]
+    return known
 
 
 def _attend(states: list[torch.Tensor], length: int, scaling: float, dropout: float) -> torch.Tensor:

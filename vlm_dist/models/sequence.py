@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vlm_dist.upstream.transformers import attend_by, attention_interface, attention_of, register_attention
+from vlm_dist.upstream.transformers import attend_by, attention_configs, attention_interface, attention_of, register_attention
 
 PREFIX = "sequence_parallel|"
 """Before the name of the attention that computes the heads of a rank."""
@@ -98,10 +98,7 @@ def cut_rows(model: Any, cut: SequenceCut) -> None:
         layer.self_attn.sequence_cut = cut
         layer.self_attn.config_of_heads = seen = copy.copy(layer.self_attn.config)  # flash-attention reads its own name there
         attend_by(seen, _inner(attention_of(seen)))
-    configs = {
-        id(one): one for one in (base.config.get_text_config(), decoder.config, *(layer.self_attn.config for layer in decoder.layers))
-    }
-    for config in configs.values():
+    for config in attention_configs(base):
         attend_by(config, _registered(attention_of(config)))
 
 

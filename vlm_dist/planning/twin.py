@@ -19,6 +19,7 @@ from vlm_dist.models.load import kept_in_16bit, nf4_config
 from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
 from vlm_dist.models.modes import hold_frozen
 from vlm_dist.models.patching import patch_model
+from vlm_dist.models.patching_lengths import attend_by_lengths
 from vlm_dist.models.sequence import SequenceCut, cut_rows
 from vlm_dist.planning.shapes import Shapes
 from vlm_dist.upstream.bitsandbytes import keep_nf4_layout
@@ -34,6 +35,8 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
     with disable_modes(), torch.device("meta"):
         model = skeleton(config, hf_config, family, dtype)
         checkpoint_gradients(model, family, config.model.gradient_checkpointing)
+        packs = config.data.packing and family.packs
+        attend_by_lengths(model, family, config.model.attn_implementation, packs=packs, on_gpu=shapes.on_gpu, dtype=dtype)
         if (number := config.engine.sequence_parallel) > 1:
             cut_rows(model, SequenceCut(number, number - 1))  # the last part of a row has most of the answers
         patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
@@ -68,7 +71,7 @@ def skeleton(config: Config, hf_config: Any, family: Family, dtype: torch.dtype)
     from transformers.initialization import no_init_weights
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    attention = "sdpa" if config.model.attn_implementation in ("auto", "flash_attention_2") else config.model.attn_implementation
+    attention = "sdpa" if config.model.attn_implementation in ("auto", "varlen", "flash_attention_2") else config.model.attn_implementation
     with no_init_weights():
         model = AutoModelForImageTextToText.from_config(
             hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.trust_remote_code

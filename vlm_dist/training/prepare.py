@@ -57,6 +57,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.lora import add_lora, freeze_sides
     from vlm_dist.models.modes import hold_frozen
     from vlm_dist.models.patching import patch_model
+    from vlm_dist.models.patching_lengths import attend_by_lengths
     from vlm_dist.models.processor import check_vocabulary
     from vlm_dist.models.sequence import SequenceCut, cut_rows
     from vlm_dist.models.sharded import Sharding
@@ -80,12 +81,16 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
         freeze_sides(model, family, config.model.freeze)
     checkpoint_gradients(model, family, config.model.gradient_checkpointing)
     hold_frozen(model)
+    attention = attend_by_lengths(
+        model, family, config.model.attn_implementation, packs=inputs.packs, on_gpu=ranks.device.type == "cuda", dtype=dtype
+    )
     if ranks.sharing > 1:
         cut_rows(model, SequenceCut(ranks.sharing, ranks.rank % ranks.sharing, ranks.sharing_group()))
     with gathered_in_use(model):
         patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)
-    choices = (chosen,) if config.lora is not None and (chosen := experts_in_words(model, config.lora)) else ()
+    experts = experts_in_words(model, config.lora) if config.lora is not None else ""
+    choices = tuple(filter(None, (experts, attention)))
     return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts, choices)
 
 

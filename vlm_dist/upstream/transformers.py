@@ -115,6 +115,13 @@ def register_attention(name: str, function: Callable[..., Any], *, like: str) ->
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
 
 
+def attention_configs(model: Any) -> list[Any]:
+    """The configurations that the language side's attention and masks are chosen by."""
+    decoder = model.get_decoder()
+    found = (model.config.get_text_config(), decoder.config, *(layer.self_attn.config for layer in decoder.layers))
+    return list({id(one): one for one in found}.values())
+
+
 def attend_by(hf_config: Any, name: str) -> None:
     """Let the modules that share this configuration attend by another implementation."""
     hf_config._attn_implementation = name
