@@ -78,6 +78,7 @@ def step(folder: Path, launches: Launches) -> None:
     from tests.pretended.stepped import one_step
 
     one_step(str(folder / "llava"), CARD, launches)
+    one_step(str(folder / "llava"), CARD, launches, dtype="bfloat16", packed=True)
 
 
 def export(folder: Path, launches: Launches) -> None:

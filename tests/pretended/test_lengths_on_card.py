@@ -13,6 +13,7 @@ from tests.pretended.stepped import one_step
 from vlm_dist.config import ModelConfig
 from vlm_dist.data.collate import collate, collate_packed
 from vlm_dist.data.encode import Encoder
+from vlm_dist.models import patching_lengths
 from vlm_dist.models.ahead import ahead_rule, placed
 from vlm_dist.models.introspect import family_of
 from vlm_dist.models.patching_lengths import attend_by_lengths
@@ -45,6 +46,24 @@ def test_losses_and_gradients_are_those_with_masks(name, checkpoint):
         assert again == pytest.approx(loss, rel=5e-3) and found.keys() == expected.keys()
         apart = sum(float((found[name] - gradient.float()).square().sum()) for name, gradient in expected.items())
         assert apart < 0.03**2 * sum(float(gradient.float().square().sum()) for gradient in expected.values())
+
+
+def test_a_card_where_it_is_wrong_or_does_not_run_keeps_masks(monkeypatch):
+    """As kernels are compared before they are put in: values and gradients, sample by sample."""
+    by_lengths = patching_lengths.on_card
+
+    def refused(*arguments):
+        raise RuntimeError("no kernel image is available")
+
+    def wrong(query, *more):
+        return by_lengths(query, *more) * 1.1
+
+    with pretended_card():
+        for heads, keys in ((4, 2), (2, 2)):
+            assert patching_lengths.disagrees_on_card.__wrapped__(torch.bfloat16, heads, keys, 16) == ""
+        for broken, reason in ((refused, "does not run here: no kernel image"), (wrong, "gives other numbers here")):
+            monkeypatch.setattr(patching_lengths, "on_card", broken)
+            assert reason in patching_lengths.disagrees_on_card.__wrapped__(torch.bfloat16, 4, 2, 16)
 
 
 @pytest.mark.slow

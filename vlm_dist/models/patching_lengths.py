@@ -94,7 +94,29 @@ def needs_masks(base: Any, family: Family, on_gpu: bool, dtype: torch.dtype) -> 
 
 
 def _needed_on_card(base: Any, dtype: torch.dtype) -> str:
-    return refused_by_card(dtype, base.get_decoder().layers[0].self_attn.head_dim)
+    attention, text = base.get_decoder().layers[0].self_attn, base.config.get_text_config()
+    width, heads = attention.head_dim, text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    return refused_by_card(dtype, width) or (disagrees_on_card(dtype, heads, keys, width) if torch.cuda.is_available() else "")
+
+
+@cache
+def disagrees_on_card(dtype: torch.dtype, heads: int, keys: int, width: int) -> str:
+    """What a small input, computed by varlen_attn and sample by sample, shows of this card; empty: the same values and gradients."""
+    shapes = ((20, heads, width), (20, keys, width), (20, keys, width))
+    starts, both = torch.tensor([0, 7, 20], dtype=torch.int32, device="cuda"), []
+    for by_lengths in (True, False):
+        leaves = [torch.arange(20 * n * d, device="cuda").mul(i + 1).sin().view(m, n, d).to(dtype) for i, (m, n, d) in enumerate(shapes)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        try:
+            found = on_card(*leaves, starts, 13, None, (-1, 0)) if by_lengths else sample_by_sample(*leaves, starts, -1, None)
+            both.append([found.detach(), *torch.autograd.grad(found.square().sum(), leaves)])
+        except RuntimeError as error:
+            return f"varlen_attn does not run here: {str(error).splitlines()[0][:120]}"
+    for one, other in zip(*both, strict=True):
+        if not (one - other).abs().max() <= 0.03 * other.abs().max():
+            return "varlen_attn gives other numbers here than attention sample by sample"
+    return ""
 
 
 @cache
@@ -106,7 +128,8 @@ def refused_by_card(dtype: torch.dtype, width: int) -> str:
         return "flash-attention takes no float32"
     if width % 8 or width > WIDEST:
         return f"flash-attention takes no heads of {width} numbers"
-    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < AMPERE:
+    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else AMPERE
+    if found < AMPERE:
         return f"compute capability {found[0]}.{found[1]}, flash-attention needs 8.0"
     return ""
 
