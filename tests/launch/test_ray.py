@@ -156,30 +156,6 @@ def test_a_job_that_is_stopped_has_saved(cluster, config, tmp_path):
     assert "get_kernel" not in log  # the repository's kernels/ is no package of that name
 
 
-def test_two_clusters_and_two_drivers_that_are_told_to_stop(cluster, config):
-    """At the same time on this machine. SIGTERM to a driver: its workers save and it ends by 143; the other one goes on, until its own."""
-    with started_cluster(nodes=1) as other:
-        drivers = {
-            name: start(
-                "--config", config, where.address, "ray.workers=1", f"name={name}", "training.steps=5000", "checkpoint.save_every=0"
-            )
-            for name, where in (("here", cluster), ("there", other))
-        }
-        runs = {name: Path(json.loads(Path(config).read_text())["output_dir"]) / name for name in drivers}
-        for name, driver in drivers.items():
-            wait_for(lambda run=runs[name]: (run / "metrics.jsonl").exists() and len(losses_of(run)) >= 2, driver)
-        for name, driver in drivers.items():
-            made = len(losses_of(runs[name]))
-            wait_for(lambda run=runs[name], made=made: len(losses_of(run)) > made, driver)
-            driver.send_signal(signal.SIGTERM)
-            code, out, err = finish(driver)
-            summary = json.loads((runs[name] / "summary.json").read_text())
-            assert code == 143 and (summary["ended"], summary["signal"]) == ("interrupted", "SIGTERM"), out[-2000:] + err[-2000:]
-            assert summary["step"] == len(losses_of(runs[name]))
-            assert (runs[name] / "checkpoints" / f"step-{summary['step']:08d}").is_dir()
-            assert not re.search("Traceback|No available agent|Abort|get_kernel", out + err), out + err
-
-
 def test_two_workers_one_of_them_killed_give_the_losses_of_one_process(cluster, config, tmp_path):
     """SIGHUP to the driver (a closed terminal): its workers save and end. The same command goes on; SIGKILL to one of its two workers: Ray
     restarts the group from the newest checkpoint. Nothing is lost."""
