@@ -2,7 +2,7 @@
 
 `kernel[grid](...)` looks at every argument anew to find what it compiled for such arguments. Here that is found by a key made of what
 Triton specialises on (number type and alignment of pointers; divisibility by 16, one, and width of whole numbers), and the compiled
-kernel is called as Triton's own tutorial on softmax calls it: about half the host's time for a launch.
+kernel is called as Triton's own tutorial on softmax calls it.
 """
 
 from __future__ import annotations

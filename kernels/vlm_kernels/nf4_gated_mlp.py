@@ -10,7 +10,7 @@ FLOPs     those of nf4_lora_linear and of the gate
 backward  that of nf4_lora_group for down, then the gate's, then that of nf4_lora_group for gate and up
 
 An N that is no multiple of 8 (Qwen2.5-VL's vision tower: 3,420) is filled up with zeros: where rows of 16-bit numbers do not begin at
-multiples of 16 bytes, the libraries' products take a third of the speed (kernels for a smaller alignment).
+multiples of 16 bytes, cuBLAS takes slower products, made for a smaller alignment.
 """
 
 from __future__ import annotations

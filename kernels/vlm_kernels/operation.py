@@ -1,7 +1,7 @@
 """What launches a kernel, as an operation on tensors: called as the function that it is where nothing looks on, through torch's dispatcher
 where something does (torch.compile, fake tensors, a mode that counts).
 
-A custom op of torch's costs the host several times what a launch costs, and a step of a few thousand of them keeps a fast GPU waiting.
+A custom op of torch's costs the host more than the launch in it, and a step of a few thousand of them keeps a fast GPU waiting.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Part:
             return self.find("skipped", name, why)
         except Exception as error:
             said = str(error).strip().splitlines()
-            self.tracebacks[name] = without_places(traceback.format_exc(limit=-12))
+            self.tracebacks[name] = traceback.format_exc(limit=-12)
             return self.find("wrong", name, f"{type(error).__name__}: {said[0][:200] if said else ''}")
 
     def write(self) -> None:
@@ -84,13 +84,13 @@ class Part:
             "tracebacks": self.tracebacks, **more,
         }  # fmt: skip
         self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        self.arguments.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        self.arguments.out.write_text(without_places(json.dumps(content, indent=1, default=str)) + "\n")
 
 
 def without_places(text: str) -> str:
     """Without where this machine keeps the checkout and its packages."""
     for place in sorted({str(ROOT), *filter(os.path.isabs, sys.path)}, key=len, reverse=True):
-        text = text.replace(place + os.sep, "")
+        text = text.replace(place + os.sep, "").replace(place, ".")
     return text
 
 

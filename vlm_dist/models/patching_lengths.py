@@ -10,7 +10,7 @@ Shapes: B rows, T tokens of a row, N blocks, H heads, K heads of keys and values
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
@@ -97,26 +97,46 @@ def _needed_on_card(base: Any, dtype: torch.dtype) -> str:
     attention, text = base.get_decoder().layers[0].self_attn, base.config.get_text_config()
     width, heads = attention.head_dim, text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or heads
+    return cannot_on_card(dtype, heads, keys, width)
+
+
+def cannot_on_card(dtype: torch.dtype, heads: int, keys: int, width: int) -> str:
+    """Why `on_card` is not for these heads on the card that is here, or, where none is, on any; empty: it can be."""
     return refused_by_card(dtype, width) or (disagrees_on_card(dtype, heads, keys, width) if torch.cuda.is_available() else "")
 
 
 @cache
 def disagrees_on_card(dtype: torch.dtype, heads: int, keys: int, width: int) -> str:
     """What a small input, computed by varlen_attn and sample by sample, shows of this card; empty: the same values and gradients."""
-    shapes = ((20, heads, width), (20, keys, width), (20, keys, width))
-    starts, both = torch.tensor([0, 7, 20], dtype=torch.int32, device="cuda"), []
-    for by_lengths in (True, False):
-        leaves = [torch.arange(20 * n * d, device="cuda").mul(i + 1).sin().view(m, n, d).to(dtype) for i, (m, n, d) in enumerate(shapes)]
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        try:
-            found = on_card(*leaves, starts, 13, None, (-1, 0)) if by_lengths else sample_by_sample(*leaves, starts, -1, None)
-            both.append([found.detach(), *torch.autograd.grad(found.square().sum(), leaves)])
-        except RuntimeError as error:
-            return f"varlen_attn does not run here: {str(error).splitlines()[0][:120]}"
+    try:
+        # asked in the middle of a model, too: a layer that is computed again counts what is saved, and an evaluation has no gradients
+        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            both = [_values_and_gradients(attention, dtype, heads, keys, width) for attention in (_by_lengths, _by_samples)]
+    except RuntimeError as error:
+        return f"varlen_attn does not run here: {str(error).splitlines()[0][:120]}"
     for one, other in zip(*both, strict=True):
         if not (one - other).abs().max() <= 0.03 * other.abs().max():
             return "varlen_attn gives other numbers here than attention sample by sample"
     return ""
+
+
+def _values_and_gradients(attention: Callable, dtype: torch.dtype, heads: int, keys: int, width: int) -> list[torch.Tensor]:
+    numbers = torch.arange(20 * heads * width, device="cuda")
+    leaves = [(numbers[: 20 * n * width] * (i + 1)).sin().view(20, n, width).to(dtype) for i, n in enumerate((heads, keys, keys))]
+    found = attention(*(leaf.requires_grad_() for leaf in leaves), torch.tensor([0, 7, 20], dtype=torch.int32, device="cuda"))
+    return [found.detach(), *torch.autograd.grad(found.square().sum(), leaves)]
+
+
+def _by_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    return on_card(query, key, value, starts, 13, None, (-1, 0))
+
+
+def _by_samples(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    return sample_by_sample(query, key, value, starts, -1, None)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 @cache

@@ -3,7 +3,7 @@ at a time, or on a card all at once.
 
 transformers hands whole sequences to flash-attention, and to every other implementation one window after another, in a loop in Python: of
 a picture of 4,096 patches 64 calls a layer. Windows of equal length are one batch; those of several lengths go to torch's varlen_attn,
-where it takes their numbers.
+where it takes their numbers and agrees on this card with attention sample by sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vlm_dist.models.patches import Patches, bind, with_names
-from vlm_dist.models.patching_lengths import computes_on_card, on_card, refused_by_card
+from vlm_dist.models.patching_lengths import cannot_on_card, computes_on_card, on_card
 from vlm_dist.upstream.deepspeed import gathered
 from vlm_dist.upstream.transformers import attention_of
 
@@ -54,8 +54,8 @@ def attend_in_windows(
     windows = _windows_of(cu_seq_lens_q, query.device)
     if len(windows.distinct) == 1:
         return _attend(states, windows.distinct[0], scaling, dropout)[None], None
-    kind, width = states[2].dtype, states[2].shape[-1]
-    if computes_on_card(query) and not dropout and not refused_by_card(kind, width):
+    kind, (_, heads, width) = states[2].dtype, states[2].shape
+    if computes_on_card(query) and not dropout and not cannot_on_card(kind, heads, heads, width):
         return on_card(*(one.to(kind) for one in states), *windows.starts, scaling)[None], None
     result = torch.empty_like(states[2], memory_format=torch.contiguous_format)
     for length, places in zip(windows.distinct, windows.places, strict=True):
