@@ -19,6 +19,7 @@ from vlm_dist.errors import MachineError, UserError
 from vlm_dist.families import Family
 from vlm_dist.models.experts_lora import gather_with_experts
 from vlm_dist.models.patching_nf4 import keep_apart
+from vlm_dist.training.compiling import wait_for_compilation
 from vlm_dist.training.optim import build_optimizer
 from vlm_dist.upstream.deepspeed import forget_autocast, shape_of, skip_shared_memory_op, widen
 
@@ -76,6 +77,7 @@ def _check_nvme(path: str) -> None:
     try:
         if not AsyncIOBuilder().is_compatible(verbose=False):
             raise MachineError("engine.nvme_path: DeepSpeed's asynchronous I/O needs libaio (on Debian: apt-get install libaio-dev)")
+        wait_for_compilation("async_io")
         with tempfile.NamedTemporaryFile(dir=path) as file:
             handle = AsyncIOBuilder().load(verbose=False).aio_handle(1 << 20, 8, False, True, 1)
             handle.sync_pwrite(block, file.name, 0)

@@ -12,6 +12,7 @@ from vlm_dist.config import OptimConfig
 from vlm_dist.errors import MachineError, words_of
 from vlm_dist.families import Family
 from vlm_dist.models.experts import of_experts
+from vlm_dist.training.compiling import wait_for_compilation
 from vlm_dist.upstream.deepspeed import shape_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.o
     folder = str(Path(sys.executable).parent)  # ninja lies beside Python
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
+    wait_for_compilation("cpu_adam")
     try:
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     except Exception as error:  # DeepSpeed has its own, of CUDA that is missing or does not fit
