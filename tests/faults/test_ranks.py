@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import ROOT, child_environment, losses_of, write_config
 from tests.warm import warm_ranks
-from vlm_dist.distributed import Ranks
+from vlm_dist.distributed import Ranks, free_port
 from vlm_dist.run_dir import RunDir, write_json
 from vlm_dist.training.lost import beat_of, born, is_dead, lost_rank
 
@@ -141,7 +141,10 @@ def test_two_ranks_without_a_launcher(config, tmp_path, victim):
 @pytest.mark.parametrize(("launcher", "code"), [("torchrun", 1), ("deepspeed", 247)])
 def test_each_launcher(config, tmp_path, launcher, code):
     """The line of the rank that is left comes before what the launcher says; the exit code is the launcher's own."""
-    head = {"torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2"], "deepspeed": ["deepspeed", "--num_gpus", "2"]}[launcher]
+    head = {
+        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2"],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())],
+    }[launcher]
     words = [str(BIN / head[0]), *head[1:], str(ROOT / "launch" / "train.py"), "--config", config]
     environment = child_environment(PATH=f"{BIN}:{os.environ['PATH']}", PYTHONUNBUFFERED="1")
     with (tmp_path / "out").open("w") as out:
