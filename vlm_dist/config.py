@@ -86,8 +86,12 @@ class DataConfig(Section):
     """Optimizer steps that are prepared ahead in the background."""
     workers: NonNegativeInt = 2
     """Threads of each rank that read, decode and encode samples; 0: the preparing thread does. Their number changes no order."""
+    cache_features: bool = False
+    """Keep what a frozen vision tower gives for each picture, and read it in later epochs and runs instead of computing it again."""
+    features_gb: PositiveFloat = 20
+    """Gigabytes that these features may take, of all towers together."""
     cache_dir: str | None = None
-    """Folder for what is read of remote shards; none given: ~/.cache/vlm_dist/ranges."""
+    """Folder for what is read of remote shards, and in it `features`; none given: ~/.cache/vlm_dist/ranges and `features` beside it."""
     cache_gb: PositiveFloat = 20
     """Gigabytes that it may hold."""
     cache_whole: bool = False

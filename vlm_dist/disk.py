@@ -1,4 +1,4 @@
-"""Errors of files in true words: why something cannot be written or read, and what helps."""
+"""Errors of files in true words: why something cannot be written or read, and what helps; and where the cache is."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ _REMEDIES = {
     errno.ELOOP: "its links lead in a circle: remove one",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+
+
+def cache_folder() -> Path:
+    """Where this project keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_dist"
 
 
 def why(error: BaseException) -> str:

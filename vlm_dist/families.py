@@ -45,6 +45,9 @@ class Family:
     two_way: bool = False
     """Whether the tokens of a picture see one another both ways, which lengths of samples alone do not say."""
 
+    caches: bool = False
+    """Whether the vision tower takes pictures of one size, one a row, and the model reads one of its outputs (models/features.py)."""
+
     cuts: bool = False
     """Whether a row may be cut over several ranks (tests/models/test_sequence.py shows it by losses and gradients)."""
 
@@ -65,8 +68,8 @@ FAMILIES = {
     row.model_type: row
     for row in (
         Family(
-            "gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, two_way=True, cuts=True, boxes="gemma", overflows_in_float16=True,
-            video="frames",
+            "gemma3", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, two_way=True, cuts=True, caches=True, boxes="gemma",
+            overflows_in_float16=True, video="frames",
         ),
         Family(
             "gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, two_way=True, boxes="gemma",
@@ -75,13 +78,13 @@ FAMILIES = {
         Family("glm4v", *QWEN_PARTS, packs=True, video="frames"),
         Family("glm4v_moe", *QWEN_PARTS, packs=True, video="frames"),
         Family("idefics3", *IDEFICS_PARTS, packs=True, cuts=True, video="frames"),
-        Family("internvl", *LLAVA_PARTS, packs=True, cuts=True, boxes="internvl", video="fixed"),
-        Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit"),
+        Family("internvl", *LLAVA_PARTS, packs=True, cuts=True, caches=True, boxes="internvl", video="fixed"),
+        Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, caches=True, boxes="unit"),
         Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit"),
         Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit", video="fixed"),
         Family(
             "mini_vlm", "model.vision_encoder", ("model.projector",), "model.language_model", head="model.language_model.lm_head",
-            packs=True, unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
+            packs=True, caches=True, unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
         ),
         Family("mistral3", *LLAVA_PARTS, packs=True, cuts=True),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),

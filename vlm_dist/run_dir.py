@@ -29,6 +29,8 @@ HARMLESS = (
     "data.cache_dir",
     "data.cache_gb",
     "data.cache_whole",
+    "data.cache_features",
+    "data.features_gb",
 )
 
 

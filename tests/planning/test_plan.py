@@ -67,6 +67,20 @@ def test_rows_that_two_share(settings, tmp_path, capsys):
     assert "engine.sequence_parallel=3: does not divide the 4 attention heads" in capsys.readouterr().err
 
 
+def test_features_that_are_kept(settings, tmp_path, capsys):
+    """The share that is read the second time is the vision tower's; what cannot be kept is refused as in training."""
+    settings["lora"] |= {"vision": False}
+    config = str(write_config(settings, tmp_path))
+    assert main(["plan", config, "--gpu", "h100", "data.cache_features=true"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["plan", config, "--gpu", "h100", "--json"]) == 0
+    flops = json.loads(capsys.readouterr().out)["own"]["flops"]
+    share = flops["vision"] / (flops["forward"] + flops["backward"])
+    assert f"data.cache_features: for pictures seen before {share:.0%} of it is read" in shown and share > 0.01
+    assert main(["plan", config, "--gpu", "h100", "data.cache_features=true", "engine.zero_stage=3"]) == 2
+    assert "data.cache_features: at ZeRO stage 3" in capsys.readouterr().err
+
+
 def test_without_data_pictures_are_assumed(settings, tmp_path, capsys):
     settings["data"]["train"] = "not-there-yet/*.tar"
     config = str(write_config(settings, tmp_path))

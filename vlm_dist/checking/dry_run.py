@@ -12,6 +12,7 @@ from vlm_dist.data.samples import parse_sample
 from vlm_dist.deepspeed_config import check_batches, deepspeed_config, zero_stage
 from vlm_dist.errors import BadSample, ConfigError, DataError
 from vlm_dist.models.adapters import base_of, find_adapter
+from vlm_dist.models.features import check_features
 from vlm_dist.models.going_on import settle
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.shared_rows import check_sequence
@@ -28,9 +29,10 @@ def dry_run(config: Config, world_size: int) -> dict[str, Any]:
     parts = _parts(config)
     rounds = check_batches(config, world_size)
     check_metrics(config)
-    if config.engine.sequence_parallel > 1 and config.model.name is not None:
+    if (config.engine.sequence_parallel > 1 or config.data.cache_features) and config.model.name is not None:
         hf_config, family = read_model_config(config.model, str(base_of(adapter).name) if adapter else config.model.name)
         check_sequence(family, hf_config, config.engine.sequence_parallel)
+        check_features(config, family, hf_config, world_size)
     deepspeed_config(config, world_size, "float32")
     datasets = open_datasets(config.data)
     num_samples = sum(len(one.index) for one in datasets)

@@ -133,6 +133,9 @@ def _show(plan: dict[str, Any]) -> None:
         f"a micro-batch: {flops['forward'] / 1e12:.3g} TFLOP forward ({flops['vision'] / 1e12:.3g} in the vision tower), "
         f"{flops['backward'] / 1e12:.3g} backward; {own['micro_batches_a_step']} of them a step"
     )
+    if own["features_kept"]:
+        share = flops["vision"] / (flops["forward"] + flops["backward"])
+        console.print(f"data.cache_features: for pictures seen before {share:.0%} of it is read; times are of the first time")
     console.print(
         f"a step: {step['fast']:.3g} to {step['slow']:.3g} s, {speed['slow']:,.0f} to {speed['fast']:,.0f} tokens/s "
         f"(the card's limit: {speed['limit']:,.0f})"

@@ -18,11 +18,6 @@ DOWNLOADS = 8  # ranges fetched at a time
 Fetch = Callable[[str, int, int], bytes]
 
 
-def cache_folder() -> Path:
-    """Where this project keeps what it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_dist"
-
-
 class RangeCache:
     """Safe to use from several threads, and by several ranks of a machine in one folder.
 

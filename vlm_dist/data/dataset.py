@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vlm_dist.config import DataConfig
-from vlm_dist.data.cache import RangeCache, cache_folder
+from vlm_dist.data.cache import RangeCache
 from vlm_dist.data.index import open_index
 from vlm_dist.data.index_file import Index, Place
 from vlm_dist.data.lanes import Order
 from vlm_dist.data.shards import find_paths
 from vlm_dist.data.storage import Storage, is_remote
 from vlm_dist.data.tar import Damaged, member_key, members
+from vlm_dist.disk import cache_folder
 from vlm_dist.errors import BadSample, DataError
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_dist.data.cache import cache_folder
 from vlm_dist.data.index_file import INDEX_NAME, VERSION, Index, read_index, write_index
 from vlm_dist.data.storage import Storage, is_remote
 from vlm_dist.data.tar import BLOCK, check_end, check_start, scan
-from vlm_dist.disk import remedy, why
+from vlm_dist.disk import cache_folder, remedy, why
 from vlm_dist.errors import DataError
 
 RECORD = 10_240  # bytes that tar pads an archive to

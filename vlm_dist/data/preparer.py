@@ -23,14 +23,15 @@ class Preparer:
 
     def __init__(self, datasets: list[Dataset], orders: list[Order], config: DataConfig, encoder: Encoder, seed: int):
         self.datasets, self.orders, self.config, self.seed = datasets, orders, config, seed
-        self._encoder = encoder
-        self._own = threading.local()
+        self._encoder, self._own = encoder, threading.local()
+        self._unused, self._copying = copy.deepcopy(encoder), threading.Lock()  # nobody writes into it while it is copied
 
     @property
     def encoder(self) -> Encoder:
         """This thread's."""
         if not hasattr(self._own, "encoder"):
-            self._own.encoder = copy.deepcopy(self._encoder)
+            with self._copying:
+                self._own.encoder = copy.deepcopy(self._unused)
         return self._own.encoder
 
     @property

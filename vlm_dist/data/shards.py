@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from vlm_dist.data.cache import cache_folder
 from vlm_dist.data.storage import Storage, is_remote
 from vlm_dist.data.tar import BLOCK, check_start, scan
+from vlm_dist.disk import cache_folder
 from vlm_dist.errors import DataError
 
 logger = logging.getLogger(__name__)

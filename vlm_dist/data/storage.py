@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from vlm_dist.data.cache import RangeCache, cache_folder
+from vlm_dist.data.cache import RangeCache
 from vlm_dist.data.web import RangeFile, asked_pause, client_maker, read_range
-from vlm_dist.disk import FULL
+from vlm_dist.disk import FULL, cache_folder
 from vlm_dist.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ IGNORED = -100  # as in torch.nn.functional.cross_entropy
 
 OURS = (
     "labels", "datasets", "num_datasets", "weights", "supervised_rows", "picture_tokens", "sample_starts", "longest_sample",
+    "picture_keys", "known_features", "known_field", "known_places", "missing_places",
 )  # fmt: skip
 """What the model does not take."""
 WEIGHT_UNIT = 1_000_000  # of `weights`, as vlm_dist.data.encode writes them
@@ -32,10 +33,11 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             token comes from, and `num_datasets`, a scalar; where turns have weights `weights` [B, T], (w - 1) x 10^6; what was worked
             out ahead (models/ahead.py).
     """
-    places, lengths = (getattr(model, name, None) for name in ("picture_places", "sample_lengths"))
+    places, lengths, features = (getattr(model, name, None) for name in ("picture_places", "sample_lengths", "tower_features"))
     with (
         nullcontext() if places is None else places.counted(batch.get("picture_tokens")),
         nullcontext() if lengths is None else lengths.of(batch),
+        nullcontext() if features is None else features.of(batch),
     ):
         return _summed(model, batch)
 

@@ -13,6 +13,7 @@ from vlm_dist.deepspeed_config import check_batches, zero_stage
 from vlm_dist.errors import ConfigError, DataError, MachineError
 from vlm_dist.inputs.opened import Inputs, inputs_apart
 from vlm_dist.inputs.workload import Workload, assumed, micro_batch
+from vlm_dist.models.features import check_features
 from vlm_dist.models.shared_rows import check_sequence
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Planner:
             "loading": memory.loading,
             "fits": max(memory.total, memory.loading) <= self.gpu.memory,
             "flops": {"forward": counted.forward_flops, "vision": counted.vision_flops, "backward": counted.backward_flops},
+            "features_kept": config.data.cache_features,
             "step_s": {"limit": time.limit, "fast": time.fast, "slow": time.slow},
             "tokens_per_s": {"limit": tokens / time.limit, "fast": tokens / time.fast, "slow": tokens / time.slow},
         }
@@ -135,6 +137,7 @@ def new_planner(
     config = inputs.config
     check_batches(config, gpus)
     check_sequence(inputs.family, inputs.hf_config, config.engine.sequence_parallel)
+    check_features(config, inputs.family, inputs.hf_config, gpus)
     if config.model.dtype == "auto":
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     return Planner(config, inputs, gpu, gpus, _workload(inputs, size, pictures), note)

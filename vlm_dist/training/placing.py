@@ -12,9 +12,14 @@ from vlm_dist.models.ahead import Batch, ahead_rule, placed, stays_on_host
 
 
 def made_ready(model: Any, device: torch.device, dtype: torch.dtype) -> Callable[[Batch], Batch]:
-    """What the stream does with a micro-batch in the background: work out what the model would wait for; for a GPU also pixels in the
-    number type that they are computed in, and all in memory that it can copy from by itself."""
-    ahead = ahead_rule(model)
+    """What the stream does with a micro-batch in the background: work out what the model would wait for, and read what is kept of its
+    pictures' features; for a GPU also pixels in the number type that they are computed in, and all in memory that it can copy from by
+    itself."""
+    rule, features = ahead_rule(model), getattr(model, "tower_features", None)
+
+    def ahead(batch: Batch) -> Batch:
+        return rule(batch) if features is None else features.ahead(rule(batch))
+
     if device.type != "cuda":
         return ahead
 

@@ -18,6 +18,8 @@ from vlm_dist.upstream.deepspeed import gathered, gathered_in_use
 if TYPE_CHECKING:
     import torch
 
+    from vlm_dist.models.features import TowerFeatures
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,6 +40,8 @@ class Loaded:
     """What was chosen where the configuration leaves it open, in words."""
     described: dict[str, Any] = field(default_factory=dict)
     """What a run that goes on must find again besides the base; see unchanged.py."""
+    features: TowerFeatures | None = None
+    """Of a frozen vision tower, where they are kept."""
     rehearsal: str = ""
     """What its fullest micro-batch took, in words; nothing where it was not tried."""
 
@@ -52,6 +56,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
 
     from vlm_dist.models.checkpointing import checkpoint_gradients
     from vlm_dist.models.experts_lora import experts_in_words
+    from vlm_dist.models.features import keep_features
     from vlm_dist.models.files import check_files
     from vlm_dist.models.load import choose_dtype, load_weights
     from vlm_dist.models.lora import add_lora, freeze_sides
@@ -90,8 +95,9 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
         patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)
     experts = experts_in_words(model, config.lora) if config.lora is not None else ""
-    choices = tuple(filter(None, (experts, attention)))
-    return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts, choices)
+    features = keep_features(model, family, config.data, dtype, ranks.world_size) if config.data.cache_features else None
+    choices = tuple(filter(None, (experts, attention, features and str(features))))
+    return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts, choices, features=features)
 
 
 def _go_on(model: Any, inputs: Inputs) -> Any:

@@ -87,6 +87,11 @@ class Session:
         """Whether any rank was asked to; all must ask."""
         return self.ranks.any(self.stop.requested)
 
+    def metrics(self, num_labels: float) -> dict[str, Any]:
+        """Of a step, where the model has experts, or features of its tower are kept."""
+        features = self.loaded.features
+        return self.experts.metrics(self.ranks, num_labels) | ({} if features is None else features.metrics())
+
     def restore(self, *, insist: bool = False) -> Progress:
         """Continue from the newest whole checkpoint, if there is one.
 

@@ -16,6 +16,7 @@ from vlm_dist.data.heldout import read_heldout
 from vlm_dist.data.stream import Step
 from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.inputs.opened import open_inputs
+from vlm_dist.models.features import check_features
 from vlm_dist.models.going_on import settle
 from vlm_dist.models.loss import summed_loss
 from vlm_dist.models.shared_rows import check_sequence, cutting
@@ -83,6 +84,7 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
     try:
         inputs = open_inputs(config, run, ranks)
         check_sequence(inputs.family, inputs.hf_config, ranks.sharing)
+        check_features(config, inputs.family, inputs.hf_config, ranks.world_size)
         inputs.check_first_samples()
         inputs.config = as_begun(inputs.config, run, ranks)
         check_fits(inputs, ranks)
@@ -104,6 +106,8 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
     finally:
         if stream is not None:
             stream.close()
+            if loaded.features is not None:
+                loaded.features.close()
 
 
 def _run_loop(start: Start, session: Session) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def _run_loop(start: Start, session: Session) -> dict[str, Any]:
         health.watch_speed(progress.step + 1, busy_s)
         progress = progress.after(counts, session.wall_s, step_s, skipped=verdict == "skipped")
         metrics = outcome.step_metrics(progress, counts, mean_loss, lr, grad_norm, timer, busy_s, ranks)
-        log.step(metrics | shares.metrics(stream.names, loss_sums) | scale.metrics() | session.experts.metrics(ranks, num_labels))
+        log.step(metrics | shares.metrics(stream.names, loss_sums) | scale.metrics() | session.metrics(num_labels))
         scale.fitted(progress.step)
         audit.tell(progress.step, counts, log)
         outcome.refuse_useless(progress, config, stream, session.steps)
