@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -156,6 +159,31 @@ def test_a_micro_batch_without_a_picture_gets_a_blank_row(tmp_path, shards, proc
         assert len(batch["input_ids"]) == 3 and len(batch["pixel_values"]) == 1
         assert (batch["labels"][2] == -100).all()
     assert step.counts.samples == 4
+
+
+def test_threads_copy_an_encoder_that_is_written_into(tmp_path, shards, processor):
+    """The stream's own keeps what it works out, the blank row among it, while threads begin."""
+    stream, ended = stream_of(shards["qa-train"], processor, tmp_path), threading.Event()
+
+    def write() -> None:
+        for number in itertools.cycle(range(1000)):
+            setattr(stream.encoder, f"found_{number}", number)
+            if number == 999:
+                for one in range(1000):
+                    delattr(stream.encoder, f"found_{one}")
+            if ended.is_set():
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(5):
+            with ThreadPoolExecutor(4) as pool:
+                copies = list(pool.map(lambda _: (threading.get_ident(), stream.preparer.encoder), range(16)))
+            assert len({id(encoder) for _, encoder in copies}) == len({thread for thread, _ in copies})
+    finally:
+        ended.set()
+        writer.join()
 
 
 def test_empty_data_set(tmp_path, processor):
