@@ -86,6 +86,8 @@ class DataConfig(Section):
     """Optimizer steps that are prepared ahead in the background."""
     workers: NonNegativeInt = 2
     """Threads of each rank that read, decode and encode samples; 0: the preparing thread does. Their number changes no order."""
+    processes: bool | Literal["auto"] = "auto"
+    """Let these workers be processes, which leave Python's lock to the training loop; auto: where it computes on a GPU."""
     cache_features: bool = False
     """Keep what a frozen vision tower gives for each picture, and read it in later epochs and runs instead of computing it again."""
     features_gb: PositiveFloat = 20

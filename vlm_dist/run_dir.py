@@ -26,6 +26,7 @@ HARMLESS = (
     "model.gradient_checkpointing",
     "data.prefetch",
     "data.workers",
+    "data.processes",
     "data.cache_dir",
     "data.cache_gb",
     "data.cache_whole",

@@ -131,7 +131,8 @@ def test_training_from_a_server_that_fails(served, tmp_path, llava, caplog):
     assert "trying again" in caplog.text
 
 
-def test_bytes_are_fetched_once(served, tmp_path, llava):
+@pytest.mark.parametrize("in_processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bytes_are_fetched_once(served, tmp_path, llava, in_processes):
     """An epoch and a half from a cache that holds everything: no byte of a shard comes twice."""
     from transformers import AutoProcessor
 
@@ -139,6 +140,7 @@ def test_bytes_are_fetched_once(served, tmp_path, llava):
     config = DataConfig(train=[f"{server.address}/part-{{0..2}}.tar"], max_seq_length=256, cache_dir=str(tmp_path / "cache"))
     batch = {"global_batch": 4, "micro_batch": 2, "rank": 0, "world_size": 1}
     stream = open_stream(config, AutoProcessor.from_pretrained(llava), Quarantine(tmp_path / "q", 0.1), seed=0, **batch)
+    stream.in_processes = in_processes
     assert sum(step.counts.samples for step in itertools.islice(stream.steps(), 22)) == 88
     shards = {path: size for path, size in server.served.items() if path.endswith(".tar")}
     total = sum((folder / path.lstrip("/")).stat().st_size for path in shards)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlm_dist.errors import DataError
@@ -64,9 +66,12 @@ class RangeCache:
     def _begin(self, file: Path, path: str, whole: tuple[int, int], fetch: Fetch) -> Future[bytes]:
         def work() -> bytes:
             try:
-                if (data := _pread(file, 0, whole[1])) is None:
-                    data = fetch(path, *whole)
-                    self._put(file, data)
+                if (data := _pread(file, 0, whole[1])) is not None:
+                    return data
+                with self._alone(file):
+                    if (data := _pread(file, 0, whole[1])) is None:
+                        data = fetch(path, *whole)
+                        self._put(file, data)
                 return data
             finally:
                 with self._lock:
@@ -76,6 +81,19 @@ class RangeCache:
             if file not in self._coming:
                 self._coming[file] = self._pool.submit(work)
             return self._coming[file]
+
+    @contextmanager
+    def _alone(self, file: Path) -> Iterator[None]:
+        """Among the processes of this machine that fetch a range; where the file system knows no locks it may be fetched twice."""
+        lock = None
+        with suppress(OSError):
+            lock = (self.folder / f".lock-{file.name[:2]}").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
 
     def _put(self, file: Path, data: bytes) -> None:
         temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")

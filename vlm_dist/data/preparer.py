@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,8 +21,11 @@ from vlm_dist.errors import BadSample
 class Preparer:
     """Safe to use from several threads: each has a processor of its own, because a tokenizer takes no second call."""
 
-    def __init__(self, datasets: list[Dataset], orders: list[Order], config: DataConfig, encoder: Encoder, seed: int):
-        self.datasets, self.orders, self.config, self.seed = datasets, orders, config, seed
+    def __init__(self, datasets: list[Dataset], config: DataConfig, encoder: Encoder, seed: int, lanes: int):
+        self.datasets, self.config, self.seed, self.lanes = datasets, config, seed, lanes
+        self.orders = [
+            Order(one.index.counts, lanes, seed, config.shuffle_window, one.name if len(datasets) > 1 else "") for one in datasets
+        ]
         self._encoder, self._own = encoder, threading.local()
         self._unused, self._copying = copy.deepcopy(encoder), threading.Lock()  # nobody writes into it while it is copied
 
@@ -83,12 +86,18 @@ class Preparer:
         except BadSample as reason:
             slot.problem = reason
             return slot, None
-        if slot.draw.epoch == 0:
-            self._encoder.tally.add(encoded.notes)
+        self.hear(slot, encoded, ())
         if len(self.datasets) > 1:
             ids = encoded.inputs["input_ids"]
             encoded.inputs["datasets"] = ids.new_full(ids.shape, slot.draw.dataset)
         return slot, encoded
+
+    def hear(self, slot: Slot, encoded: Encoded | None, prompts: Iterable[str | None]) -> None:
+        """What a sample had that is told at the end, also where it was encoded in another process."""
+        if encoded is not None and slot.draw.epoch == 0:
+            self._encoder.tally.add(encoded.notes)
+        if prompts:
+            self._encoder.prompts.restore(list(prompts))  # type: ignore[attr-defined]
 
     def parse(self, raw: dict[str, Any]) -> Sample:
         return parse_sample(raw, draw=raw["__draw__"], as_pixels=self.encoder.takes_pixels, **self._options)

@@ -23,8 +23,9 @@ from vlm_dist.data.collate import Positions, collate, collate_packed, with_blank
 from vlm_dist.data.dataset import Dataset, open_datasets
 from vlm_dist.data.encode import Encoder
 from vlm_dist.data.encoded import Encoded, count_labels, count_patches
-from vlm_dist.data.lanes import Lane, Order
+from vlm_dist.data.lanes import Lane
 from vlm_dist.data.preparer import Preparer, Workers
+from vlm_dist.data.processes import Processes
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.rows import MeasuredRows, PlainRows, Rows, Slot, until_done
 from vlm_dist.errors import DataError
@@ -81,6 +82,8 @@ class Stream:
     """With packing: a sample's position ids, where they are not simply 0, 1, 2, ..."""
     multiple: int = 1
     """The tokens of a row, padding included, are a multiple of it."""
+    in_processes: bool = False
+    """Samples are prepared in processes, not in threads."""
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Done with a micro-batch in the background."""
     _step: int = 0
@@ -90,11 +93,8 @@ class Stream:
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.orders = [
-            Order(one.index.counts, self.global_batch, self.seed, self.config.shuffle_window, one.name if len(self.datasets) > 1 else "")
-            for one in self.datasets
-        ]
-        self.preparer = Preparer(self.datasets, self.orders, self.config, self.encoder, self.seed)
+        self.preparer = Preparer(self.datasets, self.config, self.encoder, self.seed, self.global_batch)
+        self.orders = self.preparer.orders
         per_rank = self.global_batch // self.world_size
         self._lanes = range(self.rank * per_rank, (self.rank + 1) * per_rank)
 
@@ -173,7 +173,8 @@ class Stream:
     def steps(self, skip: int = 0) -> Iterator[Step]:
         """Every step from where `restore` left it, without end; the first `skip` of them are passed over."""
         coming: deque[tuple[list[list[Future]], dict[int, dict]]] = deque()
-        with Workers(self.config.workers) as workers:
+        number = self.config.workers
+        with Processes(number, self.preparer) if self.in_processes and number else Workers(number) as workers:
             lanes = self._rows(workers, self._discard)
             for lane in lanes:
                 if lane.lane.number in self._state:
@@ -203,7 +204,7 @@ class Stream:
             assert draw is not None
             yield self.preparer.measure(draw)
 
-    def _rows(self, workers: Workers, discard: Callable[[Slot], None]) -> list[Rows]:
+    def _rows(self, workers: Workers | Processes, discard: Callable[[Slot], None]) -> list[Rows]:
         weights, announce = [one.weight for one in self.datasets], self.preparer.announce
         lanes = [Lane(number, self.orders, weights, self.seed, self.epochs, announce) for number in self._lanes]
         if not self.config.packing:

@@ -103,13 +103,13 @@ class Inputs:
 
     def stream(
         self, rank: int = 0, world_size: int = 1, *, epochs: float | None = None, positions: Positions | None = None,
-        finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None, in_processes: bool = False,
     ) -> Stream:  # fmt: skip
         """The training samples of one rank, or of the ranks that share its rows; see `Stream`."""
         config = self.config
         batch = {"global_batch": config.training.global_batch, "micro_batch": config.training.micro_batch}
         place = {"rank": rank, "world_size": world_size}
-        rows = {"epochs": epochs, "pack": self.packs, "positions": positions, "finish": finish}
+        rows = {"epochs": epochs, "pack": self.packs, "positions": positions, "finish": finish, "in_processes": in_processes}
         rows["multiple"] = config.engine.sequence_parallel
         return Stream(self.datasets, config.data, self.stream_encoder, self.quarantine, config.seed, **batch, **place, **rows)
 

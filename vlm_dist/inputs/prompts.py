@@ -41,7 +41,9 @@ def only_one(found: list[str | None]) -> str | None:
 class NotingEncoder(Encoder):
     """An encoder that notes the system prompt of every sample that is trained on, in `prompts`."""
 
-    prompts: SystemPrompts
+    def __init__(self, *settings: Any, **named: Any):
+        super().__init__(*settings, **named)
+        self.prompts = SystemPrompts()
 
     def encode(self, sample: Sample) -> Encoded:
         encoded = super().encode(sample)

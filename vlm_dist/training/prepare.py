@@ -148,4 +148,6 @@ def open_training_stream(inputs: Inputs, model: Any, ranks: Ranks) -> Stream:
     finish = made_ready(model, ranks.device, choose_dtype(config.model.dtype, ranks.device))
     if not ranks.is_first_of_rows:
         inputs.quarantine.is_silent = True  # who shares its rows says it
-    return inputs.stream(ranks.replica, ranks.replicas, epochs=config.training.epochs, positions=positions, finish=finish)
+    apart = ranks.device.type == "cuda" if config.data.processes == "auto" else config.data.processes
+    ways: dict[str, Any] = {"positions": positions, "finish": finish, "in_processes": apart}
+    return inputs.stream(ranks.replica, ranks.replicas, epochs=config.training.epochs, **ways)

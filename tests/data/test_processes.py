@@ -1,0 +1,129 @@
+"""Samples prepared in processes: the same steps, states and words as with threads; what is killed is told, and nobody is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, child_environment, losses_of, write_config
+from tests.data.test_stream import processor, rows, stream_of  # noqa: F401
+from vlm_dist import load_config, train
+from vlm_dist.data import processes
+from vlm_dist.data.processes import SHARED
+from vlm_dist.errors import MachineError
+
+pytestmark = pytest.mark.slow
+
+
+def in_processes(stream, number=2):
+    stream.in_processes, stream.config = True, stream.config.model_copy(update={"workers": number})
+    return stream
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_are_those_of_threads(tmp_path, shards, processor, packing):  # noqa: F811
+    broken = tmp_path / "broken-000000.tar"
+    broken.write_bytes(Path(shards["qa-train"][0]).read_bytes().replace(b'"assistant"', b'"nobody-no"'))
+    found = []
+    for apart in (False, True):
+        folder = tmp_path / str(apart)
+        folder.mkdir()
+        settings = {"packing": packing, "max_bad_fraction": 1.0, "pack_lookahead": 4}
+        stream = stream_of([str(broken), *shards["qa-train"][1:]], processor, folder, **settings)
+        stream.pack = packing
+        steps = [(in_processes(stream) if apart else stream).next_step() for _ in range(6)]
+        state, notes = stream.state(), stream.encoder.tally.to_dict()
+        stream.close()
+        quarantined = sorted((folder / "quarantine.jsonl").read_text().splitlines())
+        found.append((steps, state, quarantined, notes))
+    (threads, *told), (processes, *same) = found
+    assert told == same and len(told[1]) > 5
+    for one, other in zip(threads, processes, strict=True):
+        assert (one.counts, one.keys, one.labels) == (other.counts, other.keys, other.labels)
+        for batch, again in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert batch.keys() == again.keys() and all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_a_run_in_processes(settings, tmp_path):
+    """Losses, and the system prompts that an adapter remembers."""
+    settings["data"]["heldout"] = []
+    folders = []
+    for apart in ("false", "true"):
+        train(load_config(write_config(settings, tmp_path), [f"data.processes={apart}", f"name=run-{apart}"]))
+        folders.append(Path(settings["output_dir"]) / f"run-{apart}")
+    assert losses_of(folders[0]) == losses_of(folders[1])
+    records = [json.loads((folder / "adapter" / "vlm_dist.json").read_text()) for folder in folders]
+    assert records[0].get("system_prompt") == records[1].get("system_prompt")
+
+
+@pytest.mark.parametrize("room", ["enough", "none"])
+def test_shared_memory_is_left_as_it_was(tmp_path, shards, processor, room, monkeypatch):  # noqa: F811
+    """Also of samples that nobody has asked for yet; without room the samples come another way."""
+    if room == "none":
+        monkeypatch.setattr(processes, "SHARED", tmp_path / "not there")
+    before = set(SHARED.iterdir())
+    stream = in_processes(stream_of(shards["qa-train"], processor, tmp_path), 1)
+    expected = [step.keys for _, step in zip(range(5), stream_of(shards["qa-train"], processor, tmp_path).steps(), strict=False)]
+    steps = stream.steps()
+    assert [next(steps).keys for _ in range(5)] == expected
+    steps.close()
+    assert set(SHARED.iterdir()) <= before
+
+
+def children(pid: int) -> list[int]:
+    """Processes that prepare samples for a process, by their words."""
+    import psutil
+
+    return [one.pid for one in psutil.Process(pid).children(recursive=True) if "forkserver" in " ".join(one.cmdline())]
+
+
+def test_one_that_is_killed_is_told(tmp_path, shards, processor):  # noqa: F811
+    stream = in_processes(stream_of(shards["qa-train"], processor, tmp_path), 1)
+    steps = stream.steps()
+    next(steps)
+    workers = [pid for pid in children(os.getpid()) if pid not in (os.getpid(),)]
+    for pid in workers[1:]:  # the first is the server that they come from
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(MachineError, match=r"data.processes: a process that prepares samples was killed .* data.workers lower"):
+        for _ in range(20):
+            next(steps)
+
+
+SCRIPT = """
+import sys
+from vlm_dist import load_config, train
+train(load_config(sys.argv[1], ["data.processes=true"]))
+print("ended")
+"""
+
+
+def test_a_script_without_a_guard_and_a_trainer_that_is_killed(settings, tmp_path):
+    """A new process would read the script again; and one whose trainer is gone ends by itself."""
+    settings["data"]["heldout"] = []
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    words = [sys.executable, str(script), str(write_config(settings, tmp_path))]
+    done = subprocess.run(words, env=child_environment(), capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    assert done.returncode == 0 and done.stdout.count("ended") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    settings |= {"name": "long", "training": {"steps": 100_000, "global_batch": 4, "micro_batch": 2}}
+    process = subprocess.Popen([*words[:2], str(write_config(settings, tmp_path))], env=child_environment(), cwd=ROOT)
+    metrics = Path(settings["output_dir"]) / "long" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    workers = children(process.pid)
+    assert len(workers) >= 3  # the server, and two
+    process.kill()
+    process.wait()
+    for pid in workers:
+        while Path(f"/proc/{pid}/cmdline").exists() and b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            time.sleep(0.1)
