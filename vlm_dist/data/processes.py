@@ -135,7 +135,7 @@ def _do(name: str, *arguments: Any) -> tuple[bytes, list[int], Path | None]:
         return head, [], None
     path = Path(f"{_mark}-{os.getpid()}-{next(_numbers)}")
     try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:  # nobody else's to read
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:  # nobody else's to read
             file.writelines(parts)
     except OSError:  # a container's shared memory is often 64 MB
         with suppress(OSError):
