@@ -184,7 +184,7 @@ def test_the_whole_run(vision, language, tmp_path):
         f"model.mini_vlm.vision={vision('vit')}", f"model.mini_vlm.language={language('llama')}", f"output_dir={tmp_path / 'runs'}",
         f"data.train={tmp_path}/shards/flickr8k-train-*.tar", f"data.heldout={tmp_path}/shards/flickr8k-heldout-*.tar", "optim.lr=3e-3",
         "training.epochs=12", "checkpoint.save_every=20", "checkpoint.keep_last=9",
-        "evaluation.samples=12", "log.wandb=disabled", "model.dtype=float32",
+        "evaluation.samples=12", "log.wandb=disabled", "model.dtype=float32", f"data.cache_dir={tmp_path}/cache",
     ]  # fmt: skip
     whole = run_command("train", config, *changes, "name=whole")
     assert whole.returncode == 0, whole.stderr
