@@ -117,7 +117,9 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from vlm_dist.data.pack_pictures import in_words
     from vlm_dist.data.pack_records import LEFT_OUT, pack_records
 
-    given = (name for name in ("limit", "heldout", "max_side", "processes") if getattr(arguments, name) is not None)
+    if arguments.heldout is not None and arguments.heldout < 0:
+        raise DataError(f"--heldout: found {arguments.heldout}; expected 0 or more")
+    given = (name for name in ("limit", "max_side", "processes") if getattr(arguments, name) is not None)
     _check_positive(arguments, "shard_size", "quality", *given)
     options: dict[str, Any] = {"samples_per_shard": arguments.shard_size, "limit": arguments.limit, "seed": arguments.seed}
     if arguments.heldout is not None:

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,8 @@ MARKS = (
     (b"\xfe\xff", "utf-16"),
 )
 TOKENS = re.compile(r"\ufeff?[^\t]+\.\w+#\d+\t")
+NEVER_CLOSED = "unexpected end of data"  # what Python's reader says of a quote without its end
+MOST_RETURNS = 100  # to the line behind such a quote; each reads the rest of the file once more
 LONGEST_REFERENCE = 64  # characters; in VLMEvalKit's tables a picture of fewer is the index of another row
 
 
@@ -144,29 +147,68 @@ def read_table(path: Path) -> Iterator[Any]:
             yield from _read_tokens(file)
             return
         delimiter = max("\t,;|", key=header.count) if path.suffix.lower() != ".tsv" else "\t"
-        rows = csv.DictReader(_without_mark(file), delimiter=delimiter, skipinitialspace=True, strict=True)
+        lines = _Lines(file)
+        rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         names = [name.strip() for name in rows.fieldnames or []]
         rows.fieldnames = names
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             raise DataError(f"data pack: '{path}' has two columns '{twice}'; give one of them another name")
         is_flickr = {"image_name", "comment"} <= set(names)
-        yield from _grouped(_rows(rows, path, names)) if is_flickr else _rows(rows, path, names)
+        found = _rows(rows, lines, path, names)
+        yield from _grouped(found) if is_flickr else found
 
 
-def _rows(rows: csv.DictReader, path: Path, names: list[str]) -> Iterator[Any]:
+class _Lines:
+    """The lines of a table, without its mark; those of the row that is being read can be read again."""
+
+    def __init__(self, file: IO[str]):
+        self._file = file
+        self._again: deque[str] = deque()
+        self._row: list[str] = []
+        self.number = 0
+        """Of the line read last, from 1."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._file)
+        self.number += 1
+        self._row.append(line)
+        return line.lstrip("\ufeff") if self.number == 1 else line
+
+    def begin_row(self) -> int:
+        """The number of the line that is read next."""
+        self._row = []
+        return self.number + 1
+
+    def return_all_but_first(self) -> None:
+        self._again.extendleft(reversed(self._row[1:]))
+        self.number -= len(self._row) - 1
+
+
+def _rows(rows: csv.DictReader, lines: _Lines, path: Path, names: list[str]) -> Iterator[Any]:
     seen: dict[str, str] = {}
+    returns = 0
     while True:
-        begin = rows.reader.line_num + 1
+        begin = lines.begin_row()
         try:
             row = next(rows, None)
         except csv.Error as error:
-            end = rows.reader.line_num
-            lines = f"line {begin}" if begin >= end else f"lines {begin} to {end}"
-            yield BadSample(f"'{path.name}' {lines}: {error}; a quote within a quoted cell is written twice")
+            end = lines.number
+            if NEVER_CLOSED in str(error):
+                if returns < MOST_RETURNS:
+                    lines.return_all_but_first()
+                    returns += 1
+                how = "the lines behind it are read on their own" if begin < end else "write it twice, within quotes, or leave it out"
+                yield BadSample(f"'{path.name}' line {begin}: a quote opens a cell and none closes it; {how}")
+            else:
+                where = f"line {begin}" if begin >= end else f"lines {begin} to {end}"
+                yield BadSample(f"'{path.name}' {where}: {error}; a quote within a quoted cell is written twice")
             continue
         if row is None:
             return
-        yield _row(rows, row, f"'{path.name}' line {rows.line_num}", names, seen)
+        yield _row(rows, row, f"'{path.name}' line {lines.number}", names, seen)
 
 
 def _read_tokens(file: IO[str]) -> Iterator[Any]:
@@ -184,11 +226,6 @@ def _grouped(rows: Iterable[Any]) -> Iterator[Any]:
         elif isinstance(row, BadSample):
             yield row
     yield from ({"image": name, "captions": texts} for name, texts in captions.items())
-
-
-def _without_mark(file: IO[str]) -> Iterator[str]:
-    for number, line in enumerate(file):
-        yield line.lstrip("\ufeff") if not number else line
 
 
 def _row(rows: csv.DictReader, row: dict[Any, Any], where: str, names: list[str], seen: dict[str, str]) -> Any:

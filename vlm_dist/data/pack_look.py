@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +53,7 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
     found = ", ".join(f"{name} ({count})" for name, count in names.most_common())
     lines = [
         f"source: {source} ({getattr(records, 'about', '')}), {len(records):,} records",
-        f"layout of {len(numbers):,} looked at: {found}" + (f"; not recognised ({len(reasons)}): {reasons[0][:160]}" if reasons else ""),
+        f"layout of {len(numbers):,} looked at: {found}" + (f"; not recognised ({len(reasons)}): {_cut(reasons[0])}" if reasons else ""),
         f"sample: {_abridged(sample)}",
     ]
     if ways:
@@ -77,6 +78,11 @@ def _counted(numbered: list[tuple[int, int]], first: int | None) -> list[str]:
         )
     how = "" if first is not None else "; --options-from 1 says otherwise"
     return [f"answers: numbers of options, counted from {first or 0} ({len(numbered)} looked at, the lowest {low}){how}"]
+
+
+def _cut(reason: str) -> str:
+    """Without the list of all layouts, and not in the middle of a word."""
+    return textwrap.shorten(reason.partition("; known are ")[0], 160, placeholder=" ...")
 
 
 def _fitting(record: Any) -> tuple[str, str] | None:
