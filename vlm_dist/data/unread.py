@@ -62,13 +62,20 @@ def _is_stripped(raw: dict[str, Any], record: dict[str, Any], given: Any) -> boo
     members = (raw[name].decode("utf-8-sig", "replace").rstrip("\r\n") for name in TEXT_MEMBERS if name in raw)
     keys = (*QUESTIONS, *ANSWERS, *CAPTIONS) if isinstance(given, dict) else ()
     values = (value for key in keys for value in _listed(given.get(key)))
-    odd = [text for text in (*members, *values) if isinstance(text, str) and text != text.strip() and text.strip()]
+    if not (record.get("messages") or record.get("captions")):
+        return any(_has_space(text) for text in members)
+    odd = [text for text in values if isinstance(text, str) and _has_space(text)]
     if not odd:
         return False
     turns = record.get("messages") or ()
-    said = [turn.get("content") for turn in turns if isinstance(turn, dict)] + [*_listed(record.get("captions")), *members]
+    said = [turn.get("content") for turn in turns if isinstance(turn, dict)] + _listed(record.get("captions"))
     whole = [text for text in said if isinstance(text, str)]
     return any(text.strip() in one and text not in one for text in odd for one in whole)
+
+
+def _has_space(text: str) -> bool:
+    """Around its words."""
+    return text != text.strip() and bool(text.strip())
 
 
 def _listed(value: Any) -> list[Any]:
