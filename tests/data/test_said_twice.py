@@ -177,7 +177,7 @@ def test_words_that_a_template_rewrites_are_never_lost(checkpoint):
     processor = AutoProcessor.from_pretrained(checkpoint("llava"))
     processor.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text | replace('red', 'blue') }}</s>{% endfor %}"
     turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "a red box"}]
-    with pytest.raises(BadSample, match="leaves out what the assistant says in turn 1: 'a red box'"):
+    with pytest.raises(BadSample, match="writes in other words what the assistant says in turn 1: 'a red box'"):
         Encoder(processor, 512).encode(Sample("k", "s", read_messages(turns), []))
 
 

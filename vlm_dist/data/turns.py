@@ -160,7 +160,8 @@ def left_out(messages: Messages, text: str, tools: list[Any] | None) -> set[Note
         elif lost and message["role"] == "assistant" and all(without_thought(one) in text for one in lost):
             notes.add(("template", "reasoning"))
         elif lost:
-            raise BadSample(f"the chat template leaves out what the {message['role']} says in turn {number}: {lost[0].strip()[:60]!r}")
+            how = "writes in other words" if message["role"] == "assistant" else "leaves out"
+            raise BadSample(f"the chat template {how} what the {message['role']} says in turn {number}: {lost[0].strip()[:60]!r}")
         elif any(one not in text for one in said):
             notes.add(("stripped", "spaces and line breaks, by the chat template"))
         if any(name not in text for name in _names(message.get("tool_calls"))):
