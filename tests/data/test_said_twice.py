@@ -100,10 +100,60 @@ def test_options_that_are_counted_from_zero_are_told(tmp_path, capsys):
     assert main(["data", "pack", source, str(tmp_path / "a"), "--processes", "1"]) == 0
     said = capsys.readouterr().out
     assert "counted from 0 (2 looked at, the lowest 0); --options-from 1 says otherwise" in said
-    assert "answers that are the number of an option: counted from 0 (2 samples)" in said
-    notes = parsed({"question": "q", "options": OPTIONS, "answer": 1}).notes
-    assert ("option", "counted from 0") in notes
-    assert not parsed({"question": "q", "options": OPTIONS, "answer": "B"}).notes & {("option", "counted from 0")}
+    assert "how they are read: the number of an option, counted from 0 (2 samples)" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "told"),
+    [
+        (1, "B", "the number of an option, counted from 0"),
+        ("1.0", "B", "the number of an option, counted from 0"),
+        ("B", "B", None),
+        ("dog", "dog", None),
+        ("b", "B", None),
+        ("(B)", "B", None),
+        ("B.", "B", None),
+        ("Answer: B", "Answer: B", "other words than those of the options, as they stand"),
+    ],
+)
+def test_how_an_answer_beside_options_is_read_is_told(answer, said, told):
+    found = parsed({"question": "q", "options": OPTIONS, "answer": answer})
+    assert found.messages[-1]["content"][0]["text"] == said
+    assert [name for kind, name in found.notes if kind == "option"] == ([told] if told else [])
+
+
+def test_truths_are_told():
+    assert ("option", "true and false as yes and no") in parsed({"question": "q", "answer": False}).notes
+
+
+DAMAGED = {
+    "a\u200bcat": "characters that nobody sees", "caf\ufffd": "U+FFFD", "caf\u00c3\u00a9": "UTF-8 that was read",
+    "a cat\\n": "escaped twice", "A &amp; B": "HTML's entities", "nan": "nan, None or null",
+}  # fmt: skip
+
+
+def test_texts_that_look_damaged_are_told():
+    for text, words in DAMAGED.items():
+        for record in ({"question": "q", "answer": text}, {"captions": [text, "b"]}):
+            (found,) = (name for kind, name in parsed(record).notes if kind == "damage")
+            assert words in found
+    for text in ("\\nabla x", "none", "S\u00c3O", "\U0001f469\u200d\U0001f467", "caf\u00e9", "R&D; no"):
+        assert not parsed({"question": "q", "answer": text}).notes
+
+
+def test_classes_by_number_alone_are_told():
+    assert ("number", "captions") in parsed({"image": "0.jpg", "label": "3"}).notes
+    assert not parsed({"question": "How many?", "answer": 3}).notes
+
+
+def test_an_empty_answer_is_told_as_one():
+    with pytest.raises(BadSample, match="'answer' is '': nothing is answered"):
+        canonical({"image": "0.jpg", "question": "q", "answer": ""})
+
+
+def test_tables_as_pandas_splits_them(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"columns": ["image", "caption"], "index": [0], "data": [["0.jpg", "a"]]}))
+    assert list(read_records(tmp_path / "a.json")) == [{"image": "0.jpg", "caption": "a"}]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ LETTERED = re.compile(r"[(（]?(?P<label>[A-Z]|\d{1,2})(?:[)）、．：]|[.:](?
 """An option with its letter in it: "A. cat", "(A) cat", "B: cat", "B、cat"."""
 A_NUMBER = re.compile(r"(-?\d{1,2})(?:\.0)?")
 """Of an option; 1.0 is what tables with empty cells make of 1."""
+A_LETTER = re.compile(r"[(（\[]?([A-Za-z])[)）\].:、．：]?")
+"""Of an option, as people write it: B, b, (B), B."""
 NAME_KEYS, WORD_KEYS = ("label", "key", "id", "letter", "option", "idx"), ("text", "value", "content", "option", "choice", "answer")
 
 Options = list[tuple[str, str]]
@@ -76,6 +78,23 @@ def numbered_answer(record: Any) -> tuple[int, int] | None:
     return (int(number[1]), len(options)) if number and number[0] not in names and number[1] not in names else None
 
 
+def how_answered(record: Any) -> str | None:
+    """How an answer that is no plain text is read, in words; None: it is one."""
+    if not isinstance(record, dict):
+        return None
+    if numbered_answer(record) is not None:
+        return "the number of an option, counted from 0"
+    value = next((record[key] for key in ANSWERS if is_present(record.get(key))), None)
+    if isinstance(value, bool):
+        return "true and false as yes and no"
+    try:
+        options = question_with_options(record, "")[1] if isinstance(value, str) else []
+        said = answer_among(value.strip(), options) if options and isinstance(value, str) else ""
+    except BadSample:
+        return None
+    return "other words than those of the options, as they stand" if said and all(said not in option for option in options) else None
+
+
 def with_letter_from_one(record: dict[str, Any]) -> dict[str, Any]:
     """A record whose answer is the number of an option, from 1, with the option's label in its place.
 
@@ -112,6 +131,8 @@ def answer_among(answer: str | int, options: Options) -> str:
         return answer
     if isinstance(answer, str) and (written := LETTERED.fullmatch(answer.strip())) and (written["label"], written["text"]) in options:
         return written["label"]
+    if isinstance(answer, str) and (letter := A_LETTER.fullmatch(answer.strip())) and letter[1].upper() in labels:
+        return letter[1].upper()
     if isinstance(place, int) and str(place) in labels:
         return str(place)
     if isinstance(place, int) and 0 <= place < len(labels) and labels[place]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_dist.data import layout_kinds as kinds
 from vlm_dist.data.layout_boxes import with_objects
-from vlm_dist.data.layout_keys import KNOWN
+from vlm_dist.data.layout_keys import ANSWERS, CAPTIONS, KNOWN, QUESTIONS
 from vlm_dist.data.layout_lists import looks_like_turns
 from vlm_dist.data.layout_names import in_known_names
 from vlm_dist.data.layout_options import with_letter_from_one
@@ -82,6 +82,9 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
         layout = next(one for one in LAYOUTS if one.convert is kinds.from_box)
     if layout is None and record.get("objects") == []:
         raise BadSample("'objects' marks nothing in the picture, and there is no text")
+    empty = [key for key in (*ANSWERS, *CAPTIONS) if key in record and not texts_of(record[key])] if layout is None else []
+    if empty and any(texts_of(record.get(key)) for key in QUESTIONS):
+        raise BadSample(f"'{empty[0]}' is {shown(record[empty[0]])}: nothing is answered; its keys are {keys_of(record)}")
     if layout is None:
         known = "; ".join(f"{known.name} ({known.keys})" for known in LAYOUTS)
         raise BadSample(f"no text in a layout that is known; its keys are {keys_of(record)}; known are {known}; or name columns: --answer")
@@ -110,7 +113,7 @@ def as_object(record: Any) -> dict[str, Any]:
     if isinstance(record, list) and looks_like_turns(record):
         return {"messages": record}
     if not isinstance(record, dict):
-        raise BadSample("the record is no object")
+        raise BadSample(f"the record is {shown(record, 60)}; expected an object")
     return record
 
 

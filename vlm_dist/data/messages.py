@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from vlm_dist.data.json_text import read_object
@@ -111,9 +112,14 @@ def line_breaks_lost(turns: Any) -> set[str]:
 
 def odd_thoughts(turns: Any) -> set[str]:
     """What in assistants' words looks like a thought and is no whole one."""
-    said = (turn.get("content", turn.get("value")) for turn in _objects(turns) if _speaks(turn))
-    texts = (text if isinstance(text, str) else "".join(str(part.get("text") or "") for part in _objects(text)) for text in said)
-    return {oddity for text in texts for oddity in oddities(text)}
+    return {oddity for is_said, text in texts_in(turns) if is_said for oddity in oddities(text)}
+
+
+def texts_in(turns: Any) -> Iterator[tuple[bool, str]]:
+    """(whether an assistant says it, text) of each turn."""
+    for turn in _objects(turns):
+        text = turn.get("content", turn.get("value"))
+        yield _speaks(turn), text if isinstance(text, str) else "".join(str(part.get("text") or "") for part in _objects(text))
 
 
 def _speaks(turn: dict[str, Any]) -> bool:

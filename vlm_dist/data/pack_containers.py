@@ -45,6 +45,9 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
     if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
         yield from coco_records(value)
         return
+    if _is_split(value):  # as pandas writes it with orient="split"
+        yield from (dict(zip(value["columns"], row, strict=True)) for row in value["data"])
+        return
     layout = layout_of(value)
     wrapped = next(
         (key for key in WRAPPERS if isinstance(value.get(key), list) and all(isinstance(v, dict | list) for v in value[key])), None
@@ -70,6 +73,13 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
 def _with(more: dict[str, Any], record: dict[str, Any]) -> Any:
     """A record with what the document says of all; one in which a key stands twice is none."""
     return BadSample(record.reason) if isinstance(record, Twice) else {**more, **record}
+
+
+def _is_split(value: dict[str, Any]) -> bool:
+    """Names of columns beside rows of so many cells."""
+    names, rows = value.get("columns"), value.get("data")
+    are_rows = isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(names) for row in rows)
+    return are_rows and bool(rows) and all(isinstance(name, str) for name in names)
 
 
 def _is_table(value: dict[str, Any]) -> bool:

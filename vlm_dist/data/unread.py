@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from vlm_dist.data.boxes import FORMATS, are_objects, numbered, unread_object_keys
 from vlm_dist.data.clips import VIDEO_KEYS, has_videos, is_of_video
+from vlm_dist.data.damage import traces_in
 from vlm_dist.data.layout_keys import ANSWERS, CAPTIONS, QUESTIONS
-from vlm_dist.data.layout_options import numbered_answer
+from vlm_dist.data.layout_options import how_answered
 from vlm_dist.data.layout_values import FILE_KEYS, texts_of
+from vlm_dist.data.layouts import layout_of
 from vlm_dist.data.members import PICTURE_MEMBER, TEXT_MEMBERS, picture_members
-from vlm_dist.data.messages import line_breaks_lost, odd_thoughts, unread_keys, unread_part_keys, weighing_keys
+from vlm_dist.data.messages import line_breaks_lost, odd_thoughts, texts_in, unread_keys, unread_part_keys, weighing_keys
 from vlm_dist.data.tally import Note
 
 NO_OBJECTS = "no list of {bbox | point | polygon, label}"
@@ -52,9 +55,24 @@ def notes_of(raw: dict[str, Any], record: dict[str, Any], given: Any) -> set[Not
     turns = record.get("messages") or ()
     notes |= {("stripped", what) for what in line_breaks_lost(turns)} | {("thought", what) for what in odd_thoughts(turns)}
     notes |= {("stripped", "spaces and line breaks")} if _is_stripped(raw, record, given) else set()
-    notes |= {("option", "counted from 0")} if numbered_answer(given) is not None else set()
+    if (how := how_answered(given)) and ((layout := layout_of(given)) is None or layout.name == "question and answer"):
+        notes.add(("option", how))
+    notes |= {("damage", trace) for said, text in _texts(raw, record) for trace in traces_in(text, is_said=said)}
+    if not turns and any(text.strip().isdecimal() for _, text in _texts(raw, record)):
+        notes.add(("number", "captions"))
     notes |= {("part key", key) for key in unread_part_keys(turns)} | {("weight", key) for key in weighing_keys(turns)}
     return notes | {("turn key", key) for key in unread_keys(turns)}
+
+
+def _texts(raw: dict[str, Any], record: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """(whether a model is to say it, text) of everything that is learnt from."""
+    turns = record.get("messages")
+    if turns is not None:
+        yield from texts_in(turns)
+    elif captions := _captions(record):
+        yield from ((True, text) for text in captions)
+    else:
+        yield from ((True, raw[name].decode("utf-8", "replace").removeprefix("\ufeff")) for name in TEXT_MEMBERS if name in raw)
 
 
 def _is_stripped(raw: dict[str, Any], record: dict[str, Any], given: Any) -> bool:
@@ -62,13 +80,13 @@ def _is_stripped(raw: dict[str, Any], record: dict[str, Any], given: Any) -> boo
     members = (raw[name].decode("utf-8-sig", "replace").rstrip("\r\n") for name in TEXT_MEMBERS if name in raw)
     keys = (*QUESTIONS, *ANSWERS, *CAPTIONS) if isinstance(given, dict) else ()
     values = (value for key in keys for value in _listed(given.get(key)))
-    if not (record.get("messages") or record.get("captions")):
+    if not (record.get("messages") or _captions(record)):
         return any(_has_space(text) for text in members)
     odd = [text for text in values if isinstance(text, str) and _has_space(text)]
     if not odd:
         return False
     turns = record.get("messages") or ()
-    said = [turn.get("content") for turn in turns if isinstance(turn, dict)] + _listed(record.get("captions"))
+    said = [turn.get("content") for turn in turns if isinstance(turn, dict)] + _captions(record)
     whole = [text for text in said if isinstance(text, str)]
     return any(text.strip() in one and text not in one for text in odd for one in whole)
 
@@ -76,6 +94,10 @@ def _is_stripped(raw: dict[str, Any], record: dict[str, Any], given: Any) -> boo
 def _has_space(text: str) -> bool:
     """Around its words."""
     return text != text.strip() and bool(text.strip())
+
+
+def _captions(record: dict[str, Any]) -> list[str]:
+    return [text for text in _listed(record.get("captions") or record.get("caption")) if isinstance(text, str)]
 
 
 def _listed(value: Any) -> list[Any]:
