@@ -89,6 +89,7 @@ def test_python_page(tmp_path, monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S):
         exec(code, names)
     assert names["summary"]["ended"] == "finished" and names["page"].exists()
+    assert names["parts"].image_tokens == 17 and (tmp_path / "checkpoints" / "mini" / "mini_vlm.py").exists()
     assert (tmp_path / "lora_model" / "adapter_model.safetensors").exists() and (tmp_path / "merged" / "model.safetensors").exists()
 
 

@@ -139,7 +139,7 @@ def test_text_is_counted_as_it_is_encoded(encoder):
 def test_a_template_that_rewrites_earlier_turns_is_refused(encoder):
     said = "{{ m.content[-1].text | upper if m.role == 'assistant' else m.content[-1].text }}"
     encoder.processor.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.role }} " + said + "{% endfor %}"
-    with pytest.raises(BadSample, match="writes turn 1 in several pieces or in other words"):
+    with pytest.raises(BadSample, match="writes in other words what the assistant says in turn 1: 'red'"):
         encoder.encode(sample(MORE, assistant("red"), images=0))
 
 

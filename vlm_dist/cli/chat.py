@@ -43,10 +43,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from vlm_dist.serving.answer import is_video, open_picture, open_video
     from vlm_dist.serving.chat import Chat
 
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1 or arguments.max_new_tokens < 1:
         raise ConfigError("chat: expected --temperature of 0 or more, --top-p between 0 and 1, --max-new-tokens of 1 or more")
+    for path in arguments.image:  # before the model is loaded
+        open_video(path) if is_video(path) else open_picture(path)
     drawn = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.temperature else {}
     opened = {"base_model": arguments.base_model, "system": arguments.system, "reasoning": arguments.reasoning}
     chat = Chat(arguments.source, arguments.max_new_tokens, **opened, **drawn)

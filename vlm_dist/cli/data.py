@@ -72,6 +72,8 @@ def _add_pack(kinds: Any) -> None:
     pack.add_argument("--image", metavar="COLUMN", help="records: the key of the picture or pictures")
     numbers = "records: what the numbers of boxes and points mean: xywh (COCO's), xyxy, cxcywh, xy; xyxy/1000 and its like: shares"
     pack.add_argument("--boxes", metavar="FORM", help=numbers)
+    options = "records: what the first option's number is, where answers are numbers of options (default 0, unless none is 0)"
+    pack.add_argument("--options-from", type=int, choices=(0, 1), help=options)
     pack.add_argument("--fetch", action="store_true", help="records: fetch pictures at http(s) addresses (default: named, not fetched)")
     pack.add_argument("--fetch-private", action="store_true", help="as --fetch, also from this machine and private networks")
     pack.add_argument("--dry-run", action="store_true", help="records: show the layout recognised and one sample; write nothing")
@@ -115,13 +117,16 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from vlm_dist.data.pack_pictures import in_words
     from vlm_dist.data.pack_records import LEFT_OUT, pack_records
 
-    given = (name for name in ("limit", "heldout", "max_side", "processes") if getattr(arguments, name) is not None)
+    if arguments.heldout is not None and arguments.heldout < 0:
+        raise DataError(f"--heldout: found {arguments.heldout}; expected 0 or more")
+    given = (name for name in ("limit", "max_side", "processes") if getattr(arguments, name) is not None)
     _check_positive(arguments, "shard_size", "quality", *given)
     options: dict[str, Any] = {"samples_per_shard": arguments.shard_size, "limit": arguments.limit, "seed": arguments.seed}
     if arguments.heldout is not None:
         options["heldout"] = arguments.heldout
     if arguments.format == "flickr8k":
-        _refuse(arguments, "dedup", "dry_run", "annotations", "question", "answer", "image", "boxes", "fetch", "fetch_private")
+        of_records = ("dedup", "dry_run", "annotations", "question", "answer", "image", "boxes", "options_from", "fetch", "fetch_private")
+        _refuse(arguments, *of_records)
         made: dict[str, Any] = dict(pack_flickr8k(arguments.source, arguments.out, **options))
     else:
         names = ("images", "split", "annotations", "dedup", "max_side", "reencode", "quality", "processes")
@@ -152,7 +157,7 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
         raise DataError(f"--boxes: found {arguments.boxes!r}; expected one of {', '.join(FORMS)}")
     fetches = arguments.fetch or arguments.fetch_private
     return {
-        "columns": Columns(arguments.question, arguments.answer, arguments.image, arguments.boxes),
+        "columns": Columns(arguments.question, arguments.answer, arguments.image, arguments.boxes, arguments.options_from),
         "fetcher": Fetcher(allow_private=arguments.fetch_private) if fetches else None,
         "tell": print,
         "look_only": arguments.dry_run,
@@ -168,7 +173,7 @@ def _index(shards: list[Path]) -> None:
 
 
 def _refuse(arguments: argparse.Namespace, *names: str) -> None:
-    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) not in (None, False)]:
         raise DataError(f"{given[0]}: found with --format {arguments.format}; expected --format records, which reads it")
 
 

@@ -77,9 +77,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
         from vlm_dist.data.shards import find_paths
         from vlm_dist.data.verify import verify
 
-        heldout = find_paths(arguments.heldout, "data.heldout")
+        heldout = find_paths(arguments.heldout, "data verify --heldout")
         found = verify(
-            find_paths(arguments.source, "data.train"), heldout, DataConfig(train=arguments.source), processes=arguments.processes
+            find_paths(arguments.source, "data verify"), heldout, DataConfig(train=arguments.source), processes=arguments.processes
         )
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))

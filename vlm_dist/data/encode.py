@@ -230,9 +230,9 @@ class Encoder:
         notes: set[Note] = set()
         made = []
         for given in messages:
-            message = with_reasoning_apart(given) if self.habits.takes_reasoning else given
-            content = [self._tokens.as_text(part, notes) for part in message["content"]]
-            made.append({**message, "content": content if message["role"] == "user" else joined(content)})
+            message = given if given["role"] == "user" else {**given, "content": joined(given["content"])}
+            message = with_reasoning_apart(message) if self.habits.takes_reasoning else message
+            made.append({**message, "content": [self._tokens.as_text(part, notes) for part in message["content"]]})
             if isinstance(thought := message.get("reasoning_content"), str):
                 made[-1]["reasoning_content"] = self._tokens.as_text({"text": thought}, notes)["text"]
             if "tool_calls" in message:

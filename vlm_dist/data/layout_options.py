@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlm_dist.data.layout_values import parsed, shown, texts_of
+from vlm_dist.data.layout_keys import ANSWERS, KNOWN
+from vlm_dist.data.layout_names import in_known_names
+from vlm_dist.data.layout_values import is_present, parsed, shown, texts_of
 from vlm_dist.errors import BadSample
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -15,6 +17,8 @@ LETTERED = re.compile(r"[(（]?(?P<label>[A-Z]|\d{1,2})(?:[)）、．：]|[.:](?
 """An option with its letter in it: "A. cat", "(A) cat", "B: cat", "B、cat"."""
 A_NUMBER = re.compile(r"(-?\d{1,2})(?:\.0)?")
 """Of an option; 1.0 is what tables with empty cells make of 1."""
+A_LETTER = re.compile(r"[(（\[]?([A-Za-z])[)）\].:、．：]?")
+"""Of an option, as people write it: B, b, (B), B."""
 NAME_KEYS, WORD_KEYS = ("label", "key", "id", "letter", "option", "idx"), ("text", "value", "content", "option", "choice", "answer")
 
 Options = list[tuple[str, str]]
@@ -57,6 +61,58 @@ def option_said(value: Any, record: dict[str, Any], options: Options) -> list[st
     return [answer_among(text, options) for text in texts_of(value)]
 
 
+def numbered_answer(record: Any) -> tuple[int, int] | None:
+    """(number, how many options there are) of a record whose answer is the number of an option, from 0 or from 1; None: it is not."""
+    if not isinstance(record, dict):
+        return None
+    try:
+        record = in_known_names(record, KNOWN)
+        options = question_with_options(record, "")[1]
+    except BadSample:
+        return None
+    value = next((record[key] for key in ANSWERS if is_present(record.get(key))), None) if options else None
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    number, names = A_NUMBER.fullmatch(str(value).strip()), {name for option in options for name in option}
+    return (int(number[1]), len(options)) if number and number[0] not in names and number[1] not in names else None
+
+
+def how_answered(record: Any) -> str | None:
+    """How an answer that is no plain text is read, in words; None: it is one."""
+    if not isinstance(record, dict):
+        return None
+    if numbered_answer(record) is not None:
+        return "the number of an option, counted from 0"
+    value = next((record[key] for key in ANSWERS if is_present(record.get(key))), None)
+    if isinstance(value, bool):
+        return "true and false as yes and no"
+    try:
+        options = question_with_options(record, "")[1] if isinstance(value, str) else []
+        said = answer_among(value.strip(), options) if options and isinstance(value, str) else ""
+    except BadSample:
+        return None
+    return "other words than those of the options, as they stand" if said and all(said not in option for option in options) else None
+
+
+def with_letter_from_one(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose answer is the number of an option, from 1, with the option's label in its place.
+
+    Raises:
+        BadSample: no option has that number.
+    """
+    found = numbered_answer(record)
+    if found is None:
+        return record
+    record = in_known_names(record, KNOWN)
+    options, number = question_with_options(record, "")[1], found[0]
+    if not 1 <= number <= len(options) or not options[number - 1][1]:
+        has = ", ".join(str(place) for place, (_, text) in enumerate(options, 1) if text)
+        raise BadSample(f"the answer {number} is none of the options {has}, counted from 1")
+    key = next(key for key in ANSWERS if is_present(record.get(key)))
+    return {**record, key: options[number - 1][0]}
+
+
 def answer_among(answer: str | int, options: Options) -> str:
     """The option's label where the answer is its number, from 0, or the option with its letter; everything else as it is.
 
@@ -75,13 +131,18 @@ def answer_among(answer: str | int, options: Options) -> str:
         return answer
     if isinstance(answer, str) and (written := LETTERED.fullmatch(answer.strip())) and (written["label"], written["text"]) in options:
         return written["label"]
+    if isinstance(answer, str) and (letter := A_LETTER.fullmatch(answer.strip())) and letter[1].upper() in labels:
+        return letter[1].upper()
     if isinstance(place, int) and str(place) in labels:
         return str(place)
     if isinstance(place, int) and 0 <= place < len(labels) and labels[place]:
         return labels[place]
     if isinstance(place, int) or (re.fullmatch("[A-Z]", answer) and all(label in LETTERS for label in labels)):
         has = ", ".join(label for label in labels if label)
-        raise BadSample(f"the answer {str(answer)[:40]} is none of the options {has}, nor the number of one, from 0; write the letter")
+        raise BadSample(
+            f"the answer {str(answer)[:40]} is none of the options {has}, nor the number of one, from 0; write the letter "
+            "(`data pack --options-from 1` counts from 1)"
+        )
     return answer
 
 

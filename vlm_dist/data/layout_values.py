@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 import warnings
 from typing import Any
 
+from vlm_dist.data.json_text import read_object
 from vlm_dist.errors import BadSample
 
 PICTURE_KEYS = (
@@ -67,8 +67,12 @@ def _listed_texts(text: str) -> list[str] | None:
 
 
 def parsed(text: str) -> Any:
-    """What a text says as JSON, or as Python's literal; None: neither."""
-    for read in (json.loads, ast.literal_eval):
+    """What a text says as JSON, or as Python's literal; None: neither.
+
+    Raises:
+        BadSample: a key stands twice in one of its objects.
+    """
+    for read in (read_object, ast.literal_eval):
         try:
             with warnings.catch_warnings(action="ignore"):  # of backslashes
                 return read(text)

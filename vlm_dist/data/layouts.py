@@ -11,9 +11,10 @@ from typing import Any
 
 from vlm_dist.data import layout_kinds as kinds
 from vlm_dist.data.layout_boxes import with_objects
-from vlm_dist.data.layout_keys import KNOWN
+from vlm_dist.data.layout_keys import ANSWERS, CAPTIONS, KNOWN, QUESTIONS
 from vlm_dist.data.layout_lists import looks_like_turns
 from vlm_dist.data.layout_names import in_known_names
+from vlm_dist.data.layout_options import with_letter_from_one
 from vlm_dist.data.layout_values import columns_in, is_present, keys_of, parsed, shown, texts_of
 from vlm_dist.data.layout_videos import with_videos
 from vlm_dist.errors import BadSample
@@ -32,6 +33,8 @@ class Columns:
     image: str | None = None
     boxes: str | None = None
     """What the numbers of boxes mean: one of `layout_boxes.FORMS`."""
+    options_from: int | None = None
+    """What the first option's number is, 0 or 1, where answers are numbers; None: 0."""
 
     @property
     def named(self) -> list[str]:
@@ -68,6 +71,7 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
         raise BadSample(f"a pair of answers ('{pair[0]}', '{pair[1]}') to choose from; make the better one the last turn, alone")
     columns = columns or Columns()
     record = in_known_names(record, KNOWN, columns.named)
+    record = with_letter_from_one(record) if columns.options_from == 1 else record
     record = with_objects({**record, "bbox_format": columns.boxes} if columns.boxes else record)
     if columns.named:
         return _finished(_by_columns(record, columns), record)
@@ -78,6 +82,9 @@ def canonical(record: Any, columns: Columns | None = None) -> dict[str, Any]:
         layout = next(one for one in LAYOUTS if one.convert is kinds.from_box)
     if layout is None and record.get("objects") == []:
         raise BadSample("'objects' marks nothing in the picture, and there is no text")
+    empty = [key for key in (*ANSWERS, *CAPTIONS) if key in record and not texts_of(record[key])] if layout is None else []
+    if empty and any(texts_of(record.get(key)) for key in QUESTIONS):
+        raise BadSample(f"'{empty[0]}' is {shown(record[empty[0]])}: nothing is answered; its keys are {keys_of(record)}")
     if layout is None:
         known = "; ".join(f"{known.name} ({known.keys})" for known in LAYOUTS)
         raise BadSample(f"no text in a layout that is known; its keys are {keys_of(record)}; known are {known}; or name columns: --answer")
@@ -106,7 +113,7 @@ def as_object(record: Any) -> dict[str, Any]:
     if isinstance(record, list) and looks_like_turns(record):
         return {"messages": record}
     if not isinstance(record, dict):
-        raise BadSample("the record is no object")
+        raise BadSample(f"the record is {shown(record, 60)}; expected an object")
     return record
 
 

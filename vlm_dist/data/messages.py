@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
+from vlm_dist.data.json_text import read_object
 from vlm_dist.data.layout_turns import ROLES, unread_in
+from vlm_dist.data.thoughts import CLOSING, TAG, oddities
 from vlm_dist.errors import BadSample
 
 HANDED_ON = ("reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -22,6 +24,7 @@ WEIGHT_DIGITS = 6  # what is smaller is nothing
 PICTURE_PARTS = ("image", "image_url", "input_image")
 VIDEO_PARTS = ("video", "video_url", "input_video")
 MARKERS, MARKERS_OF_ANSWERS = re.compile("(<image>|<video>)"), re.compile("(<image>)")  # an answer about a web page may say <video>
+BESIDE_MARKER = re.compile(r"\n?<(?:image|video)>\n?")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -60,7 +63,7 @@ def check_messages(messages: list[dict[str, Any]], num_pictures: int, found: str
 
 def says_something(message: dict[str, Any]) -> bool:
     """Whether there is anything of an assistant's turn to learn."""
-    spoken = any(part.get("text", "").strip() for part in message["content"])
+    spoken = any(part.get("text", "").replace(TAG, "").replace(CLOSING, "").strip() for part in message["content"])
     return spoken or bool(message.get("tool_calls")) or bool(message.get("reasoning_content", "").strip())
 
 
@@ -96,10 +99,27 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list | tuple) else []
 
 
-def line_breaks_lost(turns: Any) -> bool:
-    """Whether an assistant's text begins or ends with line breaks, which `read_messages` takes away."""
-    said = [turn.get("content", turn.get("value")) for turn in _objects(turns) if _speaks(turn)]
-    return any(isinstance(text, str) and text.strip() and text != text.strip("\n") for text in said)
+def line_breaks_lost(turns: Any) -> set[str]:
+    """The line breaks around texts that `read_messages` takes away, but for one between a text and the marker of its picture."""
+    found = set()
+    for turn in _objects(turns):
+        text = turn.get("content", turn.get("value"))
+        words = BESIDE_MARKER.sub("", text) if isinstance(text, str) and "\n" in text else ""
+        if words.strip() and words != words.strip("\n"):
+            found.add("line breaks" if _speaks(turn) else "line breaks of questions")
+    return found
+
+
+def odd_thoughts(turns: Any) -> set[str]:
+    """What in assistants' words looks like a thought and is no whole one."""
+    return {oddity for is_said, text in texts_in(turns) if is_said for oddity in oddities(text)}
+
+
+def texts_in(turns: Any) -> Iterator[tuple[bool, str]]:
+    """(whether an assistant says it, text) of each turn."""
+    for turn in _objects(turns):
+        text = turn.get("content", turn.get("value"))
+        yield _speaks(turn), text if isinstance(text, str) else "".join(str(part.get("text") or "") for part in _objects(text))
 
 
 def _speaks(turn: dict[str, Any]) -> bool:
@@ -178,7 +198,7 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
         inner = call.get("function", call)
         if isinstance(inner, dict) and isinstance(inner.get("arguments"), str):
             try:
-                inner = {**inner, "arguments": json.loads(inner["arguments"])}
+                inner = {**inner, "arguments": read_object(inner["arguments"])}
             except (ValueError, RecursionError):
                 raise BadSample("json: the arguments of a tool call are no JSON") from None
             call = {**call, "function": inner} if "function" in call else inner

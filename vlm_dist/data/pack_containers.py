@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlm_dist.data.json_text import Twice
 from vlm_dist.data.layout_boxes import corners_of, sized
 from vlm_dist.data.layout_lists import is_one_talk
 from vlm_dist.data.layout_values import FILE_KEYS, NAMES_PICTURE, PICTURE_KEYS, pictures_of
@@ -44,6 +45,9 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
     if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
         yield from coco_records(value)
         return
+    if _is_split(value):  # as pandas writes it with orient="split"
+        yield from (dict(zip(value["columns"], row, strict=True)) for row in value["data"])
+        return
     layout = layout_of(value)
     wrapped = next(
         (key for key in WRAPPERS if isinstance(value.get(key), list) and all(isinstance(v, dict | list) for v in value[key])), None
@@ -53,7 +57,7 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
         more = {"split": subset} if isinstance(subset, str) and subset else {}
         for item in _flat(value[wrapped]):
             item = item["row"] if isinstance(item, dict) and isinstance(item.get("row"), dict) else item
-            yield {**more, **item} if isinstance(item, dict) else item
+            yield _with(more, item) if isinstance(item, dict) else item
     elif layout is not None and layout.name not in WITH_TURNS and _is_table(value):
         yield from (dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True))
     elif layout is not None:
@@ -64,6 +68,18 @@ def records_in(value: Any, path: Path) -> Iterator[Any]:
         yield from _by_id(value)
     else:
         raise DataError(f"data pack: '{path}' holds no list; its keys are {', '.join(map(str, list(value)[:20]))}; expected [{{...}}, ...]")
+
+
+def _with(more: dict[str, Any], record: dict[str, Any]) -> Any:
+    """A record with what the document says of all; one in which a key stands twice is none."""
+    return BadSample(record.reason) if isinstance(record, Twice) else {**more, **record}
+
+
+def _is_split(value: dict[str, Any]) -> bool:
+    """Names of columns beside rows of so many cells."""
+    names, rows = value.get("columns"), value.get("data")
+    are_rows = isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(names) for row in rows)
+    return are_rows and bool(rows) and all(isinstance(name, str) for name in names)
 
 
 def _is_table(value: dict[str, Any]) -> bool:
@@ -106,7 +122,7 @@ def _by_id(value: dict[str, Any]) -> Iterator[Any]:
         else:
             for record in item if isinstance(item, list) else [item]:
                 has_own = isinstance(record, dict) and any(key in record for key in PICTURE_KEYS)
-                yield {**({"id": key} if has_own else named), **record} if isinstance(record, dict) else record
+                yield _with({"id": key} if has_own else named, record) if isinstance(record, dict) else record
 
 
 def coco_records(value: dict[str, Any]) -> Iterator[Any]:
@@ -119,6 +135,9 @@ def coco_records(value: dict[str, Any]) -> Iterator[Any]:
     for annotation in value["annotations"]:
         number = annotation.get("image_id") if isinstance(annotation, dict) else None
         image = images.get(number) if isinstance(number, int | str) else None
+        if isinstance(annotation, Twice):
+            others.append(BadSample(annotation.reason))
+            continue
         if image is None:
             others.append(BadSample(f"an annotation of the picture {str(number)[:40]!r}, which 'images' does not have"))
             continue

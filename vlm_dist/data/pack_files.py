@@ -9,16 +9,16 @@ import gzip
 import io
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from vlm_dist.data.layout_values import NAMES_PICTURE
+from vlm_dist.data.json_text import Twice, read_document, read_object, refuse_twice
+from vlm_dist.data.layouts import layout_of
 from vlm_dist.data.pack_containers import records_in
 from vlm_dist.errors import BadSample, DataError
 
-CAPTION_FILES = (".txt", ".caption", ".text", ".json")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.tsv")
 RECORD_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 MARKS = (
@@ -29,6 +29,8 @@ MARKS = (
     (b"\xfe\xff", "utf-16"),
 )
 TOKENS = re.compile(r"\ufeff?[^\t]+\.\w+#\d+\t")
+NEVER_CLOSED = "unexpected end of data"  # what Python's reader says of a quote without its end
+MOST_RETURNS = 100  # to the line behind such a quote; each reads the rest of the file once more
 LONGEST_REFERENCE = 64  # characters; in VLMEvalKit's tables a picture of fewer is the index of another row
 
 
@@ -86,9 +88,27 @@ def read_json(path: Path) -> Iterator[Any]:
         text = file.read()
     if found := NOT_UTF8.search(text):
         raise DataError(f"data pack: '{path}' cannot be read: byte {_place(text, found)} is no UTF-8; save it as UTF-8")
-    value = json.loads(text)
+    value, has_twice = read_document(text)
     is_line = not isinstance(value, dict | list) and path.suffix.lower() in (".jsonl", ".ndjson")
-    yield from [value] if is_line else records_in(value, path)
+    if is_line:
+        yield value
+    else:
+        yield from _without_twice(value, path) if has_twice else records_in(value, path)
+
+
+def _without_twice(value: Any, path: Path) -> Iterator[Any]:
+    """The records of a document, but for those in which a key stands twice."""
+    if isinstance(value, Twice):
+        yield BadSample(f"'{path.name}': {value.reason}")
+        if layout_of(value) is not None:
+            return
+        value = {key: item for key, item in value.items() if key != value.key}  # of records by id, the others
+    for record in records_in(value, path) if value else ():
+        try:
+            refuse_twice(record)
+        except BadSample as reason:
+            record = reason
+        yield record
 
 
 def _is_whole(line: str) -> bool:
@@ -110,7 +130,7 @@ def _read_lines(path: Path) -> Iterator[Any]:
             try:
                 if found := NOT_UTF8.search(line):
                     raise BadSample(f"byte {_place(line, found)} of it is no UTF-8")
-                value = json.loads(line)
+                value = read_object(line)
             except (ValueError, RecursionError, BadSample) as error:
                 yield BadSample(f"'{path.name}' line {number}: {error}")
                 continue
@@ -127,29 +147,68 @@ def read_table(path: Path) -> Iterator[Any]:
             yield from _read_tokens(file)
             return
         delimiter = max("\t,;|", key=header.count) if path.suffix.lower() != ".tsv" else "\t"
-        rows = csv.DictReader(_without_mark(file), delimiter=delimiter, skipinitialspace=True, strict=True)
+        lines = _Lines(file)
+        rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         names = [name.strip() for name in rows.fieldnames or []]
         rows.fieldnames = names
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             raise DataError(f"data pack: '{path}' has two columns '{twice}'; give one of them another name")
         is_flickr = {"image_name", "comment"} <= set(names)
-        yield from _grouped(_rows(rows, path, names)) if is_flickr else _rows(rows, path, names)
+        found = _rows(rows, lines, path, names)
+        yield from _grouped(found) if is_flickr else found
 
 
-def _rows(rows: csv.DictReader, path: Path, names: list[str]) -> Iterator[Any]:
+class _Lines:
+    """The lines of a table, without its mark; those of the row that is being read can be read again."""
+
+    def __init__(self, file: IO[str]):
+        self._file = file
+        self._again: deque[str] = deque()
+        self._row: list[str] = []
+        self.number = 0
+        """Of the line read last, from 1."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._file)
+        self.number += 1
+        self._row.append(line)
+        return line.lstrip("\ufeff") if self.number == 1 else line
+
+    def begin_row(self) -> int:
+        """The number of the line that is read next."""
+        self._row = []
+        return self.number + 1
+
+    def return_all_but_first(self) -> None:
+        self._again.extendleft(reversed(self._row[1:]))
+        self.number -= len(self._row) - 1
+
+
+def _rows(rows: csv.DictReader, lines: _Lines, path: Path, names: list[str]) -> Iterator[Any]:
     seen: dict[str, str] = {}
+    returns = 0
     while True:
-        begin = rows.reader.line_num + 1
+        begin = lines.begin_row()
         try:
             row = next(rows, None)
         except csv.Error as error:
-            end = rows.reader.line_num
-            lines = f"line {begin}" if begin >= end else f"lines {begin} to {end}"
-            yield BadSample(f"'{path.name}' {lines}: {error}; a quote within a quoted cell is written twice")
+            end = lines.number
+            if NEVER_CLOSED in str(error):
+                if returns < MOST_RETURNS:
+                    lines.return_all_but_first()
+                    returns += 1
+                how = "the lines behind it are read on their own" if begin < end else "write it twice, within quotes, or leave it out"
+                yield BadSample(f"'{path.name}' line {begin}: a quote opens a cell and none closes it; {how}")
+            else:
+                where = f"line {begin}" if begin >= end else f"lines {begin} to {end}"
+                yield BadSample(f"'{path.name}' {where}: {error}; a quote within a quoted cell is written twice")
             continue
         if row is None:
             return
-        yield _row(rows, row, f"'{path.name}' line {rows.line_num}", names, seen)
+        yield _row(rows, row, f"'{path.name}' line {lines.number}", names, seen)
 
 
 def _read_tokens(file: IO[str]) -> Iterator[Any]:
@@ -169,11 +228,6 @@ def _grouped(rows: Iterable[Any]) -> Iterator[Any]:
     yield from ({"image": name, "captions": texts} for name, texts in captions.items())
 
 
-def _without_mark(file: IO[str]) -> Iterator[str]:
-    for number, line in enumerate(file):
-        yield line.lstrip("\ufeff") if not number else line
-
-
 def _row(rows: csv.DictReader, row: dict[Any, Any], where: str, names: list[str], seen: dict[str, str]) -> Any:
     if None in row:
         return BadSample(f"{where}: {len(names) + len(row[None])} cells; expected {len(names)}: {', '.join(names)}")
@@ -189,93 +243,3 @@ def _row(rows: csv.DictReader, row: dict[Any, Any], where: str, names: list[str]
         elif picture in seen:
             found["image"] = seen[picture]
     return found
-
-
-def read_folder(folder: Path, split: str | None) -> Iterator[Any]:
-    """Captions of a folder of pictures: in a table, in files beside the pictures, or by the names of its subfolders.
-
-    Raises:
-        DataError: no picture and no file of records lies there.
-    """
-    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None:
-        yield from _read_metadata(metadata, folder)
-        return
-    tables = {path.parent.name: path for name in METADATA for path in sorted(folder.glob(f"*/{name}"))}
-    if tables:
-        yield from _read_metadata(tables[_choose(folder, sorted(tables), split)], folder)
-        return
-    pictures = sorted(path for path in folder.rglob("*") if NAMES_PICTURE.search(path.name) and path.is_file())
-    beside = {path for path in folder.rglob("*") if path.suffix.lower() in CAPTION_FILES}
-    captioned = {path: text for path in pictures if (text := _caption_file(path, beside)) is not None}
-    if not captioned:
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in RECORD_FILES)
-        if len(files) == 1:
-            yield from read_records(files[0])
-            return
-        if files:
-            raise DataError(
-                f"data pack: '{folder}' holds {', '.join(path.name for path in files[:6])}; give one of them, or 'FOLDER/*.json'"
-            )
-        if pictures and all(path.parent != folder for path in pictures):
-            yield from _by_class(folder, pictures, split)
-            return
-    for picture in pictures:
-        yield _captioned(picture, captioned.get(picture), folder)
-
-
-def _caption_file(picture: Path, beside: set[Path]) -> Path | None:
-    return next((path for suffix in CAPTION_FILES if (path := picture.with_suffix(suffix)) in beside), None)
-
-
-def _captioned(picture: Path, text: Path | None, folder: Path) -> Any:
-    name = str(picture.relative_to(folder))
-    if text is None:
-        return BadSample(f"picture '{name}' has no text beside it; expected '{picture.with_suffix('.txt').name}'")
-    try:
-        words = decoded(text.read_bytes())
-        value = json.loads(words) if text.suffix.lower() == ".json" else {"caption": words.strip()}
-    except (OSError, ValueError, RecursionError) as error:
-        return BadSample(f"'{text.name}' cannot be read: {error}")
-    if isinstance(value, list):
-        value = {"captions": value} if all(isinstance(item, str) for item in value) else {"messages": value}
-    if not isinstance(value, dict):
-        return BadSample(f"'{text.name}' holds {type(value).__name__}; expected an object")
-    return {**{key: item for key, item in value.items() if key not in ("image", "images")}, "image": str(picture.relative_to(folder))}
-
-
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
-
-
-def _by_class(folder: Path, pictures: list[Path], split: str | None) -> Iterator[Any]:
-    """Pictures in folders whose names say what they show; below train/ and its like only one of those."""
-    tops = sorted({path.relative_to(folder).parts[0] for path in pictures})
-    if (folder / "labels").is_dir() and (folder / "images").is_dir():
-        raise DataError(f"data pack: '{folder}' is a YOLO data set (images/, labels/), which is not read; make COCO's JSON of it")
-    if all(top.lower() in SPLITS for top in tops):
-        chosen = _choose(folder, tops, split)
-        pictures = [path for path in pictures if path.relative_to(folder).parts[0] == chosen and len(path.relative_to(folder).parts) > 2]
-    for path in pictures:
-        yield {"image": str(path.relative_to(folder)), "label": path.parent.name}
-
-
-def _choose(folder: Path, names: list[str], split: str | None) -> str:
-    chosen = split or ("train" if "train" in names else names[0])
-    if chosen not in names:
-        raise DataError(f"data pack: '{folder}' has no split '{chosen}'; it has {', '.join(names)}")
-    return chosen
-
-
-def _read_metadata(path: Path, folder: Path) -> Iterator[Any]:
-    """The table that Hugging Face's imagefolder reads."""
-    for row in read_records(path):
-        if isinstance(row, BadSample):
-            yield row
-        elif not isinstance(row, dict) or not any(isinstance(row.get(key), str | list) for key in ("file_name", "file_names")):
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else row
-            yield BadSample(f"{path}: expected file_name and text (or caption), found {found}")
-        else:
-            names = row.get("file_name") or row["file_names"]
-            rest = {key: value for key, value in row.items() if key not in ("file_name", "file_names")}
-            inside = path.parent.relative_to(folder)
-            yield {**rest, "images": [str(inside / str(name)) for name in (names if isinstance(names, list) else [names])]}

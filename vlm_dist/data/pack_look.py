@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from vlm_dist.data.layout_boxes import FORM_KEYS, reading
+from vlm_dist.data.layout_options import numbered_answer
 from vlm_dist.data.layout_values import shown
 from vlm_dist.data.layouts import Columns, as_object, canonical, layout_of
 from vlm_dist.data.picture_sources import name_of
@@ -27,6 +29,7 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
     sample: dict[str, Any] | None = None
     ways: Counter[str | None] = Counter()
     fits: list[tuple[str, str] | None] = []
+    numbered: list[tuple[int, int]] = []
     for number in numbers:
         record = records[number]
         fits.append(_fitting(record) if columns is None or columns.boxes is None else None)
@@ -36,10 +39,12 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
             made = canonical(record, columns)
             names[_layout(record, columns)] += 1
             sample = sample or made
+            numbered += [found] if (found := numbered_answer(record)) else []
             if "objects" in made and made["objects"] != as_object(record).get("objects"):
                 ways.update([reading(_with_boxes(as_object(record), columns))])
         except BadSample as reason:
             reasons.append(str(reason))
+            numbered += [found] if (found := numbered_answer(record)) else []
     _refuse_corners([fit for fit in fits if fit])
     if sample is None:
         which = f"none of the {len(records):,} records" + (f" ({len(numbers)} looked at)" if len(numbers) < len(records) else "")
@@ -48,13 +53,36 @@ def first_look(source: str, records: Sequence[Any], columns: Columns | None) -> 
     found = ", ".join(f"{name} ({count})" for name, count in names.most_common())
     lines = [
         f"source: {source} ({getattr(records, 'about', '')}), {len(records):,} records",
-        f"layout of {len(numbers):,} looked at: {found}" + (f"; not recognised ({len(reasons)}): {reasons[0][:160]}" if reasons else ""),
+        f"layout of {len(numbers):,} looked at: {found}" + (f"; not recognised ({len(reasons)}): {_cut(reasons[0])}" if reasons else ""),
         f"sample: {_abridged(sample)}",
     ]
     if ways:
         how = " or ".join(f"{way} ({count})" for way, count in ways.most_common() if way)
         lines.append(f"boxes: read as {how}; --boxes says otherwise; packed as x1, y1, x2, y2")
-    return lines
+    return [*lines, *_counted(numbered, columns.options_from if columns else None)]
+
+
+def _counted(numbered: list[tuple[int, int]], first: int | None) -> list[str]:
+    """How answers that are numbers of options are read, in words.
+
+    Raises:
+        DataError: they look as if they were counted from 1, and nobody says so.
+    """
+    if not numbered:
+        return []
+    low, beyond = min(number for number, _ in numbered), sum(number == count for number, count in numbered)
+    if first is None and low == 1 and beyond:
+        raise DataError(
+            f"data pack: the answers are numbers of options, none of those looked at is 0, and {beyond} of {len(numbered)} are as high as "
+            "there are options; --options-from 1 counts from 1, --options-from 0 leaves those out"
+        )
+    how = "" if first is not None else "; --options-from 1 says otherwise"
+    return [f"answers: numbers of options, counted from {first or 0} ({len(numbered)} looked at, the lowest {low}){how}"]
+
+
+def _cut(reason: str) -> str:
+    """Without the list of all layouts, and not in the middle of a word."""
+    return textwrap.shorten(reason.partition("; known are ")[0], 160, placeholder=" ...")
 
 
 def _fitting(record: Any) -> tuple[str, str] | None:

@@ -25,8 +25,9 @@ from vlm_dist.data.pack_sources import open_source
 from vlm_dist.data.pack_split import check_heldout, split_records
 from vlm_dist.data.pack_videos import read_videos
 from vlm_dist.data.pictures import NEEDS_HEIF
-from vlm_dist.data.samples import notes_of, outline
+from vlm_dist.data.samples import outline
 from vlm_dist.data.shards import write_shard
+from vlm_dist.data.unread import notes_of
 from vlm_dist.errors import BadSample, DataError
 
 LEFT_OUT = "left_out.jsonl"
@@ -258,7 +259,7 @@ def _members(record: Any, key: str, pictures_as: Pictures, columns: Columns | No
         notes[f"split {made['split'][:40]}"] += 1
     files = {**_numbered([(kind, data) for kind, data, _ in pictures]), **_numbered(videos), "json": _as_json(made, notes)}
     outline({"__key__": key, **files}, max_image_pixels=MAX_PIXELS, caption_prompt="")  # as training will
-    notes.update(f"unread {kind}: {name}" for kind, name in notes_of(files, made))
+    notes.update(f"unread {kind}: {name}" for kind, name in notes_of(files, made, record))
     return files
 
 

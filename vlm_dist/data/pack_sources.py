@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import Any
 
 from vlm_dist.data.clips import video_members
 from vlm_dist.data.file_kinds import is_tar, why_no_source
+from vlm_dist.data.json_text import read_object
 from vlm_dist.data.layout_values import PICTURE_KEYS
 from vlm_dist.data.layout_videos import VIDEO_KEYS
-from vlm_dist.data.pack_files import decoded, read_folder, read_records
+from vlm_dist.data.members import TEXT_MEMBERS, members_found
+from vlm_dist.data.pack_files import decoded, read_records
+from vlm_dist.data.pack_folders import read_folder
 from vlm_dist.data.pack_join import joined, of_split, refuse_half
 from vlm_dist.data.pack_tables import HubRecords, ParquetRecords, choose_split
-from vlm_dist.data.samples import TEXT_MEMBERS, members_found, takes_text
+from vlm_dist.data.samples import takes_text
 from vlm_dist.errors import BadSample, DataError
 
 PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm)")
@@ -173,10 +175,10 @@ def _record_of(raw: dict[str, Any]) -> dict[str, Any]:
         BadSample: they cannot be read.
     """
     try:
-        record = json.loads(decoded(raw["json"])) if "json" in raw else {}
+        record = read_object(decoded(raw["json"])) if "json" in raw else {}
         member = next((name for name in TEXT_MEMBERS if name in raw), None)
         text = decoded(raw[member]).strip() if member else None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, BadSample) as error:
         raise BadSample(f"{raw['__key__']}: {error}") from None
     if isinstance(record, list):
         record = {"captions": record} if all(isinstance(item, str) for item in record) else {"messages": record}

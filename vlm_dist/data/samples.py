@@ -3,50 +3,31 @@
 Five forms are read (docs/data.md): `KEY.json` with "messages", with LLaVA's "conversations", with "captions" (several of one picture) or
 with "objects" alone, and `KEY.txt` (a caption, as img2dataset writes). Pictures are `KEY.jpg|jpeg|png|webp`, or `KEY.0.jpg`,
 `KEY.1.jpg`, ...; of videos see clips.py. Members are read from memory and never unpickled. Members and keys that nothing reads are noted
-(tally.py), not passed over in silence.
+(unread.py).
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vlm_dist.data.boxes import FORMATS, Marked, Orientation, are_objects, numbered, read_objects, unread_object_keys
-from vlm_dist.data.clips import VIDEO_KEYS, clips_of, has_videos, is_of_video
+from vlm_dist.data.boxes import Marked, Orientation, are_objects, read_objects
+from vlm_dist.data.clips import clips_of, has_videos
+from vlm_dist.data.json_text import read_object
 from vlm_dist.data.layout_captions import check_caption
 from vlm_dist.data.layout_lists import looks_like_turns
-from vlm_dist.data.layout_values import FILE_KEYS, is_present, pictures_of, shown, texts_of
+from vlm_dist.data.layout_values import is_present, pictures_of, shown
 from vlm_dist.data.layouts import canonical, layout_of
-from vlm_dist.data.messages import (
-    WEIGHTS,
-    check_messages,
-    line_breaks_lost,
-    read_messages,
-    text_of,
-    unread_keys,
-    unread_part_keys,
-    weighing_keys,
-)  # fmt: skip
+from vlm_dist.data.members import TEXT_MEMBERS, members_found, picture_members
+from vlm_dist.data.messages import WEIGHTS, check_messages, read_messages, text_of
 from vlm_dist.data.pictures import Size, decode_picture, decode_pixels, picture_orientation, picture_size
 from vlm_dist.data.placing import asked_for, check_placeholders, placeholders_of, size_of
 from vlm_dist.data.tally import Note
+from vlm_dist.data.unread import NO_OBJECTS, notes_of
 from vlm_dist.data.video import Clip
 from vlm_dist.errors import BadSample
-
-NO_OBJECTS = "no list of {bbox | point | polygon, label}"
-PLACEHOLDERS = ("<bbox>", "<ref-object>", "<objects>")  # what is no word of any other markup
-PICTURE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)$")
-TEXT_MEMBERS = ("txt", "text", "caption")
-METADATA = {
-    "answer", "answers", "caption", "captions", "category", "dataset", "error_message", "exif", "file_name", "height", "id", "image",
-    "image_id", "images", "key", "kind", "license", "messages", "objects", "objects_size", "original_height", "original_width",
-    "question_id", "sha256", "source", "split", "status", "task", "tools", "url", "width", *FILE_KEYS,
-}  # fmt: skip
-"""Keys of KEY.json that are read elsewhere, or tell where a sample comes from and cannot change what it teaches."""
 
 
 @dataclass
@@ -100,7 +81,8 @@ def parse_sample(
     Raises:
         BadSample: text or picture is missing or unreadable, or their numbers do not agree.
     """
-    record = _canonical(raw)
+    given = open_record(raw)
+    record = _canonical(raw, given)
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
     videos = clips_of(raw, record, max_image_pixels)
@@ -110,7 +92,7 @@ def parse_sample(
     meta = {key: value for key, value in record.items() if key not in ("messages", "images")}
     objects = _objects(raw, record, messages, [size_of(image) for image in images])
     place = str(raw["__key__"]), raw.get("__url__", "")
-    return Sample(*place, messages, images, meta, _tools(record), notes_of(raw, record), objects, videos)
+    return Sample(*place, messages, images, meta, _tools(record), notes_of(raw, record, given), objects, videos)
 
 
 def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, draw: str | None = None) -> Outline:
@@ -119,7 +101,7 @@ def outline(raw: dict[str, Any], *, max_image_pixels: int, caption_prompt: str, 
     Raises:
         BadSample: as `parse_sample`, but for damage inside a picture.
     """
-    record = _canonical(raw)
+    record = _canonical(raw, open_record(raw))
     messages = _messages(raw, record, caption_prompt, draw)
     members = picture_members(raw)
     videos = clips_of(raw, record, max_image_pixels)
@@ -132,13 +114,13 @@ def open_record(raw: dict[str, Any]) -> dict[str, Any]:
     """What a sample's JSON says; empty where it has none.
 
     Raises:
-        BadSample: it is no JSON object.
+        BadSample: it is no JSON object, or has a key twice.
     """
     if "json" not in raw:
         return {}
     try:
-        record = json.loads(raw["json"])
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits; nested without end
+        record = read_object(raw["json"])
+    except (ValueError, RecursionError, BadSample) as error:  # no UTF-8, no JSON, a number of thousands of digits; nested without end
         raise BadSample(f"json: {str(error)[:200]}") from None
     if isinstance(record, list) and looks_like_turns(record):
         return {"messages": record}
@@ -147,15 +129,8 @@ def open_record(raw: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def picture_members(raw: dict[str, Any]) -> list[str]:
-    """Names of the picture members, by number."""
-    found = [(int(match[1] or 0), name) for name in raw if (match := PICTURE_MEMBER.fullmatch(name))]
-    return [name for _, name in sorted(found)]
-
-
-def _canonical(raw: dict[str, Any]) -> dict[str, Any]:
+def _canonical(raw: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """The JSON in the one form of records (layouts.py); as it is beside a text of its own."""
-    record = open_record(raw)
     for key in WEIGHTS:
         if isinstance(value := record.get(key), bool | int | float) and not value:
             raise BadSample(f"json: '{key}' of the whole record is {str(value).lower()}: not learnt from, as it says")
@@ -237,15 +212,6 @@ def _one_of(captions: Any, key: str, draw: str | None) -> str:
     return text_of(captions[number].strip())
 
 
-def members_found(raw: dict[str, Any]) -> str:
-    """A sample's members in words, and the rule that made them one sample."""
-    members = [name for name in raw if not name.startswith("__")]
-    shown = ", ".join(members[:8]) + (f" and {len(members) - 8} more" if len(members) > 8 else "")
-    is_dotted = any("." in name and not PICTURE_MEMBER.fullmatch(name) and not is_of_video(name) for name in members)
-    dots = "; a name's key ends at its first dot" if is_dotted else ""
-    return f" (the files of '{raw.get('__key__', '')}': {shown or 'none'}{dots})"
-
-
 def _tools(record: dict[str, Any]) -> list[Any] | None:
     tools = record.get("tools")
     if not tools:
@@ -257,43 +223,3 @@ def _tools(record: dict[str, Any]) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadSample("json: 'tools' is no list of objects")
     return tools
-
-
-def notes_of(raw: dict[str, Any], record: dict[str, Any]) -> set[Note]:
-    """Members, keys, and keys of turns that nothing reads."""
-    members = (name for name in raw if not name.startswith("__") and name != "json" and name not in TEXT_MEMBERS)
-    notes = {("member", f".{name}") for name in members if not PICTURE_MEMBER.fullmatch(name) and not is_of_video(name)}
-    known = METADATA | VIDEO_KEYS if has_videos(raw) else METADATA
-    known = known | set(FORMATS) if record.get("objects") else known
-    pictures = defaultdict(list)
-    for name in picture_members(raw):
-        pictures[int((PICTURE_MEMBER.fullmatch(name) or [0, 0])[1] or 0)].append(f".{name}")
-    notes |= {("pictures", " and ".join(names)) for names in pictures.values() if len(names) > 1}
-    notes |= {("text", name) for name in _texts_beside(raw, record)}
-    notes |= {("key", str(key)[:60]) for key, value in record.items() if key not in known and value is not None}
-    if (objects := record.get("objects")) and not are_objects(objects):
-        notes.add(("key", f"objects ({NO_OBJECTS})"))
-    elif objects:
-        notes |= {("object key", key) for key in unread_object_keys(objects)} | {("number", label) for label in numbered(objects)}
-    elif not objects and (found := next((one for one in PLACEHOLDERS if one.encode() in raw.get("json", b"")), None)):
-        notes.add(("placeholder", found))
-    turns = record.get("messages") or ()
-    if line_breaks_lost(turns):
-        notes.add(("stripped", "line breaks"))
-    notes |= {("part key", key) for key in unread_part_keys(turns)} | {("weight", key) for key in weighing_keys(turns)}
-    return notes | {("turn key", key) for key in unread_keys(turns)}
-
-
-def _texts_beside(raw: dict[str, Any], record: dict[str, Any]) -> set[str]:
-    """Members and keys whose text is not what the sample says: another stands in its turns or captions, or in an earlier member."""
-    members = {f".{name}": raw[name].decode("utf-8-sig", "replace").strip() for name in TEXT_MEMBERS if name in raw}
-    turns = record.get("messages")
-    keys = ("caption", "captions", "answer") if turns is not None else ("caption",) if members and "captions" not in record else ()
-    given = [*members.items(), *((key, text) for key in keys for text in texts_of(record.get(key)))]
-    if not given:
-        return set()
-    if turns is not None:
-        said = json.dumps([turns, record.get("answers")], ensure_ascii=False, default=str)
-        return {name for name, text in given if json.dumps(text, ensure_ascii=False)[1:-1] not in said}
-    said = "\n".join(map(str, record["captions"])) if "captions" in record else given[0][1]
-    return {name for name, text in given if text not in said}

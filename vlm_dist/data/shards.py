@@ -156,9 +156,9 @@ def _of_folder(folder: str, where: str, storage: Storage) -> list[str]:
             "and give OUT"
         )
     apart = [path for path in found if OTHER_SPLITS.search(path.rsplit("/", 1)[-1].lower())]
-    if not apart or len(apart) == len(found) or not where.startswith("data."):
+    if not apart or len(apart) == len(found) or not where.startswith(("data.", "data verify")):
         return found
-    chosen = apart if where.startswith("data.heldout") else [path for path in found if path not in apart]
+    chosen = apart if "heldout" in where else [path for path in found if path not in apart]
     left = [path.rsplit("/", 1)[-1] for path in found if path not in chosen]
     logger.warning("%s: of the folder '%s' %d shards are taken; left out by their names: %s%s", where, folder, len(chosen), left[0],
                    f" and {len(left) - 1} more" if left[1:] else "")  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vlm_dist.data.messages import says_something
 from vlm_dist.data.tally import Note
-from vlm_dist.data.thoughts import thought_of, without_lost_thought
+from vlm_dist.data.thoughts import thought_of, without_lost_thought, without_thought
 from vlm_dist.errors import BadSample
 
 Messages = list[dict[str, Any]]
@@ -97,7 +97,7 @@ def assistant_turns(
     """
     _check_marks(text)
     speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
-    messages = [without_lost_thought(message, text) for message in messages]
+    messages = [without_lost_thought(one, text) for one in messages]
     tries = ({"calls": True}, {}, {"thoughts_apart": True})
     holes = next((found for one in tries if (found := _find_holes(messages, text, render, **one)) is not None), None)
     turns: list[Turn] = []
@@ -150,20 +150,19 @@ def prompt_before_answer(messages: Messages, render: Render, reasoning: bool) ->
 
 
 def left_out(messages: Messages, text: str, tools: list[Any] | None) -> set[Note]:
-    """What a template did not write into `text`, where a model can do without.
-
-    Raises:
-        BadSample: words of a user or a tool, the tools, or their calls.
-    """
+    """What a template did not write into `text`, where a model can do without; else, as of words and tools, raises BadSample."""
     notes: set[Note] = set()
     for number, message in enumerate(messages):
-        words = [part["text"].strip() for part in message["content"] if part.get("text", "").strip()]
-        if any(one not in text for one in words):
-            if message["role"] in ("user", "tool"):
-                raise BadSample(f"the chat template leaves out what the {message['role']} says in turn {number}")
-            if message["role"] == "system":
-                notes.add(("template", "system turns"))
-        elif message["role"] == "assistant" and any(part.get("text", "") not in text for part in message["content"]):
+        said = [part["text"] for part in message["content"] if part.get("text", "").strip()]
+        lost = [one for one in said if one.strip() not in text]
+        if lost and message["role"] == "system":
+            notes.add(("template", "system turns"))
+        elif lost and message["role"] == "assistant" and all(without_thought(one) in text for one in lost):
+            notes.add(("template", "reasoning"))
+        elif lost:
+            how = "writes in other words" if message["role"] == "assistant" else "leaves out"
+            raise BadSample(f"the chat template {how} what the {message['role']} says in turn {number}: {lost[0].strip()[:60]!r}")
+        elif any(one not in text for one in said):
             notes.add(("stripped", "spaces and line breaks, by the chat template"))
         if any(name not in text for name in _names(message.get("tool_calls"))):
             raise BadSample(f"the chat template leaves out the tool calls of turn {number}; use a model whose template takes tools")

@@ -25,6 +25,19 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists() and not any(folder.glob("model*.safetensors"))
 
 
+def check_there(source: str) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ModelError: a path where nothing lies that could answer.
+    """
+    run = RunDir(Path(source))
+    if looks_like_path(source) and not (run.config.exists() or find_adapter(source) or (run.path / "config.json").exists()):
+        raise ModelError(
+            f"{source}: no run directory (no config.yaml in it), no adapter and no checkpoint; give one such as runs/quickstart"
+        )
+
+
 def find_adapter(source: str) -> Path | None:
     """The adapter folder that a name means: itself, the only one in it (PEFT saves an adapter of another name than "default" as
     FOLDER/NAME), or that of a run directory. None: no adapter (a checkpoint, a run that trained every weight).

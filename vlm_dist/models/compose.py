@@ -22,7 +22,7 @@ from vlm_dist.models.mini_vlm import (
     make_encoder,
     width_of,
 )
-from vlm_dist.models.source import weight_files
+from vlm_dist.models.source import looks_like_path, weight_files
 from vlm_dist.upstream.transformers import writes_text
 
 # Chat templates of language models expect text; a message's parts become text before.
@@ -73,6 +73,9 @@ def read_parts(vision: str, language: str) -> Parts:
     Raises:
         ModelError: one of them is no such model, its weights are not there, or are not safetensors.
     """
+    for part, name in (("vision", vision), ("language", language)):
+        if looks_like_path(name) and not Path(name).is_dir():
+            raise ModelError(f"model.mini_vlm.{part}: '{name}' is no folder here; give one that holds such a model, or a hub id")
     vision_config = _load(AutoConfig, vision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     images = _storable(_load(AutoImageProcessor, vision), vision)
@@ -177,6 +180,7 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(name, **options)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.mini_vlm: '{name}' cannot be loaded by {kind.__name__}: {str(error).strip().splitlines()[0][:300]}"
-        ) from None
+        why = str(error).strip().splitlines()[0][:300]
+        if not Path(name).exists() and isinstance(error, OSError):
+            raise ModelError(f"model.mini_vlm: '{name}' is no folder here and cannot be had from the hub: {why}") from None
+        raise ModelError(f"model.mini_vlm: '{name}' cannot be loaded by {kind.__name__}: {why}") from None

@@ -13,7 +13,7 @@ from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.layout_values import texts_of
 from vlm_dist.data.placing import objects_answered
 from vlm_dist.data.samples import Sample
-from vlm_dist.data.thoughts import has_reasoning, without_reasoning
+from vlm_dist.data.thoughts import has_reasoning, without_generated_thought, without_thought
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import BadSample, ConfigError
 from vlm_dist.models.generate import generate
@@ -158,6 +158,8 @@ def _prompt(encoder: Encoder, sample: Sample) -> Encoded:
     question = question_of(sample)
     if not question:
         raise BadSample("no question stands before the answer")
+    if not right_answers(sample):
+        raise BadSample("the last turn has no words to compare with: a thought or a tool call alone")
     thinks = has_reasoning(sample.messages[len(question)])
     question = encoder.placing.written(sample.messages, sample.objects, sample.sizes)[: len(question)]
     return encoder.encode_prompt(question, sample.images, sample.key, tools=sample.tools, reasoning=thinks, videos=sample.videos)
@@ -220,14 +222,16 @@ def question_of(sample: Sample) -> list[dict[str, Any]]:
 
 def right_answers(sample: Sample) -> list[str]:
     """What the last turn says, and what the sample's `captions` or `answers` say besides."""
-    truth = without_reasoning(_text(sample.messages[len(question_of(sample))]))
+    truth = without_thought(_text(sample.messages[len(question_of(sample))]))
     others = [text for name in ("captions", "answers", "answer") for text in texts_of(sample.meta.get(name))]
-    return others if truth in others else [truth, *others]
+    return others if truth in others or not truth else [truth, *others]
 
 
 def _row(encoder: Encoder, given: Sample, answer: str, metrics: dict[str, Metric]) -> dict[str, Any]:
     sample = replace(given, messages=encoder.placing.written(given.messages, given.objects, given.sizes))
-    question, truths, answer = question_of(sample), right_answers(sample), without_reasoning(answer)
+    question, truths = question_of(sample), right_answers(sample)
+    truth = without_thought(_text(sample.messages[len(question)]))
+    answer = without_generated_thought(answer, truth)
     if given.objects:
         truths = [encoder.placing.as_generated(truth) for truth in truths]
     marks = _marks(encoder, given, answer)
@@ -239,7 +243,7 @@ def _row(encoder: Encoder, given: Sample, answer: str, metrics: dict[str, Metric
         "prompt": _text(question[-1]) if question else "",
         **({"earlier": [{"role": turn["role"], "text": _text(turn)} for turn in question[:-1]]} if question[1:] else {}),
         "answer": answer,
-        "truth": without_reasoning(_text(sample.messages[len(question)])),
+        "truth": truth,
         "truths": truths,
         "exact": bool(exact_match(answer, truths)),
         "metrics": {name: value for name, value in values.items() if value is not None},

@@ -155,4 +155,4 @@ def _told(option: str, path: str | Path, expected: str) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{option}: '{path}' cannot be read: {error.strerror}; give {expected}") from None
     except BadSample as problem:
-        raise DataError(f"{option}: {problem}; give {expected}") from None
+        raise DataError(f"{option}: {problem}{'' if '; expected ' in str(problem) else f'; give {expected}'}") from None

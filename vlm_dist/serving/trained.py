@@ -10,6 +10,7 @@ from vlm_dist.cards import device_here
 from vlm_dist.data.encode import Encoded, Encoder
 from vlm_dist.data.video import Clip, Shown
 from vlm_dist.errors import BadSample, DataError, ModelError
+from vlm_dist.models.adapters import check_there
 from vlm_dist.models.trained import load_trained, system_prompt_of, video_config_of
 
 
@@ -66,6 +67,7 @@ def open_trained(
         ModelError: there is no such model, or its chat template takes no system prompt.
     """
 
+    check_there(source)
     trained_with = system_prompt_of(source) or ""
     device = device_here()
     model, processor = load_trained(source, device, base=base, base_model=base_model)

@@ -23,8 +23,9 @@ from vlm_dist.data.pictures import (
     readable_formats,
 )  # fmt: skip
 from vlm_dist.data.placing import asked_for
-from vlm_dist.data.samples import Sample, notes_of, objects_of
+from vlm_dist.data.samples import Sample, objects_of
 from vlm_dist.data.tally import Note, by_kind, in_words
+from vlm_dist.data.unread import notes_of
 from vlm_dist.errors import BadSample, DataError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def as_sample(row: dict[str, Any]) -> Sample:
     tools = made.pop("tools", None)
     images = [_open(source) for source in sources]
     objects = objects_of(made, messages, [image.size for image in images], lambda image: _orientation(sources[image]))
-    notes = notes_of({}, {**made, "messages": turns})
+    notes = notes_of({}, {**made, "messages": turns}, row)
     return Sample("", "", messages, images, made, tools, notes, objects)
 
 
