@@ -27,12 +27,17 @@ class Place:
 
     @property
     def where(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"{bracketed(self.host)}:{self.port}"
 
     @property
     def hint(self) -> str:
         """What to do where no launcher meant this process."""
         return alone([part.partition("=")[0] for part in self.said_by.split(" and ")])
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands before a colon and a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def announced() -> Place:
