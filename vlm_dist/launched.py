@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_dist.errors import MachineError
+from vlm_dist.errors import MachineError, warn
 
 PORTS = 20_000, 10_000  # the first and how many: below those that the system gives to outgoing connections
 
@@ -27,12 +27,17 @@ class Place:
 
     @property
     def where(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"{bracketed(self.host)}:{self.port}"
 
     @property
     def hint(self) -> str:
         """What to do where no launcher meant this process."""
         return alone([part.partition("=")[0] for part in self.said_by.split(" and ")])
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands before a colon and a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def announced() -> Place:
@@ -78,6 +83,15 @@ def start_id() -> str:
     if os.environ.get("CROSS_SIZE") == "1":  # deepspeed on one node: the process that starts the ranks; its starts on several share nothing
         return f"{socket.gethostname()}/{_starter()}"
     return ""
+
+
+def note_saved() -> None:
+    """Tell launch/slurm/train.sbatch, where it waits for it, that this start of the run has come further: so it queues the job again."""
+    if place := os.environ.get("VLM_DIST_SAVED"):
+        try:
+            Path(place).touch()
+        except OSError as error:
+            warn(f"VLM_DIST_SAVED: '{place}' cannot be written ({error.strerror}); the job is not queued again after its time limit")
 
 
 def _starter() -> int:

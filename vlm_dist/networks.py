@@ -21,9 +21,12 @@ def is_inside(address: str) -> bool:
 
 
 def machine() -> str:
-    """What tells this machine from others; names alone do not: some are all called localhost."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+    """What tells this machine, or this container on it, from others; names alone do not: some are all called localhost."""
+    try:
+        boot, network = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/net")
+    except OSError:
+        boot = network = ""
+    return f"{socket.gethostname()} {boot} {network}"
 
 
 def own_address() -> str:

@@ -119,9 +119,7 @@ class RunLock:
 
     def _owner(self) -> dict[str, Any] | None:
         """Who the file names; None: nobody, or what cannot be read."""
-        found = json_row(self.path.read_bytes())
-        whole = isinstance(found, dict) and isinstance(found.get("host"), str) and isinstance(found.get("pid"), int)
-        return found if whole else None
+        return _owner_in(self.path)
 
     def _is_mine(self) -> bool:
         """Whether the file still names this process; where flock is not known, two that began together see here who came last."""
@@ -161,6 +159,27 @@ class RunLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def trains_there(run: RunDir) -> str | None:
+    """Who trains in this directory, in words, without holding or changing anything; None: nobody, as far as the file tells. An owner on
+    another machine counts while its last sign of life is no older than three of its beats."""
+    try:
+        found, age = _owner_in(run.lock), time.time() - run.lock.stat().st_mtime
+    except OSError:
+        return None
+    if found is None:
+        return None
+    here = _here()
+    is_here = all(found.get(key) == here[key] for key in ("host", "boot", "space"))
+    lives = _born(found["pid"]) == found.get("born") != "" if is_here else age <= 3 * BEAT_S
+    return _named(found) if lives else None
+
+
+def _owner_in(path: Path) -> dict[str, Any] | None:
+    found = json_row(path.read_bytes())
+    whole = isinstance(found, dict) and isinstance(found.get("host"), str) and isinstance(found.get("pid"), int)
+    return found if whole else None
 
 
 def _here() -> dict[str, Any]:

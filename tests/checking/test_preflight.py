@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from vlm_dist.cli.main import main
 from vlm_dist.config_load import load_config
 from vlm_dist.distributed import free_port
 from vlm_dist.run_dir import RunDir
+from vlm_dist.run_lock import RunLock
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +95,19 @@ def test_what_a_start_would_refuse_in_the_runs_own_directory(tmp_path):
     found, fix = refusal(config, run, resume_anyway=False)
     assert found.startswith(f"{run.path} holds a run of another configuration (optim.lr: 0.5 -> ") and "name=..." in fix
     assert refusal(config, run, resume_anyway=True)[0] == ""
+    lock = RunLock(run)
+    lock.acquire()
+    found, fix = refusal(config, run, resume_anyway=True)
+    assert found.startswith(f"{run.path}: process {os.getpid()} on {os.uname().nodename}, since ") and found.endswith(" trains there now")
+    assert "wait for its end" in fix
+    owner = json.loads(run.lock.read_text())
+    run.lock.write_text(json.dumps(owner | {"host": "node-b"}))
+    assert "on node-b" in refusal(config, run, resume_anyway=True)[0]
+    os.utime(run.lock, (0, time.time() - 60))  # dead for so long
+    assert refusal(config, run, resume_anyway=True)[0] == ""
+    run.lock.write_text(json.dumps(owner))
+    lock.release()
+    assert refusal(config, run, resume_anyway=True)[0] == ""
     shutil.rmtree(run.path)
     run.path.touch()
     assert f"{run.path} is a file" in refusal(config, run, resume_anyway=True)[0]
@@ -113,3 +129,36 @@ def test_an_output_dir_that_is_another_on_each_node(config, tmp_path):
     codes, found = preflight(config, second={}, before=own)
     assert codes == [6, 6] and found["output_dir"]["state"] == "bad"
     assert f"does not see what the first rank writes to {runs}" in found["output_dir"]["found"] and not list(Path(runs).iterdir())
+
+
+SHARES = """
+import sys, time
+from pathlib import Path
+from vlm_dist import distributed
+from vlm_dist.checking import preflight
+ranks = distributed.start()
+if not ranks.is_first:
+    preflight._read = lambda path: time.sleep(100)  # a file server that does not answer
+list(preflight._shared(Path(sys.argv[1]), ranks, ["node-a", "node-b"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_another_rank_stands_still(tmp_path, number):
+    """What the first rank wrote for the others to read is gone with it, although it waits in a collective."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    words = [sys.executable, "-c", SHARES, str(tmp_path)]
+    ranks = [subprocess.Popen(words, env=child_environment(**group, RANK=str(rank)), stderr=subprocess.DEVNULL) for rank in range(2)]
+    try:
+        for _ in range(3000):
+            if list(tmp_path.iterdir()):
+                break
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert [path.name for path in tmp_path.iterdir()] == [f".preflight-{ranks[0].pid}"]
+        ranks[0].send_signal(number)
+        assert ranks[0].wait(20) == 128 + number and not list(tmp_path.iterdir())
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()

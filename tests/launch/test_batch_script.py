@@ -57,11 +57,19 @@ def test_the_signal_before_the_limit_comes_before_training(job):
     ]
 
 
-def test_the_signal_comes_as_the_ranks_are_started(job, tmp_path):
-    """They are told to end, also where SLURM does not know them yet, and the job is queued again."""
+@pytest.mark.parametrize("saves", [True, False])
+def test_the_signal_comes_as_the_ranks_are_started(job, tmp_path, saves):
+    """They are told to end, also where SLURM does not know them yet. The job is queued again if they have saved; else the next start would
+    come no further, and the next."""
     scontrol = f"case $1 in requeue) echo requeued >{tmp_path}/requeued; kill $PPID ;; *) echo node-a ;; esac\n"
-    job(srun='trap "exit 143" TERM\nkill -USR1 $PPID\nwhile true; do sleep 0.05; done\n', scontrol=scontrol)
-    assert Path(tmp_path / "requeued").exists()
+    touch = 'touch "$VLM_DIST_SAVED"' if saves else f'dirname "$VLM_DIST_SAVED" >{tmp_path}/where'
+    code, told = job(srun=f'{touch}\ntrap "exit 143" TERM\nkill -USR1 $PPID\nwhile true; do sleep 0.05; done\n', scontrol=scontrol)
+    assert Path(tmp_path / "requeued").exists() == saves
+    if not saves:
+        assert code == 2 and told.strip().splitlines()[-1] == (
+            "train.sbatch: the time limit came before this start had saved anything; give a longer --time; not queued again"
+        )
+        assert not Path((tmp_path / "where").read_text().strip()).exists()
 
 
 def launched(capsys, monkeypatch, config: str, python: str | None) -> tuple[int, str]:

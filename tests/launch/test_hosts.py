@@ -58,9 +58,9 @@ def hosts():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def on(host: str, words: list[str], **changes: str) -> subprocess.Popen:
-    """A command on that host, which has its name."""
-    inside = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host, *words]
+def on(host: str, words: list[str], called: str = "", **changes: str) -> subprocess.Popen:
+    """A command on that host, which has its name, or is called something else."""
+    inside = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', called or host, *words]
     environment = child_environment(**{"GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{os.environ['PATH']}", **changes})
     return subprocess.Popen(inside, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -98,16 +98,31 @@ def test_preflight_on_two_hosts(hosts, settings, tmp_path):
     assert "is the same folder on all ranks" in told and not list((tmp_path / "runs").iterdir()), json.dumps(told)
 
 
+LINKS = """
+from vlm_dist import distributed
+from vlm_dist.checking import preflight
+ranks = distributed.start()
+nodes = preflight._nodes(ranks)
+print(nodes, [check.name for check in preflight._links(ranks, nodes)])
+"""
+
+
+def test_preflight_on_two_hosts_of_one_name(hosts):
+    """Machines that are all called localhost, or containers: told apart, and the link between them is measured."""
+    for told in finish(ranks_on(hosts, [sys.executable, "-c", LINKS], called="node")):
+        assert told.splitlines()[-1] == "['node (rank 0)', 'node (rank 1)'] ['node (rank 0) - node (rank 1)']"
+
+
 def inside(names: list[str]) -> None:
     """The hosts file of each says 127.0.1.1 of its own name, as Debian writes it, and nothing of the other."""
     for name in names:
         (Path("/etc/netns") / name / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
 
 
-def ranks_on(hosts: list[str], words: list[str], **changes: str) -> list[subprocess.Popen]:
+def ranks_on(hosts: list[str], words: list[str], called: str = "", **changes: str) -> list[subprocess.Popen]:
     """A rank on each, without a launcher, which meet at the second's address."""
     group = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.231.7.2", "MASTER_PORT": "25999", **changes}
-    return [on(host, words, RANK=str(rank), **group) for rank, host in enumerate(reversed(hosts))]
+    return [on(host, words, called, RANK=str(rank), **group) for rank, host in enumerate(reversed(hosts))]
 
 
 def test_own_names_that_lead_nowhere_else(hosts, tmp_path):

@@ -138,3 +138,19 @@ def test_what_a_new_start_does_not_mend_is_not_queued_again(slurm, tmp_path):
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=there, check=True)
     wait_for(lambda: "ended with exit code 5, which a new start does not mend" in (tmp_path / "job.log").read_text(), tmp_path)
     assert "queueing again" not in (tmp_path / "job.log").read_text()
+
+
+def test_a_limit_that_comes_while_the_model_is_loaded(slurm, config, tmp_path):
+    """Every start would end there: it is told, and not queued again."""
+    words = ["sbatch", "--parsable", f"--output={tmp_path}/job.log", "launch/slurm/train.sbatch", config, "name=short"]
+    job = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(slurm), check=True).stdout.strip()
+    wait_for(lambda: (tmp_path / "job.log").exists() and "start 1" in (tmp_path / "job.log").read_text(), tmp_path)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=environment(slurm), check=True)
+    wait_for(lambda: "the time limit came before this start had saved anything" in (tmp_path / "job.log").read_text(), tmp_path)
+    wait_for(lambda: "ExitCode=2:0" in told_of(job, slurm), tmp_path)
+    assert "JobState=FAILED" in told_of(job, slurm) and "Restarts=0" in told_of(job, slurm)
+
+
+def told_of(job: str, slurm: dict[str, str]) -> str:
+    words = ["scontrol", "show", "job", job]
+    return subprocess.run(words, capture_output=True, text=True, env=environment(slurm), check=True).stdout

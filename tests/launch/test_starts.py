@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, child_environment, command, write_config
+from vlm_dist.cli.main import main
 from vlm_dist.distributed import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -51,6 +53,21 @@ def test_a_restart_that_one_agent_alone_counts(tmp_path):
     assert [code for code, _ in found] == [0, 0], found
     counted = [[(tmp_path / f"start-{rank}-{number}").read_text() for number in (1, 2, 3)] for rank in (0, 1)]
     assert counted == [["0", "0", "0"], ["0", "1", "2"]]
+    assert [(tmp_path / f"sum-{rank}").read_text() for rank in (0, 1)] == ["3.0", "3.0"]
+
+
+def test_agents_that_meet_at_an_address_of_ipv6(tmp_path, capsys):
+    """What `vlm-dist launch --head ::1` prints, with ranks that only meet."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    words = ["--torchrun", "--nodes", "2", "--gpus", "1", "--head", "::1", "--port", str(free_port()), "training.micro_batch=1", "--print"]
+    assert main(["launch", str(ROOT / "configs" / "quickstart.yaml"), *words]) == 0
+    printed = shlex.split(capsys.readouterr().out)
+    torchrun = [str(BIN / "torchrun"), *printed[1 : next(place for place, word in enumerate(printed) if word.endswith("train.py"))]]
+    found = together(*[[*torchrun, RANK, str(tmp_path), "/runs/a"]] * 2)
+    assert [code for code, _ in found] == [0, 0], found
     assert [(tmp_path / f"sum-{rank}").read_text() for rank in (0, 1)] == ["3.0", "3.0"]
 
 

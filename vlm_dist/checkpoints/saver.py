@@ -14,6 +14,7 @@ from vlm_dist.checkpoints.snapshot import Snapshot, take_snapshot
 from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import CheckpointError, UserError
+from vlm_dist.launched import note_saved
 from vlm_dist.run_dir import RunDir
 
 
@@ -118,6 +119,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, step: int, state: dict[str, Any], stall_s: float) -> None:
         start = time.perf_counter()
         path = write_checkpoint(self.run.checkpoints, step, snapshot, state)
+        note_saved()
         gone = self._prune()
         if self.mirror:
             try:
@@ -137,3 +139,4 @@ class Saver:
                     self.tell("mirror failed", step, str(error))
 
         amend_state(path, changes, send)
+        note_saved()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -18,11 +20,13 @@ from vlm_dist.config import Config
 from vlm_dist.config_load import load_config
 from vlm_dist.distributed import free_port
 from vlm_dist.errors import ConfigError, MachineError, warn
-from vlm_dist.launched import port_of
+from vlm_dist.launched import bracketed, port_of
 from vlm_dist.redaction import redacted
 
 CPUS = 8  # of a rank: it reads and decodes beside training
 HOSTFILE, TIME = "hostfile", "24:00:00"
+THEIRS = Path("/job/hostfile")  # which deepspeed takes by itself
+NOT_SENT = ["/.venv", "/.git", "/data", "/runs"]  # of this folder, to a job of Ray's
 IN_IMAGE = "/app/launch/train.py"  # of configs/cluster/apptainer.def
 MATTER = ("AWS_", "GLOO_", "HF_", "OMP_", "TOKENIZERS_", "TORCH_", "TRITON_", "VLM_DIST_", "WANDB_")  # variables that a rank heeds
 
@@ -44,7 +48,7 @@ def add_parser(commands: Any) -> None:
     kind.add_argument("--ray", dest="launcher", action="store_const", const=_ray, help="Ray: a running cluster, or one on this machine")
     parser.add_argument("--gpus", metavar="N", type=_positive, help="processes on each node, one a GPU (default: the GPUs of this machine)")
     parser.add_argument("--nodes", metavar="M", type=_positive, default=1, help="nodes (default: 1)")
-    parser.add_argument("--head", metavar="HOST", help="several nodes: name or address of the first")
+    parser.add_argument("--head", metavar="HOST", type=_host, help="several nodes: name or address of the first")
     parser.add_argument(
         "--port",
         metavar="N",
@@ -101,7 +105,12 @@ def _training(arguments: argparse.Namespace, script: str = "train.py") -> list[s
 
 def _deepspeed(arguments: argparse.Namespace, config: Config) -> list[str]:
     command = [_beside_python("deepspeed"), "--master_port", str(_port(arguments, config))]
-    if arguments.nodes > 1:
+    if arguments.nodes == 1:
+        found = [path for path in (Path(HOSTFILE), THEIRS) if path.is_file()]
+        if found:
+            warn(f"launch: {found[0]} is not heeded: this start has one node, this one; to use its nodes: --nodes M --hostfile {found[0]}")
+        command += ["--hostfile", os.devnull] if THEIRS in found else []
+    else:
         hostfile = arguments.hostfile or HOSTFILE
         if not Path(hostfile).exists() and not arguments.only_print:
             raise ConfigError(f"--hostfile: '{hostfile}' is missing; write a line `HOST slots={arguments.gpus}` for each node")
@@ -126,7 +135,8 @@ def _torchrun(arguments: argparse.Namespace, config: Config) -> list[str]:
     command = [_beside_python("torchrun"), "--nproc-per-node", str(arguments.gpus)]
     if arguments.nodes > 1:
         port = _port(arguments, config)
-        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{_head(arguments)}:{port}", "--rdzv-id", f"{config.name}-{port}"]
+        endpoint = f"{bracketed(_head(arguments))}:{port}"
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", f"{config.name}-{port}"]
         command += ["--nnodes", str(arguments.nodes), *meeting]
     else:
         command += ["--master-port", str(arguments.port)] if arguments.port else ["--standalone"]
@@ -173,13 +183,15 @@ def _ray(arguments: argparse.Namespace, config: Config) -> list[str]:
             raise ConfigError(f"launch: '{redacted(override)}' holds a secret, and Ray shows the command of a job; write it into the YAML")
     _refuse_unseen(arguments, config)
     seconds = str(math.ceil(config.checkpoint.grace_s))
-    settings = {"excludes": ["/.venv", "/.git", "/data", "/runs"], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
+    settings = {"excludes": NOT_SENT, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": seconds}}
     job = ["job", "submit", "--address", arguments.address, "--working-dir", ".", "--runtime-env-json", json.dumps(settings), "--"]
     return [_beside_python("ray"), *job, sys.executable, *_training(arguments, "ray_train.py"), workers]  # .venv is not sent
 
 
 def _refuse_unseen(arguments: argparse.Namespace, config: Config) -> None:
     """What a job does not find, or leaves where it is deleted: Ray sends a copy of this folder, and removes it after the job."""
+    from vlm_dist.upstream.ray import left_out
+
     if not Path(config.output_dir).is_absolute():
         raise ConfigError(
             f"output_dir: '{config.output_dir}' would lie in the copy of this folder that Ray makes for the job and deletes after it; "
@@ -187,6 +199,11 @@ def _refuse_unseen(arguments: argparse.Namespace, config: Config) -> None:
         )
     if os.path.relpath(arguments.config).startswith("..") and not Path(arguments.config).is_absolute():
         raise ConfigError(f"'{arguments.config}' is outside of this folder, of which Ray sends a copy; give an absolute path that all see")
+    if not Path(arguments.config).is_absolute() and (by := left_out(Path(arguments.config), NOT_SENT)):
+        raise ConfigError(
+            f"'{arguments.config}' is not in the copy of this folder that Ray sends to the job ({by}); move it, to configs/ for example, "
+            "or give an absolute path that every node sees"
+        )
 
 
 def _script(name: str) -> str:
@@ -210,6 +227,21 @@ def _head(arguments: argparse.Namespace) -> str:
     if arguments.head is None:
         raise ConfigError("--head: several nodes need the name or address of the first, which all of them reach")
     return arguments.head
+
+
+def _host(text: str) -> str:
+    """A name or an address, IPv6 too, with brackets or without; which of the two each launcher wants is written into its command."""
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if with_port := re.fullmatch(r"(\[.+\]|[^:]+):(\d+)", text):
+        raise argparse.ArgumentTypeError(f"'{text}' has a port; give --head {with_port[1].strip('[]')} --port {with_port[2]}")
+    try:
+        if ":" in host and ipaddress.IPv6Address(host).is_link_local:
+            raise argparse.ArgumentTypeError(f"'{text}' holds on one link alone; give a name or another address")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no IPv6 address; expected a name or an address") from None
+    if ":" not in host and not re.fullmatch(r"[\w.-]+", host):
+        raise argparse.ArgumentTypeError(f"'{text}' is no name or address of a host")
+    return host
 
 
 def _gpus_here(arguments: argparse.Namespace) -> int:

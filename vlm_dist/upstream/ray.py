@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 SEEN = "2.60.0"
@@ -15,6 +16,10 @@ NAMES = (
     "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer._initialize_and_run_controller",
     "ray._private.state.available_resources_per_node",
     "ray.train.v2._internal.constants.ENV_VARS_TO_PROPAGATE",
+    "ray._private.runtime_env.packaging._get_excludes",
+    "ray._private.runtime_env.packaging._get_ignore_file",
+    "ray._private.ray_constants.get_runtime_env_default_excludes",
+    "ray._private.ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE",
 )
 
 
@@ -48,6 +53,24 @@ def free_by_node() -> list[dict[str, float]]:
     from ray._private.state import available_resources_per_node
 
     return list(available_resources_per_node().values())
+
+
+def left_out(path: Path, excludes: Sequence[str]) -> str:
+    """Why a file below this folder, by a relative path, is not in the copy that `ray job submit --working-dir .` sends: the pattern or the
+    ignore file; empty: it is."""
+    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import _get_excludes, _get_ignore_file
+
+    here = Path.cwd()
+    inside = Path(os.path.relpath(path))
+    ways = [here / parent for parent in reversed(inside.parents)] + [here / inside]
+    rules = [(pattern, _get_excludes(here, [pattern])) for pattern in (*get_runtime_env_default_excludes(), *excludes)]
+    files = [".rayignore"] if os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE) == "1" else [".gitignore", ".rayignore"]
+    for way in ways:
+        rules += [(os.path.relpath(way / name), rule) for name in files if way.is_dir() and (rule := _get_ignore_file(way, name))]
+        if found := next((name for name, matches in rules if matches(way)), ""):
+            return f"left out by {found}"
+    return ""
 
 
 def trainer_class(allowed: Sequence[int]) -> Any:
