@@ -4,8 +4,8 @@
 
 Clips of `vlm-dist data synth --tasks video`, questions about direction and order alone. Both models begin with the same random weights and
 see the same clips in the same order; only `data.video.max_frames` differs. Asked are scenes that neither has seen, the answers as
-`vlm-dist eval` scores them: exactly right or not. Chance is the share of the most frequent answer
-among the held-out questions of a kind: what the best guess gets that sees nothing.
+`vlm-dist eval` scores them: exactly right or not. Chance is what the best guess gets that sees nothing: the share of the most frequent
+answer among the held-out questions of a kind, and of order, whose questions name two colours, that of the one that is named first or second.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ TEXT = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "n
 
 
 def write_clips(folder: Path, split: str, count: int, seed: int) -> tuple[list[str], dict[str, float]]:
-    """Shards of clips with one question each, and by kind the share of the most frequent answer."""
+    """Shards of clips with one question each, and by kind the share of the most frequent answer to the words of the question."""
     rng, said = random.Random(f"{seed}/{split}"), {kind: Counter[str]() for kind in KINDS}
 
     def samples():
         for number in range(count):
             clip, (kind, asked, answer) = video_sample(rng, split, SIZE, KINDS)
-            said[kind][answer] += 1
+            said[kind][answer if kind == "direction" else f"named first: {f'first, {answer} or' in asked}"] += 1
             messages = [{"role": "user", "content": f"<video>{asked}"}, {"role": "assistant", "content": answer}]
             record = {"messages": messages, "kind": kind}
             yield {"__key__": f"{split}-{number:06d}", "mp4": clip, "json": json.dumps(record).encode()}

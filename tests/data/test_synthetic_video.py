@@ -85,9 +85,13 @@ def test_the_same_bytes_and_splits_apart(tmp_path):
     for name in ("a", "b"):
         synthesise(tmp_path / name, train=6, heldout=2, tasks=("video",), **SETTINGS)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    dice, shares = random.Random(1), Counter()
-    for _ in range(400):
-        shares[split_of(random_scene(dice))] += 1
-    assert 20 < shares["heldout"] < 120
+    dice, shares, answers = random.Random(1), Counter(), {}
+    for _ in range(4000):
+        scene = random_scene(dice)
+        shares[split := split_of(scene[:2])] += 1
+        answers.setdefault((split, scene.kind), {}).setdefault(scene.shapes, set()).add(scene.answer)
+    assert 200 < shares["heldout"] < 1200
+    for (_, kind), found in answers.items():  # what training has of some shapes does not tell what the others cannot do
+        assert kind == "order" or len({len(one) for one in found.values()}) == 1
     raws = list(read_in_order([str(path) for path in (tmp_path / "a").glob("*.tar")]))
     assert all(json.loads(raw["json"])["task"] == "video" for raw in raws)
