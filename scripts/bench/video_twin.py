@@ -5,7 +5,7 @@
 Clips of `vlm-dist data synth --tasks video`, questions about direction and order alone. Both models begin with the same random weights and
 see the same clips in the same order; only `data.video.max_frames` differs. Asked are scenes that neither has seen, the answers as
 `vlm-dist eval` scores them: exactly right or not. Chance is what the best guess gets that sees nothing: the share of the most frequent
-answer among the held-out questions of a kind, and of order, whose questions name two colours, that of the one that is named first or second.
+answer among the held-out questions of a kind; of order, whose questions name two colours, that of the one named first, or second.
 """
 
 from __future__ import annotations
