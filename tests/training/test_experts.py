@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +137,27 @@ def test_going_on_takes_what_an_adapter_says_of_experts_and_routers(checkpoint, 
     ):
         with pytest.raises(ConfigError, match=reason):
             lora_of(tmp_path, family, LoraConfig(**said))
+
+
+def test_balance_loss_of_a_router_that_gives_out_probabilities(checkpoint):
+    """Gemma 4's: the loss and its gradient are those of its scores, not of a softmax of a softmax."""
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
+
+    name = checkpoint("gemma4_moe")
+    config = parse_config(YAML, [f"model.name={name}", "training.router_aux_loss=1"])
+    model, _, _ = load_model(ModelConfig(name=name, load_in_4bit=False), name, CPU)
+    scores: list[torch.Tensor] = []
+    weights = [module.proj.weight for path, module in model.named_modules() if path.endswith(".router")]
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if path.endswith(".router"):
+                module.proj.weight.mul_(100)  # far from even
+                module.proj.register_forward_hook(lambda _, __, output: scores.append(output))
+    watch, ids = ExpertWatch(model, config), torch.randint(10, 100, (2, 15))
+    with watch.forward():
+        model.eval()(input_ids=ids, use_cache=False)
+    found = watch.balance({"labels": ids, "attention_mask": torch.ones_like(ids)}) / 28
+    expected: Any = load_balancing_loss_func(tuple(scores), scores[0].shape[-1], watch.top_k)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, weights, retain_graph=True) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
