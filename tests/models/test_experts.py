@@ -19,6 +19,8 @@ from vlm_dist.data.encode import Encoder
 from vlm_dist.errors import ModelError
 from vlm_dist.models import merge
 from vlm_dist.models.experts import expert_modules, expert_weights, routers
+from vlm_dist.models.experts_lora import experts_in_words
+from vlm_dist.models.held import without_adapter
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora, count_trainable
 from vlm_dist.models.loss import summed_loss
@@ -177,6 +179,20 @@ def test_switches(sparse, llava):
         counted(llava, router="full")
     with pytest.raises(ValidationError, match=r"no dropout and no DoRA; set lora.dropout: 0, or lora.experts: off"):
         LoraConfig(experts="lora", dropout=0.1)
+
+
+def test_experts_that_train_whole(sparse, tmp_path, monkeypatch):
+    """Of lora.modules_to_save: without adapter, counted once, and merged, in the layout of the base's makers too."""
+    monkeypatch.setattr(merge, "_sixteen_bit", lambda _: torch.float32)
+    base = _base_in("exchanged", sparse, tmp_path / "base")
+    config = LoraConfig(r=4, modules_to_save=["mlp.experts"])
+    model, processor = trained(base, config, tmp_path / "adapter", load_in_4bit=True)
+    assert "experts: 3 layers of 8; lora.experts=auto: off, by lora.modules_to_save;" in experts_in_words(model, config)
+    assert not [name for name in without_adapter(model) if "expert" in name]
+    merge_16bit(ModelConfig(name=base), tmp_path / "adapter", processor, tmp_path / "merged", "dequantised", torch.float32)
+    torch.testing.assert_close(logits(load_merged(tmp_path / "merged"), processor), logits(model, processor), rtol=1e-4, atol=2e-4)
+    with pytest.raises(ModelError, match=r"'mlp.experts' holds experts, which lora.experts=lora adapts; leave one of the two out"):
+        add_lora(*load(sparse)[::2], LoraConfig(experts="lora", modules_to_save=["mlp.experts"]))
 
 
 def test_what_is_kept_in_16_bit(sparse):

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from vlm_dist import load_config, train
 from vlm_dist.config import LoraConfig, ModelConfig
 from vlm_dist.config_load import parse_config
 from vlm_dist.distributed import Ranks
-from vlm_dist.errors import ModelError
+from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.models.checkpointing import checkpoint_gradients
+from vlm_dist.models.going_on import lora_of
 from vlm_dist.models.load import load_model
 from vlm_dist.models.lora import add_lora
 from vlm_dist.planning.fits import check_fits
@@ -115,3 +117,47 @@ def test_adapters_on_experts_where_memory_allows(settings, checkpoint, tmp_path,
     assert losses_of(run) == pytest.approx(expected, rel=1e-5) and not adapted()
     train(load_config(path, ["name=other"]))
     assert "lora.experts=auto: lora of rank 64 on each" in capsys.readouterr().out
+
+
+def test_going_on_takes_what_an_adapter_says_of_experts_and_routers(checkpoint, tmp_path):
+    """Their rank, scale and router; the rank of the language model is not lost in that of all experts together."""
+    name = checkpoint("qwen3_vl_moe")
+    form = {"r": 8, "r_language": 2, "alpha_language": 4, "r_experts": 3, "alpha_experts": 9, "router": "full"}
+    model, _, family = load_model(ModelConfig(name=name), name, CPU, lora=LoraConfig(**form))
+    add_lora(model, family, LoraConfig(**form)).save_pretrained(tmp_path)
+    found = lora_of(tmp_path, family, LoraConfig(experts="auto", router="full"))
+    assert {key: getattr(found, key) for key in form} == form
+    assert found.experts == "lora" and found.modules_to_save == []
+    assert lora_of(tmp_path, family, found) == found
+    for said, reason in (
+        ({"r_experts": 4}, r"lora.r_experts: 4, but the adapter in .* has 3, and"),
+        ({"experts": "off"}, r"lora.experts: off, but the adapter in .* has lora, and"),
+        ({"router": "frozen"}, r"lora.router: frozen, but the adapter in .* has full, and"),
+        ({"dropout": 0.1}, r"lora.dropout: 0.1, but the adapter in .* is on experts too, which have none; set it to 0"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            lora_of(tmp_path, family, LoraConfig(**said))
+
+
+def test_balance_loss_of_a_router_that_gives_out_probabilities(checkpoint):
+    """Gemma 4's: the loss and its gradient are those of its scores, not of a softmax of a softmax."""
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
+
+    name = checkpoint("gemma4_moe")
+    config = parse_config(YAML, [f"model.name={name}", "training.router_aux_loss=1"])
+    model, _, _ = load_model(ModelConfig(name=name, load_in_4bit=False), name, CPU)
+    scores: list[torch.Tensor] = []
+    weights = [module.proj.weight for path, module in model.named_modules() if path.endswith(".router")]
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if path.endswith(".router"):
+                module.proj.weight.mul_(100)  # far from even
+                module.proj.register_forward_hook(lambda _, __, output: scores.append(output))
+    watch, ids = ExpertWatch(model, config), torch.randint(10, 100, (2, 15))
+    with watch.forward():
+        model.eval()(input_ids=ids, use_cache=False)
+    found = watch.balance({"labels": ids, "attention_mask": torch.ones_like(ids)}) / 28
+    expected: Any = load_balancing_loss_func(tuple(scores), scores[0].shape[-1], watch.top_k)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, weights, retain_graph=True) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

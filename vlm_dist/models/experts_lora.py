@@ -20,26 +20,33 @@ def experts_choice(model: Any, config: LoraConfig) -> tuple[bool, str]:
     """Whether the experts of this model get adapters, and why, in words; empty where it has no experts.
 
     Raises:
-        ModelError: adapters on experts were asked of a model that has none.
+        ModelError: adapters on experts were asked of a model that has none, or of experts that train whole.
     """
     if not expert_modules(model):
         if config.experts == "lora" or config.router == "full":
             what = "lora.experts=lora" if config.experts == "lora" else "lora.router=full"
             raise ModelError(f"{what}: this model has no experts that are found; leave it out")
         return False, ""
+    whole = next((name for name in config.modules_to_save if _holds_experts(name, model)), None)
+    if whole and config.experts == "lora":
+        raise ModelError(f"lora.modules_to_save: '{whole}' holds experts, which lora.experts=lora adapts; leave one of the two out")
     if config.experts != "auto":
         return config.experts == "lora", f"lora.experts={config.experts}"
     reasons = {
         "lora.language": not config.language, "lora.mlp": not config.mlp, "lora.dropout": config.dropout > 0, "lora.dora": config.dora,
-        "lora.modules": bool(config.modules),
+        "lora.modules": bool(config.modules), "lora.modules_to_save": whole is not None,
     }  # fmt: skip
     against = [name for name, holds in reasons.items() if holds]
     return not against, f"lora.experts=auto: {'off, by ' + against[0] if against else 'lora'}"
 
 
+def _holds_experts(name: str, model: Any) -> bool:
+    return any(f".{name}." in f".{path}." for path in expert_modules(model))
+
+
 def experts_in_words(model: Any, config: LoraConfig) -> str:
     """How many experts there are and what was chosen for them; nothing of a model without."""
-    modules = list(expert_modules(model).values())
+    modules = [module for path, module in expert_modules(model).items() if not path.endswith(".original_module")]
     if (odd := not_read(model)) and not modules:
         return f"experts: those of this architecture cannot be read ({odd[0]}, ...): they stay in 16 bit and have no adapter"
     if not modules:

@@ -11,6 +11,7 @@ from vlm_dist.config import Config, LoraConfig
 from vlm_dist.errors import ConfigError, ModelError
 from vlm_dist.families import Family
 from vlm_dist.models.adapters import WEIGHTS, base_of, find_adapter, read_adapter_config
+from vlm_dist.models.experts import ROUTERS, of_experts
 from vlm_dist.models.files import opened
 from vlm_dist.models.load import read_model_config
 from vlm_dist.models.record import read_record
@@ -18,7 +19,10 @@ from vlm_dist.run_dir import RunDir
 
 FIRST_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?A(?:\.weight)?$")
 SWITCHES = ("vision", "language", "attention", "mlp")  # true: may be adapted
-OWN = ("r_vision", "r_projector", "r_language", "alpha_vision", "alpha_projector", "alpha_language", "modules", "layers", "modules_to_save")
+OWN = (
+    "r_vision", "r_projector", "r_language", "alpha_vision", "alpha_projector", "alpha_language", "alpha_experts", "modules", "layers",
+    "modules_to_save",
+)  # fmt: skip
 
 
 def settle(config: Config) -> Config:
@@ -69,13 +73,15 @@ def lora_of(folder: Path, family: Family, given: LoraConfig) -> LoraConfig:
     values = found.values()
     for name in given.model_fields_set & values.keys():
         wanted = getattr(given, name)
-        if name == "dropout" or (name in OWN and not wanted) or (name in SWITCHES and wanted):
+        if name == "dropout" or (name in OWN and not wanted) or (name in SWITCHES and wanted) or (name, wanted) == ("experts", "auto"):
             continue
         if not _agree(wanted, values[name]):
             raise ConfigError(
                 f"lora.{name}: {wanted}, but the adapter in {folder} has {values[name]}, and training goes on with its form; leave "
                 f"lora.{name} away, or merge it first (vlm-dist export --to merged-16bit) and put a new adapter on that"
             )
+    if values["experts"] == "lora" and given.dropout and "dropout" in given.model_fields_set:
+        raise ConfigError(f"lora.dropout: {given.dropout}, but the adapter in {folder} is on experts too, which have none; set it to 0")
     kept = {name for name in ("dropout", "modules", "layers") if name in given.model_fields_set}
     return given.model_copy(update={name: value for name, value in values.items() if name not in {"modules", "layers"} | kept})
 
@@ -91,25 +97,37 @@ class _Found:
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str, rank: int) -> None:
-        """An adapted module."""
+        """An adapted module. The A of experts is that of all of them, so its size is not their rank."""
+        if of_experts(f"{name}."):
+            return
         side = self.family.side_of(name)
-        patterns = (self.settings.get("alpha_pattern") or {}).items()
-        alpha = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name)), self.settings["lora_alpha"])
         self.ranks.setdefault(side, set()).add(rank)
-        self.alphas.setdefault(side, set()).add(alpha)
+        self.alphas.setdefault(side, set()).add(self._own("alpha_pattern", name, self.settings["lora_alpha"]))
         self.names.append(name)
+
+    def _own(self, key: str, name: str, usual: Any) -> Any:
+        """The rank or alpha of a module or parameter, by a pattern of PEFT."""
+        patterns = (self.settings.get(key) or {}).items()
+        return next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name)), usual)
 
     def values(self) -> dict[str, Any]:
         settings, parts = self.settings, {part for name in self.names for part in name.split(".")}
         whole = settings.get("modules_to_save") or []
         of_projector = [name for name in whole if any(f"{name}.".startswith(f"{path}.") for path in self.family.projector)]
+        of_router = [name for name in whole if name.rpartition(".")[2] in ROUTERS]
         found: dict[str, Any] = {
             "r": settings["r"], "alpha": float(settings["lora_alpha"]), "dropout": settings.get("lora_dropout") or 0.0,
             "bias": settings.get("bias") or "none", "rslora": bool(settings.get("use_rslora")), "dora": bool(settings.get("use_dora")),
             "projector": "full" if of_projector else "lora" if "projector" in self.ranks else "frozen",
-            "modules_to_save": [name for name in whole if name not in of_projector],
+            "router": "full" if of_router else "frozen",
+            "modules_to_save": [name for name in whole if name not in of_projector + of_router],
             "modules": sorted({name.rpartition(".")[2] for name in self.names}), "layers": self._layers(),
         }  # fmt: skip
+        experts = settings.get("target_parameters") or []
+        found["experts"] = "lora" if experts else "off"
+        if experts:
+            found["r_experts"] = self._own("rank_pattern", experts[0], found["r"])
+            found["alpha_experts"] = float(self._own("alpha_pattern", experts[0], found["alpha"]))
         for side in ("vision", "projector", "language"):
             for key, values, usual in (("r", self.ranks, found["r"]), ("alpha", self.alphas, found["alpha"])):
                 own = values.get(side, set())

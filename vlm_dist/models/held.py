@@ -34,6 +34,8 @@ def without_adapter(model: Any) -> Counter[str]:
     adapted = _adapted(model)
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
+        if ".original_module." in name:  # a copy beside it trains
+            continue
         is_linear = name.endswith(".weight") and hasattr(model.get_submodule(path), "in_features")
         if (is_linear or id(parameter) in experts) and not parameter.requires_grad and id(parameter) not in adapted:
             state = getattr(parameter, "quant_state", None)

@@ -188,6 +188,11 @@ class Layers:
     def _merge_experts(self, name: str, module: Any, weight: torch.Tensor) -> torch.Tensor:
         from vlm_dist.upstream.peft import ParamWrapper
 
+        if module is not None and not isinstance(module, ParamWrapper):
+            trained = getattr(module, name.rpartition(".")[2])
+            if not trained.is_meta:  # whole, by lora.modules_to_save
+                self._use(module)
+                return trained.detach().float().cpu()
         if name in self.rounded:
             weight = round_to_nf4(weight, self.trained_dtype, self.device).float()
         if not isinstance(module, ParamWrapper):

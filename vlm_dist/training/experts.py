@@ -19,6 +19,7 @@ from vlm_dist.upstream.transformers import routers_with_logits
 if TYPE_CHECKING:
     import torch
 
+TINY = 1e-30  # whose logarithm is finite in float32
 COEFFICIENT = "router_aux_loss_coef"  # as transformers' configurations call it
 
 
@@ -33,6 +34,7 @@ class ExpertWatch:
         self.modules = list(expert_modules(model).values())
         self.weight = balance_weight(model, config)
         self._logits: list[torch.Tensor] = []
+        self._probabilities: dict[Any, bool] = {}
         self._watching = False
         self._aux = 0.0
         if not self.weight:
@@ -43,7 +45,7 @@ class ExpertWatch:
         text = model.config.get_text_config()
         self.top_k = int(getattr(text, "num_experts_per_tok", None) or text.top_k_experts)
         for module, index in found:
-            module.register_forward_hook(lambda _, __, output, index=index: self._heard(output[index]))
+            module.register_forward_hook(lambda router, _, output, index=index: self._heard(type(router), output[index]))
 
     def begin(self) -> None:
         """A step begins, or begins again."""
@@ -92,9 +94,15 @@ class ExpertWatch:
         row = {"busiest": round(busiest, 4), "dead": sum(number == 0 for number in summed), "of": len(summed)}
         return {"experts": row | ({"aux_loss": round(aux / num_labels, 5)} if self.weight else {})}
 
-    def _heard(self, logits: torch.Tensor) -> None:
-        if self._watching:
-            self._logits.append(logits)
+    def _heard(self, kind: type, logits: torch.Tensor) -> None:
+        if not self._watching:
+            return
+        if logits.numel():
+            if kind not in self._probabilities:
+                self._probabilities[kind] = are_probabilities(logits.detach())
+            if self._probabilities[kind]:
+                logits = logits.clamp_min(TINY).log()
+        self._logits.append(logits)
 
 
 def as_begun(config: Config, run: RunDir, ranks: Ranks) -> Config:
@@ -118,6 +126,11 @@ def balance_weight(model: Any, config: Config) -> float:
         return config.training.router_aux_loss
     trains = config.lora is None or config.lora.router == "full"
     return float(getattr(model.config.get_text_config(), COEFFICIENT, None) or 0.0) if trains and expert_modules(model) else 0.0
+
+
+def are_probabilities(given: torch.Tensor) -> bool:
+    """Whether a router gives out what softmax made of its logits, [N, E], as Gemma 4's does; a softmax of these would be nearly even."""
+    return bool((given >= 0).all() and ((given.sum(-1) - 1).abs() < 1e-2).all())
 
 
 def balance_loss(logits: list[torch.Tensor], top_k: int, mask: torch.Tensor | None) -> torch.Tensor:

@@ -222,7 +222,7 @@ def _resized_in_order(resize: Callable[..., Any], *given: Any, **options: Any) -
 
 def is_experts(module: Any) -> bool:
     """Whether a module holds the experts of a layer and computes by name of an implementation (`use_experts_implementation`)."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate")
+    return hasattr(module, "_is_expert_parallel") and hasattr(type(module), "_apply_gate")  # a wrapper of PEFT hands on what it has not
 
 
 def register_experts(name: str, function: Callable) -> None:
