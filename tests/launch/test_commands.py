@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
+import sys
 import zipfile
 
 import pytest
 
-from tests.conftest import ROOT, write_config
+from tests.conftest import ROOT, child_environment, write_config
 from vlm_dist.cli import launch
 from vlm_dist.cli.main import main
 
@@ -100,3 +102,20 @@ def test_a_configuration_that_ray_does_not_send(capsys, monkeypatch, settings, t
             assert err.count("\n") == 1
     assert "left out by sub/.rayignore" in printed(capsys, "sub/a.yaml", *job)[2]
     assert printed(capsys, os.path.abspath(configs[0]), *job)[0] == 0
+
+
+ON_A_WORKER = """
+import importlib.util, sys
+from vlm_dist.training.ray_cluster import leave_repository
+before = importlib.util.find_spec("kernels")
+leave_repository()
+import vlm_kernels.reference, vlm_dist.config_text
+print(before is not None, importlib.util.find_spec("kernels"), "transformers" in sys.modules)
+"""
+
+
+def test_a_worker_of_ray_does_not_take_our_kernels_for_another_package():
+    """Its path has the repository's root three times: for this package, as the driver's folder, and in the copy that is sent to a job."""
+    words = [sys.executable, "-c", f"import sys; sys.path += ['', {str(ROOT)!r}]\n{ON_A_WORKER}"]
+    done = subprocess.run(words, cwd=ROOT, env=child_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "None", "False"]

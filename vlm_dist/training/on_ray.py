@@ -22,7 +22,7 @@ from vlm_dist.quiet import quiet_libraries
 from vlm_dist.redaction import redacted
 from vlm_dist.run_dir import RunDir
 from vlm_dist.training.health import StopRequest
-from vlm_dist.training.ray_cluster import TELL_S, Workers, connect, refuse_sent_copy, wait_for_room, workers_of
+from vlm_dist.training.ray_cluster import TELL_S, Workers, connect, leave_repository, refuse_sent_copy, wait_for_room, workers_of
 from vlm_dist.training.ray_stop import Asked, leave_drained_node, signals_held
 from vlm_dist.upstream.ray import address_told, trainer_class
 
@@ -190,6 +190,7 @@ def _work(settings: dict[str, Any]) -> None:
     import ray
     from ray.train import get_context
 
+    leave_repository()
     quiet_libraries()
     logging.getLogger("vlm_dist").propagate = False  # Ray Train's handler at the root prints to the screen too: every line came twice
     from vlm_dist.training.lost import RankLost

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 
 from vlm_dist.config import Config, RayConfig
 from vlm_dist.deepspeed_config import check_batches
-from vlm_dist.errors import ConfigError, MachineError, tell
+from vlm_dist.errors import ConfigError, MachineError, tell, words_of
 from vlm_dist.redaction import redacted
 from vlm_dist.training.ray_stop import signals_held
 from vlm_dist.upstream.ray import ADDRESS, free_by_node
@@ -65,7 +66,7 @@ def connect(config: RayConfig) -> bool:
 
     Raises:
         ConfigError: what names a cluster is no address of one.
-        MachineError: the cluster that is named does not answer.
+        MachineError: the cluster that is named does not answer, or a new one does not come up.
     """
     address = config.address or os.environ.get(ADDRESS) or _cluster_here()
     _refuse_other_addresses(address, "ray.address" if config.address else ADDRESS)
@@ -82,6 +83,12 @@ def connect(config: RayConfig) -> bool:
         raise MachineError(
             f"ray.address: no cluster answers at '{address}' ({why}); is it running, and does it ask for a token (RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN or ~/.ray/auth_token)?"
+        ) from None
+    except Exception as error:
+        if type(error) is not Exception:  # as Ray itself raises where its processes do not come up in half a minute
+            raise
+        raise MachineError(
+            f"ray: no cluster comes up on this machine ({words_of(error)}); where it is only busy, run again, else Ray's own logs say why"
         ) from None
     return address != LOCAL
 
@@ -118,7 +125,17 @@ def _cluster_here() -> str:
 def _python_path() -> list[str]:
     """Where workers find vlm_dist and vlm_kernels if they are not installed there: beside this file."""
     root = Path(__file__).resolve().parents[2]
-    return [str(root), str(root / "kernels")]
+    return [str(root), *([str(root / "kernels")] if _is_repository(root) else [])]
+
+
+def _is_repository(folder: Path) -> bool:
+    return (folder / "kernels" / "vlm_kernels").is_dir()
+
+
+def leave_repository() -> None:
+    """On a worker, before any other library is loaded: take the repository's root off the path, where this package was found, as Ray took
+    the driver's folder and the copy sent to a job. From there `kernels/` would pass for Hugging Face's package of that name."""
+    sys.path[:] = [place for place in sys.path if not _is_repository(Path(place))]
 
 
 def refuse_sent_copy(config: Config, here: Path) -> None:
