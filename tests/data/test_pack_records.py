@@ -162,7 +162,7 @@ def test_a_caption_may_hold_a_line_break_but_must_be_text(images, tmp_path, caps
         ("a.json", "{}", "holds no list"),
         ("a.json", "[", "cannot be read: Expecting value"),
         ("a.json", "[]", "holds no record"),
-        ("a.json", "[1, 2]", "none of the 2 records can be used; the first: the record is no object"),
+        ("a.json", "[1, 2]", "none of the 2 records can be used; the first: the record is 1; expected an object"),
         ("a.jsonl", '{"messages": []}\nnot json\n', "line 2: "),
         ("a.parquet", "no parquet", "cannot be read"),
         ("metadata.jsonl", "3\n", "expected file_name and text (or caption), found 3"),

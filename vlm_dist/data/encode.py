@@ -19,8 +19,9 @@ from vlm_dist.data.placing import Placing
 from vlm_dist.data.run_tokenizer import RunTokenizer
 from vlm_dist.data.samples import Sample
 from vlm_dist.data.tally import Note, Tally
+from vlm_dist.data.template_losses import left_out
 from vlm_dist.data.thoughts import with_reasoning_apart
-from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, left_out, prompt_before_answer
+from vlm_dist.data.turns import Habits, Turn, assistant_turns, habits_of, prompt_before_answer
 from vlm_dist.data.video import Clip, Shown
 from vlm_dist.data.video_ways import VideoWay
 from vlm_dist.errors import BadSample, words_of
@@ -274,8 +275,7 @@ class Encoder:
         if self.train_on == "last" and sum(message["role"] == "assistant" for message in messages) > 1:
             notes.add(("turn", "all but the last (data.train_on: last)"))
         off = [turn for turn in turns if messages[turn.number].get("weight") == 0]
-        if off:
-            notes.add(("turn", "weight 0"))
+        notes |= {("turn", "weight 0")} if off else set()
         if sum(message["role"] == "assistant" and not says_something(message) for message in messages):
             notes.add(("turn", "empty"))
         return [turn for turn in turns if turn not in off]

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlm_dist.data.messages import says_something
-from vlm_dist.data.tally import Note
-from vlm_dist.data.thoughts import thought_of, without_lost_thought, without_thought
+from vlm_dist.data.thoughts import CLOSING, thought_of, without_lost_thought
 from vlm_dist.errors import BadSample
 
 Messages = list[dict[str, Any]]
@@ -98,6 +97,8 @@ def assistant_turns(
     _check_marks(text)
     speaking = [number for number, message in enumerate(messages) if message["role"] == "assistant" and says_something(message)]
     messages = [without_lost_thought(one, text) for one in messages]
+    if len(speaking) == 1 and (start := _only_answer(messages, speaking[0], text, habits)) is not None:
+        return [Turn(speaking[0], start, len(text.rstrip()))]
     tries = ({"calls": True}, {}, {"thoughts_apart": True})
     holes = next((found for one in tries if (found := _find_holes(messages, text, render, **one)) is not None), None)
     turns: list[Turn] = []
@@ -118,10 +119,24 @@ def assistant_turns(
     return turns
 
 
+def _only_answer(messages: Messages, number: int, text: str, habits: Habits) -> int | None:
+    """Where the only answer, at the end of a conversation, begins, where its words stand but once in the text, before the end-of-turn: no
+    second rendering is needed to find it."""
+    message = messages[number]
+    is_plain = number + 1 == len(messages) and not message.get("reasoning_content") and not message.get("tool_calls")
+    if not (is_plain and habits.tail and len(message["content"]) == 1):
+        return None
+    words = message["content"][0].get("text", "")
+    start = len(text.rstrip()) - len(habits.tail) - len(words)
+    if not words.strip() or CLOSING in words or text.count(words) != 1 or not text.startswith(words + habits.tail, max(start, 0)):
+        return None
+    return start - len(habits.lead) if habits.lead and not habits.opens_thought and text[:start].endswith(habits.lead) else start
+
+
 def _span_of(messages: Messages, number: int, text: str, holes: Holes, habits: Habits) -> tuple[int, int] | None:
     """From the first thing said in a turn to the last, its tool calls included; None: those do not stand behind its words."""
     start, said = min(start for start, _ in holes[number]), max(end for _, end in holes[number])
-    names = _names(messages[number].get("tool_calls"))
+    names = names_of(messages[number].get("tool_calls"))
     if not names:
         return start, said
     is_last = number + 1 == len(messages)
@@ -149,32 +164,8 @@ def prompt_before_answer(messages: Messages, render: Render, reasoning: bool) ->
     return full[: found.start()]
 
 
-def left_out(messages: Messages, text: str, tools: list[Any] | None) -> set[Note]:
-    """What a template did not write into `text`, where a model can do without; else, as of words and tools, raises BadSample."""
-    notes: set[Note] = set()
-    for number, message in enumerate(messages):
-        said = [part["text"] for part in message["content"] if part.get("text", "").strip()]
-        lost = [one for one in said if one.strip() not in text]
-        if lost and message["role"] == "system":
-            notes.add(("template", "system turns"))
-        elif lost and message["role"] == "assistant" and all(without_thought(one) in text for one in lost):
-            notes.add(("template", "reasoning"))
-        elif lost:
-            how = "writes in other words" if message["role"] == "assistant" else "leaves out"
-            raise BadSample(f"the chat template {how} what the {message['role']} says in turn {number}: {lost[0].strip()[:60]!r}")
-        elif any(one not in text for one in said):
-            notes.add(("stripped", "spaces and line breaks, by the chat template"))
-        if any(name not in text for name in _names(message.get("tool_calls"))):
-            raise BadSample(f"the chat template leaves out the tool calls of turn {number}; use a model whose template takes tools")
-        if str(message.get("reasoning_content") or "").strip() not in text:
-            notes.add(("template", "reasoning"))
-    if any(name not in text for name in _names(tools)):
-        raise BadSample("the chat template leaves out the tools; use a model whose template takes them")
-    return notes
-
-
-def _names(tools: Any) -> list[str]:
-    """Of functions, in OpenAI's form or without its wrapping."""
+def names_of(tools: Any) -> list[str]:
+    """The names of functions, in OpenAI's form or without its wrapping."""
     inner = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
     return [tool["name"] for tool in inner if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
 
@@ -290,7 +281,7 @@ def _by_replacing(messages: Messages, number: int, text: str, render: Render, ha
     said = text[start:end]
     is_whole = text.startswith(before) and text.endswith(behind) and start <= end
     words = [part["text"].strip() for part in messages[number]["content"] if "text" in part]
-    is_all = all(one in said for one in [*words, *_names(messages[number].get("tool_calls"))])
+    is_all = all(one in said for one in [*words, *names_of(messages[number].get("tool_calls"))])
     if not (is_whole and is_all and said in with_answers):
         raise BadSample(
             f"the chat template writes turn {number} in several pieces or in other words, so it cannot be located; "
