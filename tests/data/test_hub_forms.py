@@ -179,7 +179,7 @@ def test_how_boxes_are_read_is_told_before_packing(tmp_path, capsys):
     pack(str(tmp_path / "r.json"), tmp_path / "out")
     out = capsys.readouterr().out
     assert "boxes: read as x, y, width, height, in pixels (1); --boxes says otherwise; packed as x1, y1, x2, y2" in out
-    assert "objects named by the number of a class alone, which is what is learnt: label 3 (1 sample)" in out
+    assert "objects and captions that are the number of a class alone, which is what is learnt: label 3 (1 sample)" in out
     assert main(["data", "pack", str(tmp_path / "r.json"), str(tmp_path / "out2"), "--boxes", "odd"]) == 3
     assert "--boxes: found 'odd'; expected one of xywh, xyxy" in capsys.readouterr().err
 

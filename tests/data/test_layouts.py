@@ -194,8 +194,8 @@ def test_named_columns():
     [
         ({"a": 1, "b": 2}, "no text in a layout that is known; its keys are a, b; known are messages "),
         ({}, "its keys are none"),
-        (3, "is no object"),
-        ([1], "is no object"),
+        (3, "expected an object"),
+        ([1], "expected an object"),
         ({"messages": []}, "expected a list of turns"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "'role' is 'judge'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "'role' is \\['user'\\]"),
