@@ -304,6 +304,9 @@ def test_experts_stored_in_4bit_are_read_back(stored_in_4bit, tmp_path, monkeypa
     model, processor = trained(folder, LoraConfig(r=4), tmp_path / "adapter", load_in_4bit=True)
     merge_16bit(ModelConfig(name=folder), tmp_path / "adapter", processor, tmp_path / "merged", "dequantised", torch.float32)
     torch.testing.assert_close(logits(load_merged(tmp_path / "merged"), processor), logits(model, processor), rtol=1e-4, atol=2e-4)
+    for pattern in ("experts", "vision"):
+        with pytest.raises(ModelError, match=rf"model.keep_16bit: '{pattern}' is in 4 bit in this checkpoint \(model\..*\), and"):
+            load(folder, keep_16bit=[pattern])
     with pytest.raises(ModelError, match=r"model.load_in_4bit=false: '.*' is quantised \(bitsandbytes, 4 bit\)"):
         load(folder, load_in_4bit=False)
 

@@ -45,7 +45,7 @@ def test_balance_loss_is_that_of_transformers(masked):
     torch.testing.assert_close(balance_loss(logits, 2, mask), expected)
 
 
-def test_load_rates_and_what_cannot_be(checkpoint, llava):
+def test_load_rates_and_what_cannot_be(checkpoint, llava, caplog):
     name = checkpoint("qwen3_vl_moe")
     config = parse_config(YAML, [f"model.name={name}", "lora.router=full", "optim.lr=1e-3", "optim.lr_experts=1e-4"])
     model, _, family = load_model(ModelConfig(name=name), name, CPU)
@@ -71,6 +71,15 @@ def test_load_rates_and_what_cannot_be(checkpoint, llava):
     )
     assert watch.metrics(ALONE, 28) == {}
 
+    dense, _, family = load_model(ModelConfig(name=llava), llava, CPU)
+    dense_lora = add_lora(dense, family, LoraConfig(r=4, vision=False))
+    with caplog.at_level("WARNING"):
+        build_optimizer(
+            dense_lora, parse_config(YAML, [f"model.name={llava}", "optim.lr_experts=1e-4", "optim.lr_language=1e-3"]).optim, family
+        )
+    assert [record.getMessage() for record in caplog.records if "optim." in record.getMessage()] == [
+        "optim.lr_experts: nothing of it trains here, so it has no effect"
+    ]
     dense, _, _ = load_model(ModelConfig(name=llava), llava, CPU)
     assert ExpertWatch(dense, config).metrics(ALONE, 28) == {}
     with pytest.raises(ModelError, match=r"training.router_aux_loss: this model has no router"):

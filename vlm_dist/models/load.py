@@ -17,7 +17,7 @@ from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
 from vlm_dist.models.processor import check_vocabulary, load_processor
 from vlm_dist.models.source import check_source, not_loadable
-from vlm_dist.upstream.bitsandbytes import compute_in, keep_nf4_layout
+from vlm_dist.upstream.bitsandbytes import compute_in, keep_nf4_layout, unpack_across_rows
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,8 @@ def load_weights(
     dtype = choose_dtype(config.dtype, device)
     if dtype == torch.float16 and family.overflows_in_float16:
         logger.warning("%s", overflow_words(family))
+    if config.load_in_4bit:
+        unpack_across_rows()
     stored_in_4bit = config.load_in_4bit and is_stored_in_4bit(name, config.revision, config.trust_remote_code)
     options = {}  # a checkpoint that is stored in 4 bit has its own settings
     if config.load_in_4bit and not stored_in_4bit:
@@ -177,7 +179,7 @@ def load_weights(
     _check_complete(model, found, family, name)
     prepare(model)
     use_our_experts(model)
-    _check_kept(config, model)
+    _check_kept(config, family, model)
     if config.load_in_4bit:
         keep_nf4_layout(model)
         let_save(model)
@@ -206,13 +208,22 @@ def kept_in_16bit(config: ModelConfig, family: Family, trained: Iterable[str] = 
     return [*trained, *(path for word in config.keep_16bit for path in sides.get(word, (f".*({word})",)))]
 
 
-def _check_kept(config: ModelConfig, model: torch.nn.Module) -> None:
-    """Raises ModelError where a pattern of model.keep_16bit matches nothing, so that what it means is in 4 bit all the same."""
+def _check_kept(config: ModelConfig, family: Family, model: torch.nn.Module) -> None:
+    """Raises ModelError where a pattern of model.keep_16bit matches nothing, or what a checkpoint stores in 4 bit, so that what it means
+    is in 4 bit all the same."""
     names = [name for name, _ in model.named_modules()]
     for pattern in config.keep_16bit:
         if pattern not in ("vision", "projector") and not any(re.search(pattern, name) for name in names):
             raise ModelError(
                 f"model.keep_16bit: no module is called '{pattern}'; give vision, projector, or part of a path, e.g. {names[-1]}"
+            )
+    for pattern in config.keep_16bit:
+        paths = kept_in_16bit(config.model_copy(update={"keep_16bit": [pattern]}), family)
+        packed = (name for name, weight in model.named_parameters() if hasattr(weight, "quant_state"))
+        if found := next((name for name in packed if any(re.match(path, name) for path in paths)), None):
+            raise ModelError(
+                f"model.keep_16bit: '{pattern}' is in 4 bit in this checkpoint ({found}), and its 16-bit weights are not there; leave it "
+                "out, or give the checkpoint that it was made from"
             )
 
 

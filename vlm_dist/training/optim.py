@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,8 @@ from vlm_dist.upstream.deepspeed import shape_of
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 
 def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family, *, on_cpu: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) over the trainable parameters; bitsandbytes' 8-bit form keeps its moments in
@@ -26,14 +29,19 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig, family: Family,
     `on_cpu` it is DeepSpeed's AdamW for offloaded weights, which is compiled when it is first used."""
     import torch
 
-    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "language": config.lr_language}
+    rates = {"vision": config.lr_vision, "projector": config.lr_projector, "language": config.lr_language, "experts": config.lr_experts}
     members: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    used: set[str] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = name.removeprefix("base_model.model.")
-            rate = (config.lr_experts if of_experts(plain) else None) or rates[family.side_of(plain)] or config.lr
+            part = "experts" if of_experts(plain) and config.lr_experts else family.side_of(plain)
+            used.add(part)
+            rate = rates[part] or config.lr
             decay = config.weight_decay if len(shape_of(parameter)) > 1 else 0.0
             members.setdefault((rate / config.lr, decay), []).append(parameter)
+    for part in (part for part, rate in rates.items() if rate and part not in used):
+        logger.warning("optim.lr_%s: nothing of it trains here, so it has no effect", part)
     groups = [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in members.items()]
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw_8bit":
