@@ -182,6 +182,13 @@ def features(raw: Any) -> str:
     return f"a mini VLM whose frozen tower has {share:.0%} of the work: {told}"
 
 
+def loader_processes(raw: Any) -> str:
+    told = [f"{row['share_of_operations']:.2f} beside {way} ({row['samples_per_s']:.0f} samples/s)" for way, row in raw["results"].items()]
+    return (
+        f"small operations that a loop keeps of what it does alone, while samples are prepared flat out on another core: {', '.join(told)}"
+    )
+
+
 def vllm_load(raw: Any) -> str:
     return "; ".join(
         f"{row['model_type']} {'loads' if row['loaded'] else 'does not load'} in vLLM {row['versions']['vllm']}" for row in raw["results"]
@@ -205,7 +212,8 @@ def video_twin(raw: Any) -> str:
 
 READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
-    "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "features": features, "loading": loading,
+    "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "features": features,
+    "loader_processes": loader_processes, "loading": loading,
     "loading_plans": loading_plans, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
     "quickstart": quickstart, "real_pictures": real_pictures, "real_pictures_python": real_pictures,
     "report_lines": report_lines, "roofline": roofline,
