@@ -108,8 +108,8 @@ def run(name: str, frames: int, folder: Path, shards: dict[str, list[str]], argu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("train", 4000), ("heldout", 400), ("steps", 600), ("batch", 32), ("every", 300), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (("--train", 10_000), ("--heldout", 400), ("--steps", 1000), ("--batch", 32), ("--every", 300), ("--seed", 0)):
+        parser.add_argument(name, type=int, default=value)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--folder", type=Path, help="where data and runs stay; default: a temporary one")
     parser.add_argument("--out", type=Path)
