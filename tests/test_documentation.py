@@ -39,7 +39,8 @@ def test_the_settings_page_is_made_from_the_code():
 
 def test_every_message_of_the_troubleshooting_page_exists():
     """The words stand in the code as they stand on the page."""
-    code = "\n".join(path.read_text() for path in (ROOT / "vlm_dist").rglob("*.py"))
+    files = [*(ROOT / "vlm_dist").rglob("*.py"), ROOT / "launch" / "slurm" / "train.sbatch"]
+    code = "\n".join(path.read_text() for path in files)
     code = " ".join(re.sub(r'"\s*\n\s*f?"', "", code).split())
     for words in re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M):
         assert words in code, words
