@@ -17,7 +17,6 @@ from tests.conftest import ROOT, child_environment, losses_of, write_config
 from tests.data.test_stream import processor, rows, stream_of  # noqa: F401
 from vlm_dist import load_config, train
 from vlm_dist.data import processes
-from vlm_dist.data.processes import SHARED
 from vlm_dist.errors import MachineError
 
 pytestmark = pytest.mark.slow
@@ -67,15 +66,17 @@ def test_a_run_in_processes(settings, tmp_path):
 @pytest.mark.parametrize("room", ["enough", "none"])
 def test_shared_memory_is_left_as_it_was(tmp_path, shards, processor, room, monkeypatch):  # noqa: F811
     """Also of samples that nobody has asked for yet; without room the samples come another way."""
-    if room == "none":
-        monkeypatch.setattr(processes, "SHARED", tmp_path / "not there")
-    before = set(SHARED.iterdir())
-    stream = in_processes(stream_of(shards["qa-train"], processor, tmp_path), 1)
+    shared = tmp_path / "shared"
+    monkeypatch.setattr(processes, "SHARED", shared)
+    if room == "enough":
+        shared.mkdir()
     expected = [step.keys for _, step in zip(range(5), stream_of(shards["qa-train"], processor, tmp_path).steps(), strict=False)]
-    steps = stream.steps()
+    steps = in_processes(stream_of(shards["qa-train"], processor, tmp_path), 1).steps()
     assert [next(steps).keys for _ in range(5)] == expected
+    while room == "enough" and not any(shared.iterdir()):  # of the steps ahead
+        time.sleep(0.05)
     steps.close()
-    assert set(SHARED.iterdir()) <= before
+    assert not list(shared.glob("*"))
 
 
 def children(pid: int) -> list[int]:
