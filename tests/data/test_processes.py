@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, child_environment, losses_of, write_config
+from tests.conftest import ROOT, child_environment, command, losses_of, write_config
 from tests.data.test_stream import processor, rows, stream_of  # noqa: F401
 from vlm_dist import load_config, train
 from vlm_dist.data import processes
@@ -96,6 +96,21 @@ def test_one_that_is_killed_is_told(tmp_path, shards, processor):  # noqa: F811
     with pytest.raises(MachineError, match=r"data.processes: a process that prepares samples was killed .* data.workers lower"):
         for _ in range(20):
             next(steps)
+
+
+def test_a_scheduler_signals_all_of_a_job(settings, tmp_path):
+    """SLURM sends its signal to every process: samples still come until the trainer has ended its step and saved."""
+    settings["data"]["heldout"] = []
+    settings |= {"training": {"steps": 100_000, "global_batch": 4, "micro_batch": 2}}
+    words = command("train", str(write_config(settings, tmp_path)), "data.processes=true")
+    process = subprocess.Popen(words, env=child_environment(), cwd=ROOT, start_new_session=True)
+    run = Path(settings["output_dir"]) / "tiny"
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert json.loads((run / "summary.json").read_text())["ended"] == "interrupted" and any((run / "checkpoints").iterdir())
 
 
 SCRIPT = """

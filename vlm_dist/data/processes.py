@@ -34,6 +34,7 @@ from vlm_dist.quiet import quiet_libraries
 
 PRELOADED = ["vlm_dist.data.processes", "vlm_dist.data.encode", "torchvision.transforms.v2", "transformers"]
 SHARED = Path("/dev/shm")
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _numbers, _mark = itertools.count(), ""  # in a worker: of its files in shared memory, and what all their names begin with
 _preparer: Preparer | Exception | None = None  # in a worker: what it works with, or why it cannot
 
@@ -102,7 +103,7 @@ class _Coming:
 def _begin(made: bytes) -> None:
     """In a worker: everything that a preparer needs."""
     global _preparer
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in ASKING:
         signal.signal(number, signal.SIG_IGN)  # the trainer is asked, and ends when it has saved
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -208,10 +209,12 @@ def _clear(mark: str) -> None:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """A new process reads its parent's main module, which in a script without a guard is the training itself; it needs nothing of it."""
-    main = sys.modules["__main__"]
+    """A new process reads its parent's main module, which in a script without a guard is the training itself; it needs nothing of it.
+    Signals that ask a trainer to end do not reach it, nor the server that it comes from: a scheduler sends them to all of a job."""
+    main, before = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
