@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,8 @@ from tests.conftest import ROOT, child_environment, command, losses_of, write_co
 from tests.data.test_stream import processor, rows, stream_of  # noqa: F401
 from vlm_dist import load_config, train
 from vlm_dist.data import processes
-from vlm_dist.errors import MachineError
+from vlm_dist.data.processes import SHARED
+from vlm_dist.errors import DataError, MachineError
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +30,11 @@ pytestmark = pytest.mark.slow
 def in_processes(stream, number=2):
     stream.in_processes, stream.config = True, stream.config.model_copy(update={"workers": number})
     return stream
+
+
+def ours():
+    """Files of this process's samples in shared memory."""
+    return SHARED.glob(f"vlm_dist-{os.getpid()}-*")
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -86,16 +96,90 @@ def children(pid: int) -> list[int]:
     return [one.pid for one in psutil.Process(pid).children(recursive=True) if "forkserver" in " ".join(one.cmdline())]
 
 
-def test_one_that_is_killed_is_told(tmp_path, shards, processor):  # noqa: F811
+def prepared(stream) -> set[int]:
+    """The processes that prepare the samples of a stream that has given a step, not the server that they come from."""
+    before = set(children(os.getpid()))
+    stream.next_step()
+    return set(sorted(set(children(os.getpid())) - before)[-stream.config.workers :])
+
+
+@pytest.mark.parametrize("idle_s", [0, 1.5])
+def test_one_that_is_killed_is_told(tmp_path, shards, processor, idle_s):  # noqa: F811
+    """While it works, and when it has nothing to do."""
     stream = in_processes(stream_of(shards["qa-train"], processor, tmp_path), 1)
-    steps = stream.steps()
-    next(steps)
-    workers = [pid for pid in children(os.getpid()) if pid not in (os.getpid(),)]
-    for pid in workers[1:]:  # the first is the server that they come from
+    workers = prepared(stream)
+    time.sleep(idle_s)
+    for pid in workers:
         os.kill(pid, signal.SIGKILL)
+    time.sleep(idle_s / 3)
     with pytest.raises(MachineError, match=r"data.processes: a process that prepares samples was killed .* data.workers lower"):
         for _ in range(20):
-            next(steps)
+            stream.next_step()
+    stream.close()
+
+
+def test_signals_to_all_are_for_the_trainer(tmp_path, shards, processor):  # noqa: F811
+    """However early they come: a scheduler sends SIGTERM to all processes of a job."""
+    ended, known = threading.Event(), set(children(os.getpid()))
+
+    def send() -> None:
+        while not ended.is_set():
+            for pid in set(children(os.getpid())) - known:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    stream = in_processes(stream_of(shards["qa-train"], processor, tmp_path))
+    assert [len(stream.next_step().keys) for _ in range(4)] == [2] * 4
+    ended.set()
+    sender.join()
+    stream.close()
+
+
+def test_files_that_others_delete_are_made_again(tmp_path, shards, processor):  # noqa: F811
+    """As systemd does when a user logs out."""
+    expected = [step.keys for _, step in zip(range(5), stream_of(shards["qa-train"], processor, tmp_path).steps(), strict=False)]
+    steps = in_processes(stream_of(shards["qa-train"], processor, tmp_path)).steps()
+    found = [next(steps).keys]
+    time.sleep(1)
+    assert [file.unlink() for file in ours()]
+    assert [*found, *(next(steps).keys for _ in range(4))] == expected
+    steps.close()
+
+
+def test_shards_that_change_before_they_begin(tmp_path, shards, processor):  # noqa: F811
+    copies = [shutil.copy(path, tmp_path) for path in shards["qa-train"]]
+    stream = in_processes(stream_of(copies, processor, tmp_path), 1)
+    for path, other in zip(copies, shards["reading-train"], strict=True):
+        shutil.copy(other, path)
+    with pytest.raises(DataError, match=r"does not hold at byte .* what its index says .* it was changed"):
+        stream.next_step()
+    stream.close()
+
+
+class Stubborn:
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise ValueError("not me")
+
+
+@pytest.mark.parametrize("how", ["sent", "received"])
+def test_a_processor_that_cannot_be_handed_over(tmp_path, shards, processor, how, monkeypatch):  # noqa: F811
+    if how == "sent":
+        processor.own, words = Stubborn(), "not me"
+    else:  # its class is of a module that only the trainer has
+        module, words = types.ModuleType("only_here"), "No module named 'only_here'"
+        module.Own = type("Own", (type(processor),), {"__module__": "only_here"})  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "only_here", module)
+        processor.__class__ = module.Own  # type: ignore[attr-defined]
+    stream = in_processes(stream_of(shards["qa-train"], processor, tmp_path), 1)
+    with pytest.raises(MachineError, match=rf"data.processes: this processor cannot be handed .* \({words}\); set it to false"):
+        stream.next_step()
+    stream.close()
 
 
 def test_a_scheduler_signals_all_of_a_job(settings, tmp_path):

@@ -7,7 +7,6 @@ come back in shared memory, one file a sample that is gone as soon as it is open
 from __future__ import annotations
 
 import itertools
-import logging
 import mmap
 import multiprocessing
 import os
@@ -21,12 +20,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from vlm_dist.data.dataset import Dataset, open_storage
 from vlm_dist.data.encoded import Encoded
-from vlm_dist.data.index import open_index
 from vlm_dist.data.preparer import Preparer
 from vlm_dist.data.rows import Slot
 from vlm_dist.errors import MachineError
@@ -35,6 +34,7 @@ from vlm_dist.quiet import quiet_libraries
 PRELOADED = ["vlm_dist.data.processes", "vlm_dist.data.encode", "torchvision.transforms.v2", "transformers"]
 SHARED = Path("/dev/shm")
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""A scheduler sends them to all processes of a job."""
 _numbers, _mark = itertools.count(), ""  # in a worker: of its files in shared memory, and what all their names begin with
 _preparer: Preparer | Exception | None = None  # in a worker: what it works with, or why it cannot
 
@@ -51,13 +51,14 @@ class Processes:
     """
 
     def __init__(self, number: int, preparer: Preparer):
-        self._preparer, self._mark = preparer, str(SHARED / f"vlm_dist-{os.urandom(6).hex()}")
-        encoder, sources = preparer.encoder, [(one.name, list(one.index.shards), one.weight) for one in preparer.datasets]
+        self._preparer, self._mark = preparer, str(SHARED / f"vlm_dist-{os.getpid()}-{os.urandom(6).hex()}")
+        encoder, sources = preparer.encoder, [(one.name, one.index, one.weight) for one in preparer.datasets]
         try:
-            made = pickle.dumps((type(encoder), encoder.processor, preparer.config, sources, preparer.seed, preparer.lanes, self._mark))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise MachineError(f"data.processes: this processor cannot be handed to another process ({error}); set it to false") from None
-        context = multiprocessing.get_context("forkserver")
+            processor = pickle.dumps((type(encoder), encoder.processor))
+        except Exception as error:  # an object of others refuses as it likes
+            raise _not_handed(error) from None
+        made = pickle.dumps((processor, preparer.config, sources, preparer.seed, preparer.lanes, self._mark))
+        context = _Context()
         context.set_forkserver_preload(PRELOADED)
         self._pool = ProcessPoolExecutor(number, context, _begin, (made,))
 
@@ -70,19 +71,16 @@ class Processes:
 
     def begin(self, call: Callable, *arguments: Any) -> Future:
         """Begin a method of the preparer in one of them; what it gives comes as from the method itself."""
-        with _without_main():
-            future = self._pool.submit(_do, call.__name__, *arguments)
-        return _Coming(self, future)  # type: ignore[return-value]
+        with _told_when_killed():
+            return _Coming(self, self._pool.submit(_do, call.__name__, *arguments), call.__name__, arguments)  # type: ignore[return-value]
 
-    def take(self, future: Future) -> Any:
+    def take(self, future: Future, *call: Any) -> Any:
         """The result of a call, its tensors in this process."""
-        try:
-            found, prompts = _opened(*future.result())
-        except BrokenProcessPool:
-            raise MachineError(
-                "data.processes: a process that prepares samples was killed from outside, most likely for lack of memory; "
-                "set data.workers lower, or data.processes: false"
-            ) from None
+        with _told_when_killed():
+            try:
+                found, prompts = _opened(*future.result())
+            except _Swept:
+                found, prompts = _opened(*self._pool.submit(_piped, *call).result())
         if isinstance(found, Slot):
             return found
         slot, encoded = found
@@ -93,11 +91,31 @@ class Processes:
 class _Coming:
     """A result that becomes tensors when it is asked for, in the thread that asks."""
 
-    def __init__(self, processes: Processes, future: Future):
-        self._processes, self._future = processes, future
+    def __init__(self, processes: Processes, future: Future, name: str, arguments: tuple):
+        self._processes, self._future, self._call = processes, future, (name, *arguments)
 
     def result(self) -> Any:
-        return self._processes.take(self._future)
+        return self._processes.take(self._future, *self._call)
+
+
+class _Swept(Exception):
+    """A sample's file is gone: systemd deletes a user's there when their last session on the machine ends (RemoveIPC)."""
+
+
+@contextmanager
+def _told_when_killed() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise MachineError(
+            "data.processes: a process that prepares samples was killed from outside, most likely for lack of memory; "
+            "set data.workers lower, or data.processes: false"
+        ) from None
+
+
+def _not_handed(error: Exception) -> MachineError:
+    reason = (f"{error}".splitlines() or [type(error).__name__])[0]
+    return MachineError(f"data.processes: this processor cannot be handed to another process ({reason}); set it to false")
 
 
 def _begin(made: bytes) -> None:
@@ -105,6 +123,7 @@ def _begin(made: bytes) -> None:
     global _preparer
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)  # the trainer is asked, and ends when it has saved
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _preparer = _receive(made)
@@ -118,11 +137,13 @@ def _receive(made: bytes) -> Preparer:
     quiet_libraries()
     torch.set_num_threads(1)
     global _mark
-    kind, processor, config, sources, seed, lanes, _mark = pickle.loads(made)
+    handed, config, sources, seed, lanes, _mark = pickle.loads(made)
+    try:
+        kind, processor = pickle.loads(handed)
+    except Exception as error:  # its class may be one that only the trainer has
+        raise _not_handed(error) from None
     storage = open_storage(config)
-    logging.disable(logging.WARNING)  # the trainer has told what there is to tell of the shards
-    datasets = [Dataset(name, open_index(shards, "data.train", storage), storage, weight) for name, shards, weight in sources]
-    logging.disable(logging.NOTSET)
+    datasets = [Dataset(name, index, storage, weight) for name, index, weight in sources]
     return Preparer(datasets, config, kind.of(processor, config), seed, lanes)
 
 
@@ -145,13 +166,21 @@ def _do(name: str, *arguments: Any) -> tuple[bytes, list[int], Path | None]:
     return head, [part.nbytes for part in parts], path
 
 
+def _piped(name: str, *arguments: Any) -> tuple[bytes, list[int], None]:
+    """In a worker: the same, without a file."""
+    return pickle.dumps(_done(name, *arguments), protocol=5), [], None
+
+
 def _opened(head: bytes, sizes: list[int], path: Path | None) -> Any:
     """In the trainer: what a worker did, its arrays where the worker wrote them."""
     if path is None:
         return pickle.loads(head)
-    with path.open("rb") as file:
-        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    path.unlink()
+    try:
+        with path.open("rb") as file:
+            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    except FileNotFoundError:
+        raise _Swept from None
+    path.unlink(missing_ok=True)
     ends = list(itertools.accumulate(sizes))
     return pickle.loads(head, buffers=[whole[end - size : end] for size, end in zip(sizes, ends, strict=True)])
 
@@ -207,14 +236,18 @@ def _clear(mark: str) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """A new process reads its parent's main module, which in a script without a guard is the training itself; it needs nothing of it.
-    Signals that ask a trainer to end do not reach it, nor the server that it comes from: a scheduler sends them to all of a job."""
-    main, before = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class _Process(ForkServerProcess):
+    def start(self) -> None:
+        """A new process reads its parent's main module, which in a script without a guard is the training itself; it needs nothing of it.
+        Signals wait until it knows that they are not for it; also those to the server that it comes from."""
+        main, before = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(ForkServerContext):
+    Process = _Process
