@@ -1,9 +1,11 @@
-"""Errors of files in true words: why something cannot be written or read, and what helps; and where the cache is."""
+"""Errors of files in true words: why something cannot be written or read, and what helps; where the cache is, and what files take."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from vlm_dist.errors import CheckpointError, MachineError, UserError
@@ -29,6 +31,15 @@ _REMEDIES = {
 def cache_folder() -> Path:
     """Where this project keeps what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm_dist"
+
+
+def sizes(files: Iterable[Path]) -> list[int]:
+    """Bytes of each that is still there."""
+    found = []
+    for file in files:
+        with suppress(FileNotFoundError):
+            found.append(file.stat().st_size)
+    return found
 
 
 def why(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,14 +67,34 @@ def test_another_tower_or_number_type_has_files_of_its_own(start, tmp_path, chan
 
 def test_damaged_files_are_told_and_computed_again(start, tmp_path, caplog):
     expected = losses_of(start("first", "llava", "data.cache_features=true"))
-    cut, empty, *_ = files = kept(tmp_path / "cache")
+    cut, empty, other, *_ = files = kept(tmp_path / "cache")
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
     empty.write_bytes(b"")
+    other.write_bytes(whole[:-40] + bytes(40))  # as after a machine that lost its power
     again = start("again", "llava", "data.cache_features=true")
     assert losses_of(again) == pytest.approx(expected, rel=1e-5)
-    assert f"data.cache_features: '{cut}' cannot be read" in caplog.text and str(empty) in caplog.text
-    assert kept(tmp_path / "cache") == files and len(cut.read_bytes()) == len(empty.read_bytes()) == len(whole)
+    assert all(f"data.cache_features: '{file}' cannot be read" in caplog.text for file in (cut, empty, other))
+    assert kept(tmp_path / "cache") == files and {len(file.read_bytes()) for file in (cut, empty, other)} == {len(whole)}
+    assert other.read_bytes()[-40:] != bytes(40)
+
+
+def test_files_that_cannot_be_read_are_left_alone(start, tmp_path, caplog):
+    expected = losses_of(start("first", "llava", "data.cache_features=true"))
+    for file in kept(tmp_path / "cache"):
+        file.unlink()
+        file.mkdir()
+    assert losses_of(start("again", "llava", "data.cache_features=true")) == pytest.approx(expected, rel=1e-5)
+    assert caplog.text.count("cannot be read (Is a directory); such pictures are computed again") == 1
+    assert all(file.is_dir() for file in kept(tmp_path / "cache"))
+
+
+def test_what_older_towers_leave_no_room_for_is_told(start, tmp_path, caplog):
+    start("older", "llava", "data.cache_features=true")
+    before = kept(tmp_path / "cache")
+    start("newer", "internvl", "data.cache_features=true", "data.features_gb=0.00001")
+    assert kept(tmp_path / "cache") == before
+    assert caplog.text.count("is full; features of further pictures are computed each time") == 1
 
 
 def test_a_folder_that_is_full_is_told_once(start, tmp_path, caplog):
@@ -140,4 +161,25 @@ def test_encoders_that_give_maps(tmp_path):
     expected = features_of(features._compute(pixel_values=other))
     with features.of(batch):
         torch.testing.assert_close(features_of(tower(pixel_values=batch["pixel_values"])), expected)
+    features.close()
+
+
+def test_what_is_kept_is_what_was_computed(tmp_path):
+    """Also of a model that writes into its features; and of pictures of one colour, whose bytes are those of one of another shape."""
+
+    class Tower(torch.nn.Module):
+        def forward(self, pixel_values):
+            return type("Output", (), {"last_hidden_state": pixel_values.flatten(2).transpose(1, 2) + 1})()
+
+    tower = Tower()
+    features = TowerFeatures(tower, tmp_path, 10**9)
+    behind = threading.Event()
+    features._writer.submit(behind.wait)
+    with features.of(features.ahead({"pixel_values": torch.zeros(2, 3, 4, 8)})):
+        tower(torch.zeros(2, 3, 4, 8)).last_hidden_state.zero_()
+    behind.set()
+    features._writer.submit(int).result()
+    known = features.ahead({"pixel_values": torch.zeros(1, 3, 4, 8)})["known_features"]
+    assert torch.equal(known, torch.ones(1, 32, 3))
+    assert "known_features" not in features.ahead({"pixel_values": torch.zeros(1, 3, 8, 4)})
     features.close()

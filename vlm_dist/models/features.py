@@ -11,15 +11,16 @@ import hashlib
 import logging
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_dist.config import Config, DataConfig
 from vlm_dist.deepspeed_config import zero_stage
-from vlm_dist.disk import cache_folder
+from vlm_dist.disk import cache_folder, sizes
 from vlm_dist.errors import ConfigError
 from vlm_dist.families import FAMILIES, Family
 from vlm_dist.models.patches import bind
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WRITTEN_BEHIND = 64  # pictures whose features wait to be written, at most
+FORM = 2  # of the files; others lie in folders of their own
 LAYERED = ("hidden_states", "feature_maps")
 
 
@@ -43,7 +45,7 @@ class TowerFeatures:
         self.tower, self.folder, self.room = tower, folder, limit
         self.found = self.asked = 0
         """Pictures since `metrics` was called: read instead of computed, and all."""
-        self._compute, self._now = tower.forward, None
+        self._compute, self._now, self._unreadable = tower.forward, None, False
         self._writer, self._behind = ThreadPoolExecutor(1, "features"), threading.BoundedSemaphore(WRITTEN_BEHIND)
         tower.forward = bind(tower, self._forward)
 
@@ -87,7 +89,7 @@ class TowerFeatures:
         return {"features_read": share}
 
     def __str__(self) -> str:
-        known = [file.stat().st_size for file in self.folder.glob("*/*.safetensors")]
+        known = sizes(self.folder.glob("*/*.safetensors"))
         return f"features of the frozen vision tower: {len(known):,} pictures known ({sum(known) / 1e9:.2f} GB in {self.folder})"
 
     def close(self) -> None:
@@ -107,17 +109,26 @@ class TowerFeatures:
 
         file = self._file(key)
         try:
-            ((field, feature),) = load(file.read_bytes()).items()
+            ((name, feature),) = load(file.read_bytes()).items()
+            field, _, known = name.rpartition(" ")
+            if known != _checksum(feature):
+                raise ValueError("its checksum is another")
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, ValueError) as error:
+        except OSError as error:  # the file may be whole
+            if not self._unreadable:
+                logger.warning("data.cache_features: '%s' cannot be read (%s); such pictures are computed again", file, error.strerror)
+            self._unreadable = True
+            return None
+        except (SafetensorError, ValueError) as error:
             logger.warning("data.cache_features: '%s' cannot be read (%s); it is deleted, its picture computed again", file, error)
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
             return None
         return field, feature
 
     def _write(self, field: str, features: torch.Tensor, keys: list[str]) -> None:
-        for key, feature in zip(keys, features.detach(), strict=True):
+        for key, feature in zip(keys, features.detach().clone(), strict=True):  # the model may write into its own
             self._behind.acquire()
             self._writer.submit(self._put, self._file(key), field, feature)
 
@@ -127,12 +138,13 @@ class TowerFeatures:
         try:
             if self.room < 0 or file.exists():
                 return
-            data = save({field: feature.cpu().contiguous()})
+            feature = feature.cpu().contiguous()
+            data = save({f"{field} {_checksum(feature)}": feature})
             self.room -= len(data)
             if self.room < 0:
                 logger.warning(
                     "data.cache_features: '%s' is full; features of further pictures are computed each time (data.features_gb says how "
-                    "much it may hold; folders of other towers in '%s' may be deleted)", file.parent, self.folder.parent
+                    "much it may hold; folders of other towers in it may be deleted)", self.folder.parent
                 )  # fmt: skip
                 return
             _write_whole(file, data)
@@ -194,14 +206,21 @@ def _joined(computed: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
 def _digest(pixels: torch.Tensor) -> str:
     import torch
 
-    data = pixels.contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=20, person=f"{pixels.dtype}"[-16:].encode()).hexdigest()
+    digest = hashlib.blake2b(f"{pixels.dtype} {tuple(pixels.shape)}".encode(), digest_size=20)
+    digest.update(pixels.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _checksum(feature: torch.Tensor) -> str:
+    import torch
+
+    return f"{zlib.crc32(feature.flatten().view(torch.uint8).numpy()):08x}"
 
 
 def _write_whole(file: Path, data: bytes) -> None:
     """A reader finds all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{os.urandom(4).hex()}")
     try:
         temporary.write_bytes(data)
         temporary.replace(file)
@@ -256,8 +275,8 @@ def keep_features(model: Any, family: Family, config: DataConfig, dtype: torch.d
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"data.cache_dir: '{folder}' cannot be made ({error.strerror}); give a folder that can be written") from None
-    taken = sum(file.stat().st_size for file in of_all.glob("*/*/*.safetensors"))
-    model.tower_features = TowerFeatures(tower, folder, (int(config.features_gb * 1e9) - taken) // ranks)
+    left = int(config.features_gb * 1e9) - sum(sizes(of_all.glob("*/*/*.safetensors")))
+    model.tower_features = TowerFeatures(tower, folder, max(0, left) // ranks)
     return model.tower_features
 
 
@@ -266,7 +285,7 @@ def _fingerprint(tower: Any, config: Any, dtype: torch.dtype) -> str:
 
     digest = hashlib.blake2b(digest_size=12)
     layer = getattr(config, "vision_feature_layer", None)
-    digest.update(repr((type(tower).__name__, layer, str(dtype), sorted(tower.config.to_dict().items(), key=str))).encode())
+    digest.update(repr((FORM, type(tower).__name__, layer, str(dtype), sorted(tower.config.to_dict().items(), key=str))).encode())
     for name, value in tower.state_dict().items():
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
