@@ -7,6 +7,7 @@ come back in shared memory, one file a sample that is gone as soon as it is open
 from __future__ import annotations
 
 import itertools
+import logging
 import mmap
 import multiprocessing
 import os
@@ -26,11 +27,12 @@ from typing import Any
 
 from vlm_dist.data.dataset import Dataset, open_storage
 from vlm_dist.data.encoded import Encoded
-from vlm_dist.data.preparer import Preparer
+from vlm_dist.data.preparer import Preparer, Workers
 from vlm_dist.data.rows import Slot
 from vlm_dist.errors import MachineError
 from vlm_dist.quiet import quiet_libraries
 
+logger = logging.getLogger(__name__)
 PRELOADED = ["vlm_dist.data.processes", "vlm_dist.data.encode", "torchvision.transforms.v2", "transformers"]
 SHARED = Path("/dev/shm")
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -39,15 +41,32 @@ _numbers, _mark = itertools.count(), ""  # in a worker: of its files in shared m
 _preparer: Preparer | Exception | None = None  # in a worker: what it works with, or why it cannot
 
 
+def workers_for(number: int, preparer: Preparer, in_processes: bool) -> Workers | Processes:
+    """What prepares a stream's samples. Where `data.processes` leaves it open, threads do when processes cannot, told.
+
+    Raises:
+        MachineError: as `Processes`, where `data.processes` asks for them.
+    """
+    if not in_processes or not number:
+        return Workers(number)
+    try:
+        return Processes(number, preparer)
+    except MachineError as error:
+        if preparer.config.processes != "auto":
+            raise
+        logger.warning("%s; threads prepare the samples", error)
+        return Workers(number)
+
+
 class Processes:
-    """As `Workers`, for a preparer's `encode` and `measure`. They begin when the first sample is asked for, in a second or two.
+    """As `Workers`, for a preparer's `encode` and `measure`. The first begins at once, in a second or two, the others when there is work.
 
     Args:
         number: of processes.
         preparer: whose data sets, settings and processor they get; it hears of what they notice.
 
     Raises:
-        MachineError: the processor cannot be handed to another process; or, from a sample's result, one of them was killed.
+        MachineError: the processor cannot be handed to another process, or one of them was killed; this also from a sample's result.
     """
 
     def __init__(self, number: int, preparer: Preparer):
@@ -61,6 +80,12 @@ class Processes:
         context = _Context()
         context.set_forkserver_preload(PRELOADED)
         self._pool = ProcessPoolExecutor(number, context, _begin, (made,))
+        try:
+            with _told_when_killed():
+                self._pool.submit(_ready).result()
+        except BaseException:
+            self._pool.shutdown(cancel_futures=True)
+            raise
 
     def __enter__(self) -> Processes:
         return self
@@ -131,6 +156,12 @@ def _begin(made: bytes) -> None:
         _preparer = error
 
 
+def _ready() -> None:
+    """In a worker: raise what it cannot work for."""
+    if isinstance(_preparer, Exception):
+        raise _preparer
+
+
 def _receive(made: bytes) -> Preparer:
     import torch
 
@@ -186,9 +217,8 @@ def _opened(head: bytes, sizes: list[int], path: Path | None) -> Any:
 
 
 def _done(name: str, *arguments: Any) -> tuple[Any, list[str | None]]:
-    if isinstance(_preparer, Exception):
-        raise _preparer
-    assert _preparer is not None
+    _ready()
+    assert isinstance(_preparer, Preparer)
     found = getattr(_preparer, name)(*arguments)
     if isinstance(found, Slot):
         return _light(found), []

@@ -25,7 +25,7 @@ from vlm_dist.data.encode import Encoder
 from vlm_dist.data.encoded import Encoded, count_labels, count_patches
 from vlm_dist.data.lanes import Lane
 from vlm_dist.data.preparer import Preparer, Workers
-from vlm_dist.data.processes import Processes
+from vlm_dist.data.processes import Processes, workers_for
 from vlm_dist.data.quarantine import Quarantine
 from vlm_dist.data.rows import MeasuredRows, PlainRows, Rows, Slot, until_done
 from vlm_dist.errors import DataError
@@ -173,8 +173,7 @@ class Stream:
     def steps(self, skip: int = 0) -> Iterator[Step]:
         """Every step from where `restore` left it, without end; the first `skip` of them are passed over."""
         coming: deque[tuple[list[list[Future]], dict[int, dict]]] = deque()
-        number = self.config.workers
-        with Processes(number, self.preparer) if self.in_processes and number else Workers(number) as workers:
+        with workers_for(self.config.workers, self.preparer, self.in_processes) as workers:
             lanes = self._rows(workers, self._discard)
             for lane in lanes:
                 if lane.lane.number in self._state:
