@@ -17,7 +17,7 @@ from vlm_dist.models.introspect import find_family
 from vlm_dist.models.lora import trained_whole
 from vlm_dist.models.processor import check_vocabulary, load_processor
 from vlm_dist.models.source import check_source, not_loadable
-from vlm_dist.upstream.bitsandbytes import compute_in, keep_nf4_layout
+from vlm_dist.upstream.bitsandbytes import compute_in, keep_nf4_layout, unpack_across_rows
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,8 @@ def load_weights(
     dtype = choose_dtype(config.dtype, device)
     if dtype == torch.float16 and family.overflows_in_float16:
         logger.warning("%s", overflow_words(family))
+    if config.load_in_4bit:
+        unpack_across_rows()
     stored_in_4bit = config.load_in_4bit and is_stored_in_4bit(name, config.revision, config.trust_remote_code)
     options = {}  # a checkpoint that is stored in 4 bit has its own settings
     if config.load_in_4bit and not stored_in_4bit:

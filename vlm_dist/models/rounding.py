@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_dist.families import Family
 from vlm_dist.models.experts import expert_weights
 from vlm_dist.models.load import nf4_config
+from vlm_dist.upstream.bitsandbytes import unpack_across_rows
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ def round_to_nf4(weight: torch.Tensor, dtype: torch.dtype, device: torch.device)
     """NF4 and back, as loading for training does it."""
     from bitsandbytes import functional
 
+    unpack_across_rows()
     codes, state = functional.quantize_4bit(weight.to(device, dtype).contiguous(), compress_statistics=True, quant_type="nf4")
     return functional.dequantize_4bit(codes, state).cpu()
 
@@ -41,6 +43,7 @@ def dequantise(codes: torch.Tensor, statistics: dict[str, torch.Tensor], key: st
     """A weight that is stored in 4 bit, as the training met it."""
     from bitsandbytes import functional
 
+    unpack_across_rows()
     state = functional.QuantState.from_dict({name.removeprefix(key + "."): value for name, value in statistics.items()}, codes.device)
     state.dtype = dtype
     return functional.dequantize_4bit(codes, state)

@@ -1,7 +1,9 @@
-"""bitsandbytes: a layer that changes its weights' layout by itself."""
+"""bitsandbytes: a layer that changes its weights' layout by itself, and a kernel that reads the scales of other blocks."""
 
 from __future__ import annotations
 
+from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +11,27 @@ if TYPE_CHECKING:
 
 SEEN = "0.50.2"
 NAMES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.functional.QuantState")
+
+
+@cache
+def unpack_across_rows() -> Any:
+    """On a CPU, bitsandbytes 0.50 unpacks a 4-bit weight [X, Y] as if blocks began with each row, though it packs across rows: wherever Y
+    is no multiple of a block, most scales are those of other blocks, and nothing says so. Such a weight is unpacked as one row here.
+    Once a process; returned is what keeps it so."""
+    import bitsandbytes  # noqa: F401  (registers its kernels)
+    import torch
+
+    name = "bitsandbytes::dequantize_4bit"
+    theirs = torch.library.get_kernel(name, "CPU")
+
+    def unpack(keys: Any, packed: Any, absmax: Any, blocksize: int, quant_type: str, shape: Any, dtype: Any) -> Any:
+        if len(shape) < 2 or shape[-1] % blocksize == 0:
+            return theirs.call_boxed(keys, packed, absmax, blocksize, quant_type, shape, dtype)
+        return theirs.call_boxed(keys, packed, absmax, blocksize, quant_type, [prod(shape)], dtype).view(shape)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    library.impl("dequantize_4bit", unpack, "CPU", with_keyset=True, allow_override=True)
+    return library
 
 
 def keep_nf4_layout(module: Any) -> None:
