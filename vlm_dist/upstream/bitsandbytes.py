@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ctypes import c_longlong
 from functools import cache
-from math import prod
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 SEEN = "0.50.2"
-NAMES = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.functional.QuantState")
+UNPACKING = [f"cdequantize_blockwise_cpu_{kind}_{dtype}" for kind in ("nf4", "fp4") for dtype in ("fp32", "bf16", "fp16")]
+NAMES = (
+    "bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.functional.QuantState",
+    *(f"bitsandbytes.backends.cpu.ops.lib.{name}" for name in UNPACKING),
+)  # fmt: skip
 
 
 @cache
-def unpack_across_rows() -> Any:
+def unpack_across_rows() -> None:
     """On a CPU, bitsandbytes 0.50 unpacks a 4-bit weight [X, Y] as if blocks began with each row, though it packs across rows: wherever Y
-    is no multiple of a block, most scales are those of other blocks, and nothing says so. Such a weight is unpacked as one row here.
-    Once a process; returned is what keeps it so."""
-    import bitsandbytes  # noqa: F401  (registers its kernels)
-    import torch
+    is no multiple of a block, most scales are those of other blocks, and nothing says so. Its compiled functions get so many rows for
+    one as begin with a block. Once a process."""
+    from bitsandbytes.backends.cpu.ops import lib
 
-    name = "bitsandbytes::dequantize_4bit"
-    theirs = torch.library.get_kernel(name, "CPU")
+    for name in UNPACKING:
+        setattr(lib, name, _across_rows(getattr(lib, name)))
 
-    def unpack(keys: Any, packed: Any, absmax: Any, blocksize: int, quant_type: str, shape: Any, dtype: Any) -> Any:
-        if len(shape) < 2 or shape[-1] % blocksize == 0:
-            return theirs.call_boxed(keys, packed, absmax, blocksize, quant_type, shape, dtype)
-        return theirs.call_boxed(keys, packed, absmax, blocksize, quant_type, [prod(shape)], dtype).view(shape)
 
-    library = torch.library.Library("bitsandbytes", "IMPL")
-    library.impl("dequantize_4bit", unpack, "CPU", with_keyset=True, allow_override=True)
-    return library
+def _across_rows(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def unpack(codes: Any, absmax: Any, out: Any, blocksize: Any, rows: Any, width: Any) -> Any:
+        together = lcm(width.value, blocksize.value) // width.value
+        together = rows.value if rows.value % together else together
+        shape = c_longlong(rows.value // together), c_longlong(width.value * together)
+        return theirs(codes, absmax, out, blocksize, *shape)
+
+    return unpack
 
 
 def keep_nf4_layout(module: Any) -> None:
