@@ -10,6 +10,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores, several processes
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ quiet_libraries()
 warm.prepare()
 ROOT = Path(__file__).resolve().parent.parent
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_A_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TASKS = ("caption", "qa", "reading")
 DURATIONS = ROOT / "docs" / "benchmarks" / "tests.json"
 SLOW = ("slow", "ray", "slurm", "browser", "gpu")
@@ -71,6 +73,19 @@ def _poison_fresh_memory(monkeypatch):
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """What a test leaves ignored or blocked, every process that a later one starts would ignore too."""
+    handlers, blocked = {number: signal.getsignal(number) for number in OF_A_JOB}, signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    left = [number.name for number, handler in handlers.items() if signal.getsignal(number) != handler]
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, handler)
+    masked = signal.pthread_sigmask(signal.SIG_SETMASK, blocked) ^ blocked
+    assert not left and not masked, f"handlers of {left} changed, {masked} (un)blocked"
 
 
 @pytest.fixture(scope="session")

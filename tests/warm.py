@@ -92,7 +92,6 @@ def _run(words: list[str], environment: dict[str, str], script: str | None, out:
                 os.dup2(file, number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a server that loader processes have begun blocks some
     code: int | str | None = 1
     try:
         if script is None:

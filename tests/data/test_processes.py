@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 from contextlib import suppress
@@ -94,7 +93,11 @@ def children(pid: int) -> list[int]:
     """Processes that prepare samples for a process, by their words."""
     import psutil
 
-    return [one.pid for one in psutil.Process(pid).children(recursive=True) if "forkserver" in " ".join(one.cmdline())]
+    found = []
+    for one in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            found += [one.pid] if "forkserver" in " ".join(one.cmdline()) else []
+    return found
 
 
 def prepared(stream) -> set[int]:
@@ -121,24 +124,52 @@ def test_one_that_is_killed_is_told(tmp_path, shards, processor, idle_s):  # noq
     stream.close()
 
 
-def test_signals_to_all_are_for_the_trainer(tmp_path, shards, processor):  # noqa: F811
-    """However early they come: a scheduler sends SIGTERM to all processes of a job."""
+SIGNALLED = """
+import multiprocessing, os, signal, sys, threading
+from contextlib import suppress
+import psutil
+from tests.data.test_processes import children
+from vlm_dist import load_config, train
+
+def blocked():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+def of_the_shared_server():
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        assert pool.apply(blocked) == set(), "others' processes must not block signals"
+
+def send():
+    while not ended.is_set():
+        for pid in set(children(os.getpid())) - known:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+if __name__ == "__main__":
+    if sys.argv[2] == "shared first":
+        of_the_shared_server()
     ended, known = threading.Event(), set(children(os.getpid()))
-
-    def send() -> None:
-        while not ended.is_set():
-            for pid in set(children(os.getpid())) - known:
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, number)
-
-    sender = threading.Thread(target=send)
+    sender = threading.Thread(target=send, daemon=True)
     sender.start()
-    stream = in_processes(stream_of(shards["qa-train"], processor, tmp_path))
-    assert [len(stream.next_step().keys) for _ in range(4)] == [2] * 4
+    train(load_config(sys.argv[1], ["data.processes=true"]))
     ended.set()
     sender.join()
-    stream.close()
+    of_the_shared_server()
+    print("ended")
+"""
+
+
+@pytest.mark.parametrize("order", ["ours first", "shared first"])
+def test_signals_to_all_are_for_the_trainer(settings, tmp_path, order):
+    """However early they come (a scheduler sends SIGTERM to all processes of a job), whoever started a server of forks before; and others'
+    processes hear theirs."""
+    settings["data"]["heldout"] = []
+    script = tmp_path / "script.py"
+    script.write_text(SIGNALLED)
+    words = [sys.executable, str(script), str(write_config(settings, tmp_path)), order]
+    done = subprocess.run(words, env=child_environment(), capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("ended\n"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_files_that_others_delete_are_made_again(tmp_path, shards, processor):  # noqa: F811

@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, child_environment, run_command, write_config
 from vlm_dist.cli.main import main
+from vlm_dist.distributed import free_port
 
 
 def fails(capsys, *arguments: str) -> tuple[int, str]:
@@ -71,11 +72,11 @@ def test_8_bit_moments_are_not_sharded(settings, tmp_path, capsys):
     assert "adamw_8bit cannot be sharded" in line
 
 
-def test_batch_that_the_ranks_cannot_share(settings, tmp_path, monkeypatch, capsys):
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    assert main(["train", str(write_config(settings, tmp_path)), "--dry-run"]) == 2
-    line, why = capsys.readouterr().err.strip().splitlines()
+def test_batch_that_the_ranks_cannot_share(settings, tmp_path):
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run_command("train", str(write_config(settings, tmp_path)), "--dry-run", **group)
+    assert done.returncode == 2
+    line, why = done.stderr.strip().splitlines()
     assert "training.global_batch=4 is not a multiple of micro_batch x ranks = 2 x 3; use 6" in line
     assert "RANK=0 and WORLD_SIZE=3 say that there are some" in why
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -77,9 +78,7 @@ class Processes:
         except Exception as error:  # an object of others refuses as it likes
             raise _not_handed(error) from None
         made = pickle.dumps((processor, preparer.config, sources, preparer.seed, preparer.lanes, self._mark))
-        context = _Context()
-        context.set_forkserver_preload(PRELOADED)
-        self._pool = ProcessPoolExecutor(number, context, _begin, (made,))
+        self._pool = ProcessPoolExecutor(number, _Context(), _begin, (made,))
         try:
             with _told_when_killed():
                 self._pool.submit(_ready).result()
@@ -267,17 +266,28 @@ def _clear(mark: str) -> None:
 
 
 class _Process(ForkServerProcess):
+    """A fork of a server of our own: children of the one that the rest of the program shares would begin with other signals than it blocks,
+    and those of others with ours blocked."""
+
     def start(self) -> None:
         """A new process reads its parent's main module, which in a script without a guard is the training itself; it needs nothing of it.
         Signals wait until it knows that they are not for it; also those to the server that it comes from."""
-        main, before = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            super().start()
-        finally:
-            sys.modules["__main__"] = main
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        resource_tracker.ensure_running()  # at its start it would unblock what is blocked here
+        with _starting:
+            main, shared = sys.modules["__main__"], forkserver.connect_to_new_process
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+            sys.modules["__main__"], forkserver.connect_to_new_process = types.ModuleType("__main__"), _server.connect_to_new_process
+            try:
+                super().start()
+            finally:
+                sys.modules["__main__"], forkserver.connect_to_new_process = main, shared
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Context(ForkServerContext):
     Process = _Process
+
+
+_starting = threading.Lock()
+_server = forkserver.ForkServer()
+_server.set_forkserver_preload(PRELOADED)

@@ -48,9 +48,9 @@ def beat_of(rank: int, started: float, step: int, doing: str, beats: int, *, end
     return said | ({"ended": True} if ended else {})
 
 
-def let_speak() -> None:
-    """This process ends now: the launcher's SIGTERM must not come before its words."""
-    if threading.current_thread() is threading.main_thread():
+def let_speak(ranks: Ranks) -> None:
+    """A rank ends now: the launcher's SIGTERM must not come before its words."""
+    if ranks.world_size > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -99,7 +99,7 @@ def _train(start: Start, started: float, asked: Callable[[], int | None] | None)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, error, kept_in_words(run.checkpoints)) from None
     except RuntimeError as error:  # of a collective, where another rank is gone
-        let_speak()
+        let_speak(ranks)
         if (lost := lost_rank(run, ranks, error, beat_interval(config.health.timeout_s))) is None:
             raise
         raise lost from None
