@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import socket
@@ -136,6 +137,7 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
     """
     import torch.distributed as dist
 
+    atexit.unregister(stop)  # one that fails may have collectives under way, which it would wait for
     place = announced()
     ours = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size, "MASTER_ADDR": place.host}
     for name, value in ours.items():
@@ -181,10 +183,17 @@ def alone() -> Ranks:
 
 
 def stop() -> None:
-    """Leave the process group at the end of a process that did well: NCCL's would warn of itself otherwise."""
+    """Leave the process group; no collective may be under way."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized() and torch.distributed.is_initialized():
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def stop_at_exit() -> None:
+    """What the ranks met for is done: leave the process group when this process ends. NCCL's would warn of itself otherwise, and gloo's
+    threads end the process by SIGABRT now and then (torch 2.13: their last work frees tensors while Python is taken down)."""
+    atexit.unregister(stop)
+    atexit.register(stop)
 
 
 def free_port() -> int:

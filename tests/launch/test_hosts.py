@@ -104,6 +104,7 @@ from vlm_dist.checking import preflight
 ranks = distributed.start()
 nodes = preflight._nodes(ranks)
 print(nodes, [check.name for check in preflight._links(ranks, nodes)])
+distributed.stop_at_exit()
 """
 
 

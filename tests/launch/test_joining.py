@@ -261,3 +261,23 @@ def test_commands_that_are_no_rank_ask_nobody(monkeypatch, capfd, tmp_path):
         ["export", str(tmp_path), "--to", "adapter"],
     ):
         assert main(command) == 2 and capfd.readouterr().err.startswith("vlm-dist: "), command
+
+
+AT_ITS_END = """
+import atexit, sys
+import torch.distributed as dist
+from vlm_dist import distributed
+atexit.register(lambda: print(dist.is_initialized()))
+ranks = distributed.start()
+distributed.stop_at_exit()
+if sys.argv[1] == "fails":
+    distributed.start()
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "fails"])
+def test_the_group_is_left_at_the_end(how):
+    """Before Python is taken down, when gloo's threads could abort; not where a later start failed, whose others it would wait for."""
+    words = [sys.executable, "-c", AT_ITS_END, how]
+    done = subprocess.run(words, env=child_environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, [str(how == "fails")]), done.stderr

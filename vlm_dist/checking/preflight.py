@@ -52,6 +52,7 @@ def preflight(config: Config, *, resume_anyway: bool = False) -> dict[str, Any]:
     checks = [*_each_node(config, ranks, nodes), *_versions(ranks, nodes), *_clocks(ranks, nodes)]
     checks += _shared(Path(config.output_dir), ranks, nodes)
     checks += [*_run(config, run, ranks, resume_anyway=resume_anyway), *_links(ranks, nodes)]
+    distributed.stop_at_exit()
     return {"ended": "finished", "fit": all(check.state != "bad" for check in checks), "checks": [check.to_dict() for check in checks]}
 
 

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vlm_dist import distributed
 from vlm_dist.cli import chat, checkpoints, config, data, doctor, evaluate, export, generate, init, inspect, plan, report, train
 from vlm_dist.cli import launch as launch_command
 from vlm_dist.cli.parsers import parse
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(build_parser(), argv)
     quiet_libraries()
     among_ranks = getattr(arguments, "among_ranks", False)
-    return _left(argv, run_reporting(lambda: arguments.run(arguments), debug=arguments.debug, among_ranks=among_ranks))
+    return run_reporting(lambda: arguments.run(arguments), debug=arguments.debug, among_ranks=among_ranks)
 
 
 def launch(
@@ -69,14 +68,7 @@ def launch(
     train.add_options(parser)
     arguments = parse(parser, argv)
     quiet_libraries()
-    return _left(argv, run_reporting(lambda: run(arguments), debug=arguments.debug, among_ranks=among_ranks))
-
-
-def _left(argv: Sequence[str] | None, code: int) -> int:
-    """The exit code; the process group is left where the process ends now, and well."""
-    if argv is None and code == 0:
-        distributed.stop()
-    return code
+    return run_reporting(lambda: run(arguments), debug=arguments.debug, among_ranks=among_ranks)
 
 
 def run_reporting(action, *, debug: bool = False, among_ranks: bool = False) -> int:

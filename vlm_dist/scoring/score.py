@@ -61,6 +61,7 @@ def score_run(
         found = evaluate_whole(model, Encoder.of(processor, settings), heldout, evaluation, ranks)
         for shard, key, reason in found.refused:
             quarantine.note({"__url__": shard, "__key__": key}, reason)
+    distributed.stop_at_exit()
     if not found.rows:
         _, key, reason = found.refused[0]
         raise DataError(f"none of the {len(heldout)} held-out samples can be asked; the first ({key}): {reason}")

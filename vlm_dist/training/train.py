@@ -68,8 +68,11 @@ def train(config: Config, *, resume_anyway: bool = False, asked: Callable[[], in
     with begin(config, ranks, resume_anyway=resume_anyway) as start:
         finished = start.run.read_summary()
         if finished and finished["ended"] == "finished" and not resume_anyway and outcome.has_result(config, start.run, ranks):
-            return {**finished, "already_finished": True}
-        return _train(start, started, asked)
+            summary = {**finished, "already_finished": True}
+        else:
+            summary = _train(start, started, asked)
+    distributed.stop_at_exit()
+    return summary
 
 
 def _train(start: Start, started: float, asked: Callable[[], int | None] | None) -> dict[str, Any]:
