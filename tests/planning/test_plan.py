@@ -20,6 +20,7 @@ from vlm_dist.planning.count import count_micro_batch
 from vlm_dist.planning.fits import check_fits
 from vlm_dist.planning.gpus import GPUS, Gpu, find_gpu
 from vlm_dist.planning.plan import MODES, best_of, make_plan, open_planner
+from vlm_dist.planning.sharing import numbers, plan_shared
 from vlm_dist.run_dir import RunDir
 from vlm_dist.testing.full_size import full_size_config
 
@@ -65,6 +66,27 @@ def test_rows_that_two_share(settings, tmp_path, capsys):
     assert half["memory"]["activations, vision"] == pytest.approx(whole["memory"]["activations, vision"], rel=0.01)
     assert main(["plan", config, "--quick", "--gpus", "3", "engine.sequence_parallel=3", "training.global_batch=4"]) == 2
     assert "engine.sequence_parallel=3: does not divide the 4 attention heads" in capsys.readouterr().err
+
+
+def test_auto_shares_a_row_that_fits_no_card(settings, tmp_path, capsys, monkeypatch):
+    """By the least number of cards with which it fits; where there are too few, in words."""
+    settings["training"] = {"steps": 4, "global_batch": 4, "micro_batch": 1}
+    settings["data"] |= {"train": "not-there-yet/*.tar", "max_seq_length": 1024}
+    config, least = str(write_config(settings, tmp_path)), {}
+    for number in (1, 2):
+        shared = load_config(config, [f"engine.sequence_parallel={number}"])
+        with open_planner(shared, small_gpu(1), 4, size=(32, 32)) as planner:
+            least[number] = min(choice["total"] for choice in planner.choices())
+    assert least[1] > least[2]
+    monkeypatch.setitem(GPUS, "small", small_gpu(least[2]))
+    words = ["plan", config, "--gpu", "small", "--size", "32x32", "--auto", "--out", str(tmp_path / "planned.yaml")]
+    assert main([*words, "--gpus", "1"]) == 6 and "or more of them (--gpus" in capsys.readouterr().err
+    assert main([*words, "--gpus", "4"]) == 0
+    assert "engine.sequence_parallel: 2" in (shown := capsys.readouterr().out) and "a row shared by 2 GPUs" in shown
+    planned = load_config(tmp_path / "planned.yaml")
+    assert planned.engine.sequence_parallel == 2
+    with open_planner(planned, GPUS["small"], 4, size=(32, 32)) as planner:
+        assert plan_shared(planner, plan := make_plan(planner)) is plan and numbers(planner) == [4]
 
 
 def test_features_that_are_kept(settings, tmp_path, capsys):

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.config_load import load_config, write_changed
     from vlm_dist.planning.gpus import find_gpu, this_gpu
     from vlm_dist.planning.plan import best_of, make_plan, open_planner, settings_of
+    from vlm_dist.planning.sharing import plan_shared
 
     if arguments.gpus < 1 or arguments.pictures < 0:
         raise ConfigError("plan: expected --gpus of 1 or more and --pictures of 0 or more")
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         plan = make_plan(planner, others=not (arguments.quick or arguments.profile))
         if arguments.profile:
             plan |= _profiles(planner, arguments)
+        if arguments.auto:
+            plan = plan_shared(planner, plan)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     elif arguments.profile:
@@ -116,8 +119,9 @@ def _show(plan: dict[str, Any]) -> None:
     table.add_row("while loading", _amount(own["loading"]))
     if own["host"]:
         table.add_row("and on the host", _amount(own["host"]))
+    shared = f", a row shared by {own['sequence_parallel']} GPUs" if own["sequence_parallel"] > 1 else ""
     console.print(f"memory of a GPU at micro_batch {own['micro_batch']}, gradient checkpointing {own['gradient_checkpointing']}, "
-                  f"ZeRO {own['zero_stage']}")  # fmt: skip
+                  f"ZeRO {own['zero_stage']}{shared}")  # fmt: skip
     console.print(table)
     for line in plan["weights"]:
         console.print(line, markup=False)

@@ -84,6 +84,7 @@ class Planner:
             "micro_batch": rows,
             "micro_batches_a_step": self.rounds(rows),
             "zero_stage": stage,
+            "sequence_parallel": config.engine.sequence_parallel,
             "memory": memory.parts,
             "total": memory.total,
             "host": memory.host,
@@ -231,16 +232,19 @@ def best_of(plan: dict[str, Any]) -> dict[str, Any]:
         least = min(choice["total"] for choice in plan["choices"])
         raise MachineError(
             f"plan: nothing fits {plan['gpu']['name']} ({plan['gpu']['memory'] / 1e9:.1f} GB): one row of {plan['row']['tokens']} tokens "
-            f"takes {least / 1e9:.1f} GB at the least; lower data.max_seq_length, use smaller pictures (model.processor), or a larger card"
+            f"takes {least / 1e9:.1f} GB at the least; lower data.max_seq_length, use smaller pictures (model.processor), a larger card, "
+            "or more of them (--gpus: they share a row where the model allows)"
         )
     return min(fitting, key=lambda choice: choice["step_s"]["fast"])
 
 
 def settings_of(choice: dict[str, Any]) -> dict[str, Any]:
     """A choice as dotted settings."""
+    shared = choice["sequence_parallel"]
     return {
         "training.micro_batch": choice["micro_batch"],
         "model.gradient_checkpointing": MODES[choice["gradient_checkpointing"]],
+        **({"engine.sequence_parallel": shared} if shared > 1 else {}),
     }
 
 
