@@ -81,6 +81,7 @@ FAMILIES = {
         Family("internvl", *LLAVA_PARTS, packs=True, cuts=True, caches=True, boxes="internvl", video="fixed"),
         Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, caches=True, boxes="unit"),
         Family("llava_next", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit"),
+        Family("llava_next_video", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit", video="fixed"),
         Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit", video="fixed"),
         Family(
             "mini_vlm", "model.vision_encoder", ("model.projector",), "model.language_model", head="model.language_model.lm_head",

@@ -35,7 +35,7 @@ def compared(number: int, families: list[str], checkpoint, folder) -> dict[str, 
     ("number", "families"),
     [
         (2, ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"]),
-        (2, ["llava_next", "llava_onevision", "mistral3", "qwen2_vl", "idefics3", "smolvlm"]),
+        (2, ["llava_next", "llava_next_video", "llava_onevision", "mistral3", "qwen2_vl", "idefics3", "smolvlm"]),
         (4, ["qwen2_5_vl", "qwen3_vl"]),
     ],
 )

@@ -25,7 +25,10 @@ from vlm_dist.models.positions import position_rule
 
 CONFIG = VideoConfig(fps=2, max_frames=4, min_frames=2)
 MP4, GIF = clip(frames=25, size=(60, 40)), clip("gif", frames=15)
-OWN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "llava_onevision", "internvl", "gemma4")
+OWN = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "llava_onevision", "llava_next_video", "internvl",
+    "gemma4",
+)  # fmt: skip
 PICTURES = ("gemma3", "idefics3", "smolvlm", "glm4v", "glm4v_moe")
 WITHOUT = ("llava", "mllama", "mistral3")
 

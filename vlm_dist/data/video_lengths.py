@@ -43,13 +43,14 @@ class VideoRuler:
         import torch
 
         processor, (width, height) = self.encoder.processor, size
-        seen: dict[str, Any] = {"video_metadata": [metadata_of(times, duration, size)], "pixel_values_videos": [torch.empty(len(times))]}
+        seen: dict[str, Any] = {"video_metadata": [metadata_of(times, duration, size)], VIDEO_PIXELS: [torch.empty(len(times))]}
         count = getattr(processor.video_processor, "get_num_of_video_patches", None)
         if count is not None:
             patches, steps = count(len(times), height, width, {}), -(-len(times) // processor.video_processor.temporal_patch_size)
             seen["video_grid_thw"] = torch.tensor([[steps, patches // steps, 1]])
         else:
-            patches = len(times) * self._pixels_of_a_frame // (14 * 14)
+            frame = self._shape_of_a_frame
+            patches, seen[VIDEO_PIXELS] = len(times) * frame[1] * frame[2] // (14 * 14), [torch.zeros(1).expand(len(times), *frame)]
         words = processor.replace_video_token(seen, video_idx=0)
         return self._tokens(words) - 1, patches
 
@@ -62,12 +63,10 @@ class VideoRuler:
         return len(tokenizer(short, add_special_tokens=False)["input_ids"]) + words.count(placeholder) - runs
 
     @cached_property
-    def _pixels_of_a_frame(self) -> int:
-        """Where all frames become one size."""
-        shown = self.encoder.videos.blank()
-        inputs = self.encoder.encode_prompt([{"role": "user", "content": [CLIP]}], [], videos=[shown]).inputs
-        pixels = inputs[VIDEO_PIXELS] if VIDEO_PIXELS in inputs else inputs["pixel_values"]
-        return pixels.numel() // 3 // len(shown.frames)
+    def _shape_of_a_frame(self) -> tuple[int, ...]:
+        """[3, H, W], where all frames become one size."""
+        inputs = self.encoder.encode_prompt([{"role": "user", "content": [CLIP]}], [], videos=[self.encoder.videos.blank()]).inputs
+        return tuple((inputs[VIDEO_PIXELS] if VIDEO_PIXELS in inputs else inputs["pixel_values"]).shape[-3:])
 
     @cached_property
     def _rule_is_right(self) -> bool:
@@ -78,7 +77,7 @@ class VideoRuler:
             shown = Shown(torch.zeros(frames, 3, height, width, dtype=torch.uint8), times, frames / 2)
             try:
                 told = self._by_rule(times, frames / 2, (width, height))
-            except (AttributeError, KeyError, NotImplementedError, TypeError, StopIteration):
+            except (AttributeError, KeyError, NotImplementedError, TypeError, StopIteration, ValueError):
                 return False
             if told != self._by_trying(shown):
                 return False

@@ -24,6 +24,7 @@ SUGGESTED = {
     "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_next_video": "llava-hf/LLaVA-NeXT-Video-7B-hf",
     "llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     "internvl": "OpenGVLab/InternVL3-8B-hf",
     "gemma3": "google/gemma-3-4b-it",
@@ -34,11 +35,19 @@ SUGGESTED = {
 }
 PATCH = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}
 """Side in pixels of what becomes a token, where the processor takes bounds in pixels."""
-LONG = {"llava_next": 4096, "internvl": 4096, "idefics3": 4096, "mistral3": 4096, "smolvlm": 4096, "llava_onevision": 8192}
+LONG = {
+    "llava_next": 4096,
+    "llava_next_video": 4096,
+    "internvl": 4096,
+    "idefics3": 4096,
+    "mistral3": 4096,
+    "smolvlm": 4096,
+    "llava_onevision": 8192,
+}
 """Tokens of a row where a large picture alone takes more than 1,024."""
 FAMILY_WORDS = {
     "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen25vl", "qwen3_vl": "qwen3vl", "llava": "llava15", "llava_next": "llavav16",
-    "llava_onevision": "llavaonevision", "internvl": "internvl", "gemma3": "gemma3", "mllama": "llama32", "mistral3": "mistralsmall31",
+    "llava_next_video": "llavanextvideo", "llava_onevision": "llavaonevision", "internvl": "internvl", "gemma3": "gemma3", "mllama": "llama32", "mistral3": "mistralsmall31",
     "idefics3": "idefics3", "smolvlm": "smolvlm",
 }  # fmt: skip
 """What a hub id of the family has in its name."""

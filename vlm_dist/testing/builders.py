@@ -49,6 +49,23 @@ def llava_next() -> tuple[Any, Any]:
     return processor, hf.LlavaNextForConditionalGeneration(config)
 
 
+def llava_next_video() -> tuple[Any, Any]:
+    import transformers as hf
+
+    tokenizer, ids = small_tokenizer("<image>", "<video>")
+    grids, crop = [[32, 64], [64, 32], [64, 64]], {"height": 32, "width": 32}
+    processor = hf.LlavaNextVideoProcessor(
+        hf.LlavaNextVideoVideoProcessor(size={"shortest_edge": 32}, crop_size=crop),
+        hf.LlavaNextImageProcessor(size={"shortest_edge": 32}, crop_size=crop, image_grid_pinpoints=grids), tokenizer, patch_size=16,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>", "<video>"),
+    )  # fmt: skip
+    config = hf.LlavaNextVideoConfig(
+        vision_config=hf.CLIPVisionConfig(**CLIP), text_config=hf.LlamaConfig(**small_text(len(ids))), image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"], vision_feature_select_strategy="default", vision_feature_layer=-2, image_grid_pinpoints=grids,
+    )  # fmt: skip
+    return processor, hf.LlavaNextVideoForConditionalGeneration(config)
+
+
 def llava_onevision() -> tuple[Any, Any]:
     import transformers as hf
 
@@ -248,7 +265,7 @@ def mini_vlm() -> tuple[Any, Any]:
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     builder.__name__: builder
     for builder in (
-        gemma3, gemma4, gemma4_moe, glm4v, glm4v_moe, idefics3, internvl, llava, llava_next, llava_onevision,
-        mini_vlm, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe, smolvlm,
+        gemma3, gemma4, gemma4_moe, glm4v, glm4v_moe, idefics3, internvl, llava, llava_next, llava_next_video,
+        llava_onevision, mini_vlm, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe, smolvlm,
     )
 }  # fmt: skip
