@@ -40,16 +40,20 @@ def compared(number: int, families: list[str], checkpoint, folder) -> dict[str, 
     ],
 )
 def test_losses_and_gradients_are_those_of_whole_rows(number, families, checkpoint, tmp_path):
-    """Pictures at the start, at a cut, several, none; lengths that N does not divide; packed rows; with and without kernels and gradient
-    checkpointing. On four ranks the two heads of keys and values of the tiny models are repeated."""
+    """Pictures at the start, at a cut, several, none, videos; lengths that N does not divide; packed rows; with and without kernels
+    and gradient checkpointing. On four ranks the two heads of keys and values of the tiny models are repeated."""
     found = compared(number, families, checkpoint, tmp_path)
     assert list(found) == families
     for family, cases in found.items():
-        assert len(cases) == 12 and sum(case["padded"] > 0 for case in cases.values()) >= 2, family
+        assert len(cases) == (14 if FAMILIES[family].video else 12) and sum(case["padded"] > 0 for case in cases.values()) >= 2, family
         for name, case in cases.items():
             assert case["loss"] == pytest.approx(case["expected"], rel=CLOSE), (family, name)
             assert case["worst"] < CLOSE, (family, name, case["which"])
             assert case["again"] == pytest.approx(case["expected"], rel=CLOSE), (family, name)  # outside of training nothing is cut
+            assert case["shared"] == (family != "mistral3")
+            if name.startswith(("several", "packed", "videos")):  # one of the videos' batch is a lone picture
+                most = (0.9 if name.startswith("videos") else 0.7) * case["pictures"]
+                assert (case["mine"] < most) if case["shared"] else (case["mine"] == case["pictures"]), (family, name)
 
 
 @pytest.mark.parametrize("family", ["mllama", "qwen3_5", "qwen3_vl_moe"])

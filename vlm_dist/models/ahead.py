@@ -39,7 +39,7 @@ def ahead_rule(model: Any) -> Callable[[Batch], Batch]:
         if owner is not None and "position_ids" not in batch:
             found |= _positions(owner, batch)
         if tower is not None and "image_grid_thw" in batch:
-            found |= {f"image_{name}": value for name, value in _of_tower(tower, batch["image_grid_thw"]).items()}
+            found |= {f"image_{name}": value for name, value in of_tower(tower, batch["image_grid_thw"]).items()}
         supervised = (torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED).flatten()
         found["supervised_rows"] = supervised.nonzero().squeeze(1)
         if by_lengths:
@@ -75,8 +75,8 @@ def _samples(batch: Batch) -> Batch:
     return {"sample_starts": starts.to(torch.int32), "longest_sample": int(starts.diff().max())}
 
 
-def _of_tower(tower: Any, grid: torch.Tensor) -> dict[str, Any]:
-    """By the functions that the tower itself would call."""
+def of_tower(tower: Any, grid: torch.Tensor) -> dict[str, Any]:
+    """What a tower's pictures of any size [P, 3] mean for it, by the functions that it would call itself."""
     merge = tower.spatial_merge_size
     lengths = {"cu_seqlens": vision_utils.get_vision_cu_seqlens(grid)}
     found: dict[str, Any] = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}

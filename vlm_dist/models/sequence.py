@@ -3,7 +3,7 @@
 Every rank of a group has the whole micro-batch. Tokens are embedded, pictures are placed among them, masks and positions are made as for
 the whole row, by the model itself; then each rank keeps its T / N tokens, and from the first layer to the loss computes with those alone.
 Only inside attention a rank has all tokens, of H / N heads. Every rank's gradients are those of its tokens: their sum over the group is
-the gradient of the row, the embedding's and the vision tower's too (which every rank of a group runs on all pictures).
+the gradient of the row, the embedding's too; the vision tower's work is shared out by shared_pictures.py.
 
 Shapes: B rows, T tokens of a row, N ranks of a group, H heads, D numbers a head.
 """
@@ -37,7 +37,7 @@ class SequenceCut:
         self.number, self.part, self.group = number, part, group
         self.is_on = False
         self.sent = 0
-        """Bytes that this rank has sent to others inside attention, gradients too."""
+        """Bytes that this rank has sent to others: inside attention, and features of pictures; gradients too."""
 
     def __deepcopy__(self, memo: Any) -> SequenceCut:
         return self  # a process group is one
@@ -71,6 +71,15 @@ class SequenceCut:
         result = torch.empty_like(blocks)
         torch.distributed.all_to_all_single(result, blocks, group=self.group)
         return result
+
+    def gathered(self, block: torch.Tensor) -> torch.Tensor:
+        """[...] of each rank -> [N, ...] on all."""
+        self.sent += block.numel() * block.element_size() * (self.number - 1)
+        if self.group is None:
+            return block.expand(self.number, *block.shape).clone()
+        result = block.new_empty(self.number * len(block), *block.shape[1:])
+        torch.distributed.all_gather_into_tensor(result, block.contiguous(), group=self.group)
+        return result.unflatten(0, (self.number, -1))
 
 
 class _Exchange(torch.autograd.Function):

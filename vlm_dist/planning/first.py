@@ -47,8 +47,8 @@ LONG = {
 """Tokens of a row where a large picture alone takes more than 1,024."""
 FAMILY_WORDS = {
     "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen25vl", "qwen3_vl": "qwen3vl", "llava": "llava15", "llava_next": "llavav16",
-    "llava_next_video": "llavanextvideo", "llava_onevision": "llavaonevision", "internvl": "internvl", "gemma3": "gemma3", "mllama": "llama32", "mistral3": "mistralsmall31",
-    "idefics3": "idefics3", "smolvlm": "smolvlm",
+    "llava_next_video": "llavanextvideo", "llava_onevision": "llavaonevision", "internvl": "internvl", "gemma3": "gemma3",
+    "mllama": "llama32", "mistral3": "mistralsmall31", "idefics3": "idefics3", "smolvlm": "smolvlm",
 }  # fmt: skip
 """What a hub id of the family has in its name."""
 

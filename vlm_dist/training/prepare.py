@@ -66,6 +66,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.processor import check_vocabulary
     from vlm_dist.models.sequence import SequenceCut, cut_rows
     from vlm_dist.models.sharded import Sharding
+    from vlm_dist.models.shared_pictures import share_pictures
     from vlm_dist.models.source import fingerprint, weight_files
 
     config, family = inputs.config, inputs.family
@@ -90,7 +91,10 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
         model, family, config.model.attn_implementation, packs=inputs.packs, on_gpu=ranks.device.type == "cuda", dtype=dtype
     )
     if ranks.sharing > 1:
-        cut_rows(model, SequenceCut(ranks.sharing, ranks.rank % ranks.sharing, ranks.sharing_group()))
+        cut = SequenceCut(ranks.sharing, ranks.rank % ranks.sharing, ranks.sharing_group())
+        cut_rows(model, cut)
+        if not config.data.cache_features:  # what is known differs between ranks
+            share_pictures(model, family, cut)
     with gathered_in_use(model):
         patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)

@@ -1,0 +1,138 @@
+"""The vision tower's work shared out over the ranks that share a row: each computes its part of the pictures, the features are gathered
+behind the projector, and their gradients go back to where the pictures were computed, added up over the ranks.
+
+What is shared out: pictures or tiles where the tower takes them all in one size, [P, 3, H, W]; where it takes the patches of pictures of
+any size in one row, [patches, ...] with a grid [P, 3] of (steps of time, rows, columns), whole pictures and single steps of videos.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlm_dist.families import Family
+from vlm_dist.models.ahead import of_tower
+from vlm_dist.models.sequence import SequenceCut
+
+
+def share_pictures(model: Any, family: Family, cut: SequenceCut) -> bool:
+    """Share out the tower's work inside `cut.cutting()`; call it before kernels are put in.
+
+    Returns:
+        Whether it is: not where the tower lets all pictures of a batch follow one another in one row without a grid (Pixtral's).
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tower = base.get_submodule(family.vision)
+    if family.tower_takes_sizes:
+        shared = _Grids(tower, cut)
+        tower.register_forward_pre_hook(shared.before, with_kwargs=True)
+        tower.register_forward_hook(shared.after)
+        return True
+    if tower.config.model_type == "pixtral":
+        return False
+    shared = _Rows(cut)
+    tower.register_forward_pre_hook(shared.before, with_kwargs=True)
+    base.get_submodule(family.projector[0]).register_forward_hook(shared.after)
+    return True
+
+
+class _Rows:
+    """Pictures that are rows of a tensor."""
+
+    def __init__(self, cut: SequenceCut):
+        self.cut, self._whole = cut, 0
+
+    def before(self, _: Any, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._whole = 0
+        if not self.cut.is_on:
+            return given, named
+        whole = self._whole = len(named["pixel_values"] if "pixel_values" in named else given[0])
+        share = -(-whole // self.cut.number)
+        first = self.cut.part * share
+        mine = [min(place, whole - 1) for place in range(first, first + share)]  # what is left over computes the last one again
+
+        def rows(value: Any) -> Any:
+            of_all = isinstance(value, torch.Tensor) and value.ndim and len(value) == whole
+            return value[mine[0] : mine[-1] + 1] if of_all and len(set(mine)) == share else value[mine] if of_all else value
+
+        return tuple(rows(value) for value in given), {name: rows(value) for name, value in named.items()}
+
+    def after(self, _: Any, __: tuple, features: torch.Tensor) -> torch.Tensor | None:
+        if not self._whole:
+            return None
+        whole, self._whole = self._whole, 0
+        return gather(features, [len(features)] * self.cut.number, self.cut)[:whole]
+
+
+class _Grids:
+    """Pictures of any size in one row of patches."""
+
+    def __init__(self, tower: Any, cut: SequenceCut):
+        self.tower, self.cut, self._shares = tower, cut, []
+
+    def before(self, _: Any, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._shares = []
+        if not self.cut.is_on:
+            return given, named
+        (patches, *others), grid = given, named["grid_thw"]
+        steps = grid.repeat_interleave(grid[:, 0], 0)  # [steps of all, 3]
+        steps[:, 0] = 1
+        sizes = steps.prod(1).tolist()
+        bounds = shares(sizes, self.cut.number)
+        begins = [sum(sizes[:first]) for first, _ in bounds]
+        self._shares = [sum(sizes[first:last]) // self.tower.spatial_merge_size**2 for first, last in bounds]
+        first, last = bounds[self.cut.part]
+        start, length = begins[self.cut.part], sum(sizes[first:last])
+        if not length:  # more ranks than there is to share out: the same number of calls everywhere
+            first, last, start, length = 0, 1, 0, sizes[0]
+        mine = steps[first:last]
+        known = {name: value for name, value in of_tower(self.tower, mine).items() if name in named}
+        known = {name: value.to(named[name].device) if isinstance(value, torch.Tensor) else value for name, value in known.items()}
+        return (patches[start : start + length], *others), named | known | {"grid_thw": mine}
+
+    def after(self, _: Any, __: tuple, found: Any) -> Any:
+        if not self._shares:
+            return None
+        shares_, self._shares = self._shares, []
+        found.pooler_output = gather(found.pooler_output, shares_, self.cut)
+        if getattr(found, "deepstack_features", None):
+            found.deepstack_features = [gather(one, shares_, self.cut) for one in found.deepstack_features]
+        return found
+
+
+def shares(sizes: list[int], number: int) -> list[tuple[int, int]]:
+    """Neighbours to each of `number` ranks, [first, last) of each, whose sums are about equal; none to some where there are too few."""
+    whole, done, first, found = sum(sizes), 0, 0, []
+    for part in range(number):
+        last, aim = first, whole * (part + 1) / number
+        while last < len(sizes) and (part == number - 1 or done + sizes[last] / 2 <= aim):
+            done, last = done + sizes[last], last + 1
+        found.append((first, last))
+        first = last
+    return found
+
+
+def gather(mine: torch.Tensor, lengths: list[int], cut: SequenceCut) -> torch.Tensor:
+    """[length of this rank's share, ...] -> [sum of all lengths, ...]; gradients of all ranks are added up for whom they belong to."""
+    return _Gather.apply(mine, lengths, cut)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: torch.Tensor, lengths: list[int], cut: SequenceCut) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.lengths, ctx.cut, ctx.own = lengths, cut, len(mine)
+        block = mine.new_zeros(max(lengths), *mine.shape[1:])
+        block[: lengths[cut.part]] = mine[: lengths[cut.part]]
+        blocks = cut.gathered(block)
+        return torch.cat([one[:length] for one, length in zip(blocks, lengths, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        lengths, cut = ctx.lengths, ctx.cut
+        blocks = gradient.new_zeros(cut.number, max(lengths), *gradient.shape[1:])
+        for block, part in zip(blocks, gradient.split(lengths), strict=True):
+            block[: len(part)] = part
+        own = gradient.new_zeros(ctx.own, *gradient.shape[1:])
+        own[: lengths[cut.part]] = cut.exchanged(blocks).sum(0)[: lengths[cut.part]]
+        return own, None, None
