@@ -107,8 +107,9 @@ def test_a_garbage_file_of_a_rank_is_passed_over(run, killed, text):
 
 
 def wait_for_steps(folder: Path, steps: int) -> None:
+    """Until so many are done, and a checkpoint is whole, which is written beside them."""
     deadline = time.monotonic() + 240
-    while not ((folder / "metrics.jsonl").exists() and len(losses_of(folder)) >= steps):
+    while not (any(folder.glob("checkpoints/step-*/MANIFEST.json")) and len(losses_of(folder)) >= steps):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
