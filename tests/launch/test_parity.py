@@ -70,9 +70,9 @@ def finish(process: subprocess.Popen | Warm, code: int = 0) -> str:
     return output
 
 
-def two_ranks(script: str, *words: str | Path) -> str:
+def two_ranks(script: str, *words: str | Path, number: int = 2) -> str:
     """Without a launcher, which tests below have: its start and the imports of each rank take longer than what is tested."""
-    STARTED.extend(processes := warm_ranks(2, script, *words, environment=child_environment()))
+    STARTED.extend(processes := warm_ranks(number, script, *words, environment=child_environment()))
     return "".join(finish(process) for process in processes)
 
 

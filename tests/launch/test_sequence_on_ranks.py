@@ -37,14 +37,15 @@ def test_losses_are_those_of_one_rank(config, reference, shards, qwen, tmp_path)
 
 
 def test_a_run_goes_on_with_rows_shared_and_not(config, reference, tmp_path):  # noqa: F811
-    """Two ranks that share rows -> one rank -> two that share rows, stopped by SIGTERM; the curve is that of one that never stopped."""
+    """Two ranks that share rows -> one rank -> four that share rows, stopped by SIGTERM; the curve is that of one that never stopped."""
     more = ["name=changing", "training.steps=8", "training.micro_batch=2"]
     two_ranks("tests/launch/many.py", many(config, [[*more, SHARED]], tmp_path, {0: 5}))
     state = tmp_path / "runs" / "changing" / "summary.json"
     assert json.loads(state.read_text())["ended"] == "interrupted"
     stopped_at(config, 5, more)
     assert json.loads(state.read_text())["step"] == 5
-    two_ranks("tests/launch/many.py", many(config, [[*more, SHARED, "engine.zero_stage=2"]], tmp_path))
+    four = [*more, "engine.sequence_parallel=4", "engine.zero_stage=2"]
+    two_ranks("tests/launch/many.py", many(config, [four], tmp_path), number=4)
     assert losses_of(tmp_path / "runs" / "changing") == pytest.approx(reference("whole", "training.steps=8"), rel=1e-4)
     assert json.loads(state.read_text())["samples"] == 4 * 8
 
