@@ -82,8 +82,11 @@ class _Grids:
         bounds = shares(sizes, self.cut.number)
         begins = [sum(sizes[:first]) for first, _ in bounds]
         self._shares = [sum(sizes[first:last]) // self.tower.spatial_merge_size**2 for first, last in bounds]
-        first, last = bounds[self.cut.part]
-        start, length = begins[self.cut.part], sum(sizes[first:last])
+        part = self.cut.part
+        if self.cut.group is None:  # nothing is sent: a plan counts the rank with most to compute
+            part = max(range(len(bounds)), key=lambda one: self._shares[one])
+        first, last = bounds[part]
+        start, length = begins[part], sum(sizes[first:last])
         if not length:  # more ranks than there is to share out: the same number of calls everywhere
             first, last, start, length = 0, 1, 0, sizes[0]
         mine = steps[first:last]
