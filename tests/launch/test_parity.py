@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -70,10 +71,13 @@ def finish(process: subprocess.Popen | Warm, code: int = 0) -> str:
     return output
 
 
-def two_ranks(script: str, *words: str | Path, number: int = 2) -> str:
+def several_ranks(number: int, script: str, *words: str | Path) -> str:
     """Without a launcher, which tests below have: its start and the imports of each rank take longer than what is tested."""
     STARTED.extend(processes := warm_ranks(number, script, *words, environment=child_environment()))
     return "".join(finish(process) for process in processes)
+
+
+two_ranks = functools.partial(several_ranks, 2)
 
 
 @pytest.fixture

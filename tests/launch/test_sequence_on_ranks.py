@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.conftest import losses_of
-from tests.launch.test_parity import config, many, reference, stopped_at, two_ranks  # noqa: F401
+from tests.launch.test_parity import config, many, reference, several_ranks, stopped_at, two_ranks  # noqa: F401
 from vlm_dist import load_config, train
 from vlm_dist.run_dir import read_jsonl
 
@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_rows_shared_and_not(config, reference, tmp_path):  #
     stopped_at(config, 5, more)
     assert json.loads(state.read_text())["step"] == 5
     four = [*more, "engine.sequence_parallel=4", "engine.zero_stage=2"]
-    two_ranks("tests/launch/many.py", many(config, [four], tmp_path), number=4)
+    several_ranks(4, "tests/launch/many.py", many(config, [four], tmp_path))
     assert losses_of(tmp_path / "runs" / "changing") == pytest.approx(reference("whole", "training.steps=8"), rel=1e-4)
     assert json.loads(state.read_text())["samples"] == 4 * 8
 

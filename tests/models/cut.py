@@ -31,8 +31,8 @@ from vlm_dist.models.patching import patch_model
 from vlm_dist.models.patching_lengths import attend_by_lengths
 from vlm_dist.models.positions import position_rule
 from vlm_dist.models.processor import load_processor
-from vlm_dist.models.sequence import SequenceCut, cut_rows
-from vlm_dist.models.shared_pictures import share_pictures
+from vlm_dist.models.sequence import SequenceCut
+from vlm_dist.models.shared_pictures import share_rows
 
 VIDEO = "<a video>"
 
@@ -108,8 +108,7 @@ def compared(checkpoint: str, ranks) -> dict[str, dict]:
         model = copy.deepcopy(whole)
         if recomputed:  # by lengths where the family can; the other half has masks
             attend_by_lengths(model, family_of(model), "varlen", packs=True, on_gpu=False, dtype=torch.float32)
-        cut_rows(model, cut)
-        shared, seen = share_pictures(model, family_of(model), cut), pictures_seen(model)
+        shared, seen = not share_rows(model, family_of(model), cut), pictures_seen(model)
         rule = ahead_rule(model) if recomputed else dict
         if recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": False})

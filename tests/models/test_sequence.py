@@ -14,7 +14,9 @@ from vlm_dist.deepspeed_config import check_batches
 from vlm_dist.errors import ConfigError
 from vlm_dist.families import FAMILIES
 from vlm_dist.models.sequence import SequenceCut
+from vlm_dist.models.shared_pictures import share_rows
 from vlm_dist.models.shared_rows import check_sequence
+from vlm_dist.testing.builders import BUILDERS
 
 CLOSE = 1e-5
 
@@ -54,6 +56,15 @@ def test_losses_and_gradients_are_those_of_whole_rows(number, families, checkpoi
             if name.startswith(("several", "packed", "videos")):  # one of the videos' batch is a lone picture
                 most = (0.9 if name.startswith("videos") else 0.7) * case["pictures"]
                 assert (case["mine"] < most) if case["shared"] else (case["mine"] == case["pictures"]), (family, name)
+
+
+@pytest.mark.parametrize(
+    ("family", "cached", "why"), [("mistral3", False, "Pixtral's"), ("llava", True, "data.cache_features"), ("llava", False, "")]
+)
+def test_pictures_that_are_not_shared_out_are_told(family, cached, why):
+    _, model = BUILDERS[family]()
+    told = share_rows(model, FAMILIES[family], SequenceCut(2, 0), cached=cached)
+    assert bool(told) == bool(why) and why in told and told.startswith("engine.sequence_parallel: each rank" if why else "")
 
 
 @pytest.mark.parametrize("family", ["mllama", "qwen3_5", "qwen3_vl_moe"])

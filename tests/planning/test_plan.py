@@ -69,6 +69,17 @@ def test_rows_that_two_share(settings, tmp_path, capsys):
     assert "engine.sequence_parallel=3: does not divide the 4 attention heads" in capsys.readouterr().err
 
 
+def test_of_pictures_that_are_shared_the_most_count(settings, tmp_path, capsys, qwen):
+    """Three over two ranks: the plan is of the rank that has two of them."""
+    settings["model"]["name"] = qwen
+    config = str(write_config(settings | {"training": {"steps": 4, "global_batch": 4, "micro_batch": 1}}, tmp_path))
+    flops = []
+    for words in (["--gpus", "1"], ["--gpus", "2", "engine.sequence_parallel=2"]):
+        assert main(["plan", config, "--quick", "--json", "--size", "112x112", "--pictures", "3", *words]) == 0
+        flops.append(json.loads(capsys.readouterr().out)["own"]["flops"]["vision"])
+    assert flops[1] == pytest.approx(flops[0] * 2 / 3, rel=0.1)
+
+
 def test_auto_shares_a_row_that_fits_no_card(settings, tmp_path, capsys, monkeypatch):
     """By the least number of cards with which it fits; where there are too few, in words."""
     settings["training"] = {"steps": 4, "global_batch": 4, "micro_batch": 1}

@@ -29,7 +29,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--size", metavar="WxH", help="assume pictures of this size (default: measure data.train)")
     parser.add_argument("--pictures", type=int, default=1, metavar="N", help="with --size: so many a row (default 1)")
     parser.add_argument("--quick", action="store_true", help="only the configuration's own settings, not what else would fit")
-    parser.add_argument("--auto", action="store_true", help="write a copy of CONFIG with the quickest settings that fit")
+    auto = "write a copy of CONFIG with the quickest settings that fit; a row that fits no card alone is shared by some of --gpus"
+    parser.add_argument("--auto", action="store_true", help=auto)
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --auto: where to (default: CONFIG's name with .planned.yaml)")
     parser.add_argument("--profile", action="store_true", help="where the time, launches and kept bytes of a micro-batch go, by part")
     parser.add_argument("--against", choices=("off", "auto", "all"), help="with --profile: beside these kernels (off: PEFT)")

@@ -13,28 +13,32 @@ import torch
 
 from vlm_dist.families import Family
 from vlm_dist.models.ahead import of_tower
-from vlm_dist.models.sequence import SequenceCut
+from vlm_dist.models.sequence import SequenceCut, cut_rows
+
+BY_ALL = "engine.sequence_parallel: each rank of a group runs the vision tower on all pictures of its row"
 
 
-def share_pictures(model: Any, family: Family, cut: SequenceCut) -> bool:
-    """Share out the tower's work inside `cut.cutting()`; call it before kernels are put in.
+def share_rows(model: Any, family: Family, cut: SequenceCut, *, cached: bool = False) -> str:
+    """Cut a model's rows, and share out its tower's work, inside `cut.cutting()`; call it before kernels are put in.
+
+    Args:
+        cached: what the tower gives is kept (data.cache_features), and what is known differs between ranks.
 
     Returns:
-        Whether it is: not where the tower lets all pictures of a batch follow one another in one row without a grid (Pixtral's).
+        Why pictures are not shared out, in words; empty: they are.
     """
+    cut_rows(model, cut)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tower = base.get_submodule(family.vision)
-    if family.tower_takes_sizes:
-        shared = _Grids(tower, cut)
-        tower.register_forward_pre_hook(shared.before, with_kwargs=True)
-        tower.register_forward_hook(shared.after)
-        return True
+    if cached:
+        return f"{BY_ALL} that it does not know yet (data.cache_features)"
     if tower.config.model_type == "pixtral":
-        return False
-    shared = _Rows(cut)
+        return f"{BY_ALL}: Pixtral's lets them follow one another in one row"
+    shared = _Grids(tower, cut) if family.tower_takes_sizes else _Rows(cut)
+    last = tower if family.tower_takes_sizes else base.get_submodule(family.projector[0])
     tower.register_forward_pre_hook(shared.before, with_kwargs=True)
-    base.get_submodule(family.projector[0]).register_forward_hook(shared.after)
-    return True
+    last.register_forward_hook(shared.after)
+    return ""
 
 
 class _Rows:
@@ -44,36 +48,35 @@ class _Rows:
         self.cut, self._whole = cut, 0
 
     def before(self, _: Any, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._whole = 0
-        if not self.cut.is_on:
+        whole = len(named["pixel_values"] if "pixel_values" in named else given[0])
+        self._whole = whole if self.cut.is_on else 0
+        if not self._whole:
             return given, named
-        whole = self._whole = len(named["pixel_values"] if "pixel_values" in named else given[0])
         share = -(-whole // self.cut.number)
-        first = self.cut.part * share
-        mine = [min(place, whole - 1) for place in range(first, first + share)]  # what is left over computes the last one again
+        first = min(self.cut.part * share, whole - 1)
 
         def rows(value: Any) -> Any:
-            of_all = isinstance(value, torch.Tensor) and value.ndim and len(value) == whole
-            return value[mine[0] : mine[-1] + 1] if of_all and len(set(mine)) == share else value[mine] if of_all else value
+            if not isinstance(value, torch.Tensor) or not value.ndim or len(value) != whole:
+                return value
+            mine = value[first : first + share]  # where there are too few, the last one is computed again
+            return torch.cat([mine, mine[-1:].expand(share - len(mine), *mine.shape[1:])]) if len(mine) < share else mine
 
         return tuple(rows(value) for value in given), {name: rows(value) for name, value in named.items()}
 
     def after(self, _: Any, __: tuple, features: torch.Tensor) -> torch.Tensor | None:
-        if not self._whole:
-            return None
         whole, self._whole = self._whole, 0
-        return gather(features, [len(features)] * self.cut.number, self.cut)[:whole]
+        return gather(features, [len(features)] * self.cut.number, self.cut)[:whole] if whole else None
 
 
 class _Grids:
     """Pictures of any size in one row of patches."""
 
     def __init__(self, tower: Any, cut: SequenceCut):
-        self.tower, self.cut, self._shares = tower, cut, []
+        self.tower, self.cut, self._lengths = tower, cut, []
 
     def before(self, _: Any, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._shares = []
-        if not self.cut.is_on:
+        self._lengths = []
+        if not self.cut.is_on or not len(named["grid_thw"]):
             return given, named
         (patches, *others), grid = given, named["grid_thw"]
         steps = grid.repeat_interleave(grid[:, 0], 0)  # [steps of all, 3]
@@ -81,10 +84,10 @@ class _Grids:
         sizes = steps.prod(1).tolist()
         bounds = shares(sizes, self.cut.number)
         begins = [sum(sizes[:first]) for first, _ in bounds]
-        self._shares = [sum(sizes[first:last]) // self.tower.spatial_merge_size**2 for first, last in bounds]
+        self._lengths = [sum(sizes[first:last]) // self.tower.spatial_merge_size**2 for first, last in bounds]
         part = self.cut.part
         if self.cut.group is None:  # nothing is sent: a plan counts the rank with most to compute
-            part = max(range(len(bounds)), key=lambda one: self._shares[one])
+            part = max(range(len(bounds)), key=lambda one: self._lengths[one])
         first, last = bounds[part]
         start, length = begins[part], sum(sizes[first:last])
         if not length:  # more ranks than there is to share out: the same number of calls everywhere
@@ -95,12 +98,12 @@ class _Grids:
         return (patches[start : start + length], *others), named | known | {"grid_thw": mine}
 
     def after(self, _: Any, __: tuple, found: Any) -> Any:
-        if not self._shares:
+        lengths, self._lengths = self._lengths, []
+        if not lengths:
             return None
-        shares_, self._shares = self._shares, []
-        found.pooler_output = gather(found.pooler_output, shares_, self.cut)
+        found.pooler_output = gather(found.pooler_output, lengths, self.cut)
         if getattr(found, "deepstack_features", None):
-            found.deepstack_features = [gather(one, shares_, self.cut) for one in found.deepstack_features]
+            found.deepstack_features = [gather(one, lengths, self.cut) for one in found.deepstack_features]
         return found
 
 

@@ -20,8 +20,8 @@ from vlm_dist.models.lora import add_lora, freeze_sides, trained_whole
 from vlm_dist.models.modes import hold_frozen
 from vlm_dist.models.patching import patch_model
 from vlm_dist.models.patching_lengths import attend_by_lengths
-from vlm_dist.models.sequence import SequenceCut, cut_rows
-from vlm_dist.models.shared_pictures import share_pictures
+from vlm_dist.models.sequence import SequenceCut
+from vlm_dist.models.shared_pictures import share_rows
 from vlm_dist.planning.shapes import Shapes
 from vlm_dist.upstream.bitsandbytes import keep_nf4_layout
 from vlm_dist.upstream.torch import disable_modes, own_buffers, own_parameters
@@ -40,9 +40,7 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
         attend_by_lengths(model, family, config.model.attn_implementation, packs=packs, on_gpu=shapes.on_gpu, dtype=dtype)
         if (number := config.engine.sequence_parallel) > 1:
             cut = SequenceCut(number, number - 1)  # the last part of a row has most of the answers
-            cut_rows(model, cut)
-            if not config.data.cache_features:
-                share_pictures(model, family, cut)
+            share_rows(model, family, cut, cached=config.data.cache_features)
         patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
     _give_shapes(model, dtype)
     return hold_frozen(model).train()

@@ -64,9 +64,9 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     from vlm_dist.models.patching import patch_model
     from vlm_dist.models.patching_lengths import attend_by_lengths
     from vlm_dist.models.processor import check_vocabulary
-    from vlm_dist.models.sequence import SequenceCut, cut_rows
+    from vlm_dist.models.sequence import SequenceCut
     from vlm_dist.models.sharded import Sharding
-    from vlm_dist.models.shared_pictures import share_pictures
+    from vlm_dist.models.shared_pictures import share_rows
     from vlm_dist.models.source import fingerprint, weight_files
 
     config, family = inputs.config, inputs.family
@@ -90,17 +90,16 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     attention = attend_by_lengths(
         model, family, config.model.attn_implementation, packs=inputs.packs, on_gpu=ranks.device.type == "cuda", dtype=dtype
     )
+    shared = ""
     if ranks.sharing > 1:
         cut = SequenceCut(ranks.sharing, ranks.rank % ranks.sharing, ranks.sharing_group())
-        cut_rows(model, cut)
-        if not config.data.cache_features:  # what is known differs between ranks
-            share_pictures(model, family, cut)
+        shared = share_rows(model, family, cut, cached=config.data.cache_features)
     with gathered_in_use(model):
         patches = patch_model(model, config.kernels)
     of_base = fingerprint(inputs.source, config.model.revision)
     experts = experts_in_words(model, config.lora) if config.lora is not None else ""
     features = keep_features(model, family, config.data, dtype, ranks.world_size) if config.data.cache_features else None
-    choices = tuple(filter(None, (experts, attention, features and str(features))))
+    choices = tuple(filter(None, (experts, attention, shared, features and str(features))))
     return Loaded(model, inputs.processor, family, dtype, of_base, str(patches), inputs.prompts, choices, features=features)
 
 
