@@ -58,13 +58,15 @@ def dump_config(config: Config) -> str:
     return stream.getvalue()
 
 
-def write_changed(source: Path, out: Path, settings: dict[str, Any]) -> None:
-    """A copy of a YAML file with some dotted settings changed; comments and order stay."""
+def write_changed(source: Path, out: Path, settings: dict[str, Any], overrides: Iterable[str] = ()) -> None:
+    """A copy of a YAML file with some dotted settings changed, after `overrides` of the command line; comments and order stay."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="rt", pure=True)
     yaml.width, yaml.preserve_quotes = 4096, True
     tree = yaml.load(source.read_text(encoding="utf-8"))
+    for override in overrides:
+        _apply(tree, {}, override)
     for key, value in settings.items():
         *parents, last = key.split(".")
         node = tree

@@ -96,6 +96,8 @@ def test_numbers_of_another_container_say_nothing(run):
 def test_an_error_of_this_rank_stays_what_it_is(run):
     assert lost_rank(run, ranks_of(0, 3), RuntimeError("shape mismatch"), 0.1) is None
     assert lost_rank(run, ranks_of(0, 1), CLOSED, 0.1) is None
+    set_beat(run, 1, ended=True, now=9.0)  # it had the same error
+    assert lost_rank(run, ranks_of(0, 3), RuntimeError("shape mismatch"), 0.1) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"rank": 1}', "\x00"])

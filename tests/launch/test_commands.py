@@ -56,6 +56,19 @@ def test_what_is_no_head(capsys, head, expected):
         assert (code, out) == (2, "") and expected in err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("launcher", ["--torchrun", "--slurm", "--ray"])
+def test_ranks_that_share_rows_are_of_one_node(capsys, launcher):
+    """Where they have room in one; where they have not, a line says so."""
+    head = ["--head", "node-a"] if launcher == "--torchrun" else []
+    words = [QUICKSTART, launcher, *head, "--nodes", "2", "training.micro_batch=1", "training.global_batch=12"]
+    code, out, err = printed(capsys, *words, "--gpus", "3", "engine.sequence_parallel=2")
+    assert (code, out) == (2, "") and "does not divide the 3 GPUs of a node" in err and "give --gpus 2, or" in err
+    code, _, err = printed(capsys, *words, "--gpus", "2", "engine.sequence_parallel=2")
+    assert code == 0 and "sequence_parallel" not in err
+    code, _, err = printed(capsys, *words, "--gpus", "1", "engine.sequence_parallel=2")
+    assert code == 0 and "engine.sequence_parallel=2 of 1 GPUs a node: rows are shared between nodes" in err
+
+
 def test_a_hostfile_beside_a_start_of_one_node(capsys, monkeypatch, tmp_path):
     """Plain deepspeed would go by its own, also by ssh to another machine; here --nodes says how many, and a line says that it is left."""
     from deepspeed.launcher.runner import DLTS_HOSTFILE, fetch_hostfile

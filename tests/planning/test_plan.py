@@ -92,13 +92,17 @@ def test_auto_shares_a_row_that_fits_no_card(settings, tmp_path, capsys, monkeyp
     assert least[1] > least[2]
     monkeypatch.setitem(GPUS, "small", small_gpu(least[2]))
     words = ["plan", config, "--gpu", "small", "--size", "32x32", "--auto", "--out", str(tmp_path / "planned.yaml")]
-    assert main([*words, "--gpus", "1"]) == 6 and "or more of them (--gpus" in capsys.readouterr().err
-    assert main([*words, "--gpus", "4"]) == 0
+    assert main([*words, "--gpus", "1"]) == 6 and "or --gpus of a multiple of 2, 4: so many can share a row" in capsys.readouterr().err
+    assert main([*words, "--gpus", "4", "training.global_batch=2", "data.max_seq_length=1000"]) == 0  # one row of four has none
     assert "engine.sequence_parallel: 2" in (shown := capsys.readouterr().out) and "a row shared by 2 GPUs" in shown
     planned = load_config(tmp_path / "planned.yaml")
-    assert planned.engine.sequence_parallel == 2
+    assert (planned.engine.sequence_parallel, planned.training.global_batch, planned.data.max_seq_length) == (2, 2, 1000)
+    monkeypatch.setitem(GPUS, "small", small_gpu(1))
+    assert main([*words[:-1], str(tmp_path / "none.yaml"), "--gpus", "4"]) == 6
+    assert "at the least, shared by 4 GPUs; lower" in (told := capsys.readouterr().err) and "--gpus of" not in told
+    monkeypatch.setitem(GPUS, "small", small_gpu(least[2]))
     with open_planner(planned, GPUS["small"], 4, size=(32, 32)) as planner:
-        assert plan_shared(planner, plan := make_plan(planner)) is plan and numbers(planner) == [4]
+        assert plan_shared(planner, plan := make_plan(planner)) is plan and numbers(planner.inputs, planner.config, 4) == [4]
 
 
 def test_features_that_are_kept(settings, tmp_path, capsys):

@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_unheeded(arguments)
     arguments.gpus = arguments.gpus or _gpus_here(arguments)
     check_batches(config, arguments.gpus * arguments.nodes)
+    if arguments.nodes > 1:
+        _keep_groups_inside(config.engine.sequence_parallel, arguments.gpus)
     if arguments.preflight:
         arguments.overrides = [*arguments.overrides, "--preflight"]
     command = arguments.launcher(arguments, config)
@@ -80,6 +82,21 @@ def run(arguments: argparse.Namespace) -> int:
     if shutil.which(command[0]) is None:
         raise MachineError(f"launch: '{command[0]}' is not installed here, or not on PATH; --print prints the command for use elsewhere")
     return os.execvp(command[0], command)
+
+
+def _keep_groups_inside(sharing: int, gpus: int) -> None:
+    """Ranks are numbered node by node, so those that share rows are of one node if their number divides its GPUs.
+
+    Raises:
+        ConfigError: it does not, though they would have room in one.
+    """
+    if sharing > gpus:
+        warn(f"launch: engine.sequence_parallel={sharing} of {gpus} GPUs a node: rows are shared between nodes, over links that are slower")
+    elif gpus % sharing:
+        raise ConfigError(
+            f"launch: engine.sequence_parallel={sharing} does not divide the {gpus} GPUs of a node: some rows would be shared between two "
+            f"nodes; give --gpus {gpus // sharing * sharing}, or another engine.sequence_parallel"
+        )
 
 
 def _refuse_unheeded(arguments: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vlm_dist.config_load import load_config, write_changed
     from vlm_dist.planning.gpus import find_gpu, this_gpu
     from vlm_dist.planning.plan import best_of, make_plan, open_planner, settings_of
-    from vlm_dist.planning.sharing import plan_shared
+    from vlm_dist.planning.sharing import open_sharing_planner, plan_shared
 
     if arguments.gpus < 1 or arguments.pictures < 0:
         raise ConfigError("plan: expected --gpus of 1 or more and --pictures of 0 or more")
@@ -57,9 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path(arguments.config).with_suffix(".planned.yaml")
     if arguments.auto and out.exists():
         raise ConfigError(f"plan --auto: '{out}' exists already; give another file with --out")
-    with open_planner(
-        config, gpu, arguments.gpus, size=_size(arguments.size), pictures=arguments.pictures, note=_note(arguments)
-    ) as planner:
+    opened = open_sharing_planner if arguments.auto else open_planner
+    with opened(config, gpu, arguments.gpus, size=_size(arguments.size), pictures=arguments.pictures, note=_note(arguments)) as planner:
         plan = make_plan(planner, others=not (arguments.quick or arguments.profile))
         if arguments.profile:
             plan |= _profiles(planner, arguments)
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         _show(plan)
     if arguments.auto:
         best = settings_of(best_of(plan))
-        write_changed(Path(arguments.config), out, best)
+        write_changed(Path(arguments.config), out, best, arguments.overrides)
         chosen = ", ".join(f"{key}: {json.dumps(value)}" for key, value in best.items())
         print(f"written: {out} ({chosen})", file=sys.stderr if arguments.json else sys.stdout)
     elif not plan["own"]["fits"]:

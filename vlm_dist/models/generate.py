@@ -23,6 +23,7 @@ def generate(
     import torch
     from transformers import StoppingCriteriaList
 
+    from vlm_dist.upstream.deepspeed import gathered_when_read
     from vlm_dist.upstream.transformers import taken_by_generate
 
     inputs = taken_by_generate(model, {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
@@ -36,7 +37,7 @@ def generate(
     if "stopping_criteria" in options:
         options["stopping_criteria"] = StoppingCriteriaList(options["stopping_criteria"])
     settings = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **options}
-    with torch.no_grad(), _ready_to_generate(model), autocast(model):
+    with torch.no_grad(), _ready_to_generate(model), gathered_when_read(model), autocast(model):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -22,12 +22,17 @@ def check_sequence(family: Family, hf_config: Any, number: int) -> None:
             f"engine.sequence_parallel={number}: rows of '{family.model_type}' cannot be cut over ranks (docs/scaling.md lists what can); "
             "set it to 1"
         )
-    heads = hf_config.get_text_config().num_attention_heads
-    if heads % number:
+    if number not in (can := shareable(family, hf_config)):
         raise ConfigError(
-            f"engine.sequence_parallel={number}: does not divide the {heads} attention heads of this '{family.model_type}'; "
-            f"use {', '.join(str(one) for one in range(1, heads + 1) if heads % one == 0)}"
+            f"engine.sequence_parallel={number}: does not divide the {can[-1]} attention heads of this '{family.model_type}'; "
+            f"use {', '.join(map(str, can))}"
         )
+
+
+def shareable(family: Family, hf_config: Any) -> list[int]:
+    """How many ranks can share a row of this model: the divisors of its attention heads; 1 alone where rows cannot be cut."""
+    heads = hf_config.get_text_config().num_attention_heads if family.cuts else 1
+    return [number for number in range(1, heads + 1) if heads % number == 0]
 
 
 def cutting(model: Any) -> AbstractContextManager[None]:

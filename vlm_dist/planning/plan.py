@@ -14,7 +14,7 @@ from vlm_dist.errors import ConfigError, DataError, MachineError
 from vlm_dist.inputs.opened import Inputs, inputs_apart
 from vlm_dist.inputs.workload import Workload, assumed, micro_batch
 from vlm_dist.models.features import check_features
-from vlm_dist.models.shared_rows import check_sequence
+from vlm_dist.models.shared_rows import check_sequence, shareable
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +166,7 @@ def make_plan(planner: Planner, *, others: bool = True) -> dict[str, Any]:
         "gpus": planner.gpus,
         "row": {"tokens": planner.workload.tokens, "pictures": list(planner.workload.pictures), "why": planner.workload.why},
         "own": own,
+        "row_shared_by": shareable(planner.inputs.family, planner.inputs.hf_config),
         "weights": weights_in_16bit(planner),
         "all_to_all": planner.count(config, rows).sent,
         "experts": {"chosen": experts_of(config), "why": why},
@@ -229,11 +230,13 @@ def best_of(plan: dict[str, Any]) -> dict[str, Any]:
     """
     fitting = [choice for choice in plan["choices"] if choice["fits"]]
     if not fitting:
-        least = min(choice["total"] for choice in plan["choices"])
+        least, shared = min(choice["total"] for choice in plan["choices"]), plan["own"]["sequence_parallel"]
+        more = [number for number in plan["row_shared_by"] if number > shared]
         raise MachineError(
             f"plan: nothing fits {plan['gpu']['name']} ({plan['gpu']['memory'] / 1e9:.1f} GB): one row of {plan['row']['tokens']} tokens "
-            f"takes {least / 1e9:.1f} GB at the least; lower data.max_seq_length, use smaller pictures (model.processor), a larger card, "
-            "or more of them (--gpus: they share a row where the model allows)"
+            f"takes {least / 1e9:.1f} GB at the least{f', shared by {shared} GPUs' if shared > 1 else ''}; lower data.max_seq_length, use "
+            "smaller pictures (model.processor), or a larger card"
+            + (f", or --gpus of a multiple of {', '.join(map(str, more))}: so many can share a row" if more else "")
         )
     return min(fitting, key=lambda choice: choice["step_s"]["fast"])
 

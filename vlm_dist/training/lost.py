@@ -68,7 +68,7 @@ def lost_rank(run: RunDir, ranks: Ranks, error: BaseException, interval_s: float
     while True:
         others, now = other_beats(run, ranks), time.time()
         gone = [rank for rank in others if is_dead(rank)]
-        if not gone and now > failed + SETTLE_S:  # one that failed itself; the others follow it
+        if not gone and is_of_peer and now > failed + SETTLE_S:  # one that failed itself; the others follow it
             gone = sorted((rank for rank in others if rank.get("ended")), key=lambda rank: rank["now"])[:1]
         if not gone and now > until and is_of_peer:
             gone = [rank for rank in others if not is_here(rank) and rank["written"] < failed]

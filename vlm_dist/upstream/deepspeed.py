@@ -18,6 +18,7 @@ NAMES = (
     "deepspeed.zero.GatheredParameters",
     "deepspeed.zero.register_external_parameter",
     "deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE",
+    "deepspeed.runtime.zero.parameter_offload.ZeROOrderedDict",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED",
     "deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_DTYPE",
@@ -111,16 +112,35 @@ def gathered(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def gathered_when_read(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a sharded weight is also whole where another module than its own reads it (positions of a tower, torch's attention, what
+    stands between pictures). An engine has that on in its own forward pass, round which `generate` goes. Every rank must run the same."""
+    from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+
+    held = [module._parameters for module in model.modules() if isinstance(module._parameters, ZeROOrderedDict)]
+    for parameters in held:
+        parameters._in_forward = True
+    try:
+        yield
+    finally:
+        for parameters in held:
+            parameters._in_forward = False
+
+
+@contextmanager
 def gathered_in_use(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a sharded model computes before an engine has it: each module's weights are whole while it runs, and those of other modules
-    that it reads (`reads_weights`). Every rank must run the same."""
+    """Inside, a sharded model computes before an engine has it: each module's weights are whole while it runs, those of its children, which
+    it may read without calling them, and those of other modules that it reads (`reads_weights`). Every rank must run the same."""
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         yield
         return
     opened: list[AbstractContextManager[Any]] = []
+    largest = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]  # called for sure
 
     def before(module: Any, _: Any) -> None:
-        opened.append(gathered([*module.parameters(recurse=False), *getattr(module, "reads_weights", list)()]))
+        leaves = [one for one in module.children() if one not in largest and not any(True for _ in one.children())]
+        own = (parameter for one in (module, *leaves) for parameter in one.parameters(recurse=False))
+        opened.append(gathered([*own, *getattr(module, "reads_weights", list)()]))
         opened[-1].__enter__()
 
     def after(module: Any, _: Any, result: Any) -> None:
