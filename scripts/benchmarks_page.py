@@ -83,6 +83,12 @@ def experts(raw: Any) -> str:
     )
 
 
+def longest_rows(raw: Any) -> str:
+    rows = [row for row in raw["rows"] if row["name"] == "qwen2.5-vl-7b"]
+    each = ", ".join(f"{row['longest_row']['rtx4090']:,} on {row['ranks']}" for row in rows)
+    return f"counted, on no GPU: tokens of the longest row of Qwen2.5-VL-7B's QLoRA on RTX 4090s that share it: {each}"
+
+
 def loop_overhead(raw: Any) -> str:
     return f"a step takes {raw['ratio_median']:.2f} times as long as in a bare torch loop (median of {len(raw['rounds'])} rounds)"
 
@@ -214,7 +220,8 @@ READERS: dict[str, Callable[[Any], str]] = {
     "aot": aot, "chaos": chaos, "communication": communication, "communication_4": communication, "cross_entropy_cpu": cross_entropy_cpu,
     "cuda_branches": cuda_branches, "decode": decode, "experts": experts, "families": families, "features": features,
     "loader_processes": loader_processes, "loading": loading,
-    "loading_plans": loading_plans, "loop_overhead": loop_overhead, "memory_table": memory_table, "mutation": mutation,
+    "loading_plans": loading_plans, "longest_rows": longest_rows, "loop_overhead": loop_overhead, "memory_table": memory_table,
+    "mutation": mutation,
     "quickstart": quickstart, "real_pictures": real_pictures, "real_pictures_python": real_pictures,
     "report_lines": report_lines, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model,
