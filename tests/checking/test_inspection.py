@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageChops
 
 from tests.conftest import write_config
+from tests.videos import clip
 from vlm_dist import load_config
 from vlm_dist.checking.inspection import inspect
 from vlm_dist.cli.main import main
@@ -131,6 +132,26 @@ def test_the_page_and_the_terminal(settings, tmp_path, capsys):
     assert main(["inspect", config, "-n", "2", "--json"]) == 0
     assert "url" not in json.loads(capsys.readouterr().out)["rows"][0][0]["pictures"][0]
     assert main(["inspect", config, "-n", "0"]) == 2
+
+
+def test_a_video_beside_a_picture(settings, tmp_path, qwen, capsys):
+    text, picture = {"type": "text", "text": "Which?"}, io.BytesIO()
+    Image.new("RGB", (56, 56)).save(picture, "PNG")
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "video", "end": 1.5}, text]},
+        {"role": "assistant", "content": "this"},
+    ]
+    raw = {"png": picture.getvalue(), "mp4": clip(size=(56, 56)), "json": json.dumps({"messages": turns}).encode()}
+    (path,) = write_shards(tmp_path, "video", [{"__key__": f"s{number}", **raw} for number in range(4)], samples_per_shard=9)
+    settings["model"]["name"], settings["data"] = qwen, settings["data"] | {"train": [str(path)], "video": {"fps": 2}}
+    config = str(write_config(settings, tmp_path))
+    assert main(["inspect", config, "-n", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "<picture x 4>" in shown and "<video x 8>" in " ".join(shown.split())  # 3 frames of 56 x 56, two of them a step of time
+    assert main(["inspect", config, "-n", "1", "--json"]) == 0
+    sample = json.loads(capsys.readouterr().out)["rows"][0][0]
+    assert [part["of"] for part in sample["segments"] if part["kind"] == "picture"] == ["picture", "video"]
+    assert sample["videos"][0]["seconds"] == 1.5 and sample["picture_tokens"] == 12
 
 
 def test_flow_and_heat(settings, tmp_path, capsys):

@@ -95,7 +95,7 @@ def _weights(inputs: Inputs) -> list[str]:
 def _describe(preparer: Preparer, slot: Slot, encoded: Encoded, warm: Heat | None) -> dict[str, Any]:
     assert slot.raw is not None
     processor, sample = preparer.encoder.processor, preparer.parse(slot.raw)
-    segments = _segments(encoded, processor.tokenizer)
+    segments = _segments(encoded, processor)
     seen = pictures_as_seen(encoded, processor)
     pictures = [_picture(image, patch_size(processor)) for image in seen]
     marked = _marked(preparer, sample, encoded, seen, pictures) if sample.objects else {}
@@ -147,18 +147,19 @@ def _marked(preparer: Preparer, sample: Sample, encoded: Encoded, seen: list[Ima
     return {"objects": [one.to_dict() for one in sample.objects], "convention": convention, "marked": urls}
 
 
-def _segments(encoded: Encoded, tokenizer: Any) -> list[dict[str, Any]]:
-    """Runs of tokens of one kind: picture (folded to a number), supervised, or other."""
+def _segments(encoded: Encoded, processor: Any) -> list[dict[str, Any]]:
+    """Runs of tokens of one kind: picture (folded to a number; `of` says whether of a video), supervised, or other."""
     supervised = (encoded.labels[0] != IGNORED).tolist()
     kinds = [
         "picture" if picture else "supervised" if label else "other"
         for picture, label in zip(encoded.picture.tolist(), supervised, strict=True)
     ]
-    ids, found = encoded.inputs["input_ids"][0].tolist(), []
-    for kind, run in itertools.groupby(range(len(ids)), key=kinds.__getitem__):
+    ids, found, of_videos = encoded.inputs["input_ids"][0].tolist(), [], {one for one in processor.video_token_ids if one is not None}
+    for (kind, is_video), run in itertools.groupby(range(len(ids)), key=lambda place: (kinds[place], ids[place] in of_videos)):
         numbers = [ids[place] for place in run]
-        text = "" if kind == "picture" else tokenizer.decode(numbers, skip_special_tokens=False)
-        found.append({"kind": kind, "tokens": len(numbers), "text": text, "last": numbers[-1]})
+        told = {"text": ""} if kind == "picture" else {"text": processor.tokenizer.decode(numbers, skip_special_tokens=False)}
+        told |= {"of": "video" if is_video else "picture"} if kind == "picture" else {}
+        found.append({"kind": kind, "tokens": len(numbers), **told, "last": numbers[-1]})
     return found
 
 

@@ -75,7 +75,7 @@ def _show(found: dict[str, Any]) -> None:
             )  # fmt: skip
             line = Text()
             for part in sample["segments"]:
-                text = f"<picture x {part['tokens']}>" if part["kind"] == "picture" else part["text"]
+                text = f"<{part['of']} x {part['tokens']}>" if part["kind"] == "picture" else part["text"]
                 line.append(text, STYLES[part["kind"]])
             console.print(line)
             for flag in sample["flags"]:

@@ -14,7 +14,7 @@ from vlm_dist.data.layout_names import only_one
 from vlm_dist.data.layout_options import option_said, question_with_options
 from vlm_dist.data.layout_turns import Turns
 from vlm_dist.data.layout_values import is_present, keys_of, named_sources, parsed, pictures_of, shown, texts_of
-from vlm_dist.data.layout_videos import whole_captions
+from vlm_dist.data.layout_videos import spans_of_parts, whole_captions
 from vlm_dist.errors import BadSample
 
 
@@ -62,7 +62,7 @@ def _talk(record: dict[str, Any], turns: Any, used: list[str], column: str | Non
             raise BadSample(f"'{key}' is {shown(record[key])}; expected the text of the system prompt")
         _with_system(made.turns, record[key])
     rest = without(record, used, held, [key for key in SYSTEM if not is_present(record.get(key))], system_keys)
-    return {**rest, "messages": made.turns, "images": made.images, "videos": made.videos}
+    return {**rest, "messages": made.turns, "images": made.images, "videos": made.videos, **spans_of_parts(made.spans, record)}
 
 
 def _with_system(turns: list[dict[str, Any]], words: str) -> None:

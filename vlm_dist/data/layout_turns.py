@@ -30,6 +30,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 UNNAMED_PARTS = ("text", *IMAGE_PARTS, *VIDEO_PARTS, "inline_data", "inlineData")  # what a part without a type is known by
 PART_KEYS = frozenset({"type", "index", *UNNAMED_PARTS, *SOURCE_KEYS, "media_type", "mime_type"})
 """What is read of a part."""
+SPAN_KEYS = {"start": "start", "video_start": "start", "end": "end", "video_end": "end"}
+"""Keys of a part of a video that say which seconds of it are meant; those with `video_` are Qwen's."""
 OTHER_MARKERS = re.compile(
     r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image\|>|<start_of_image>|<ImageHere>|<image_placeholder>|<image_here>|\[IMG\]"
     r"|<(?:IMAGE|Image)>"
@@ -59,6 +61,8 @@ class Turns:
         """Pictures in order of appearance."""
         self.videos: list[Any] = []
         """Videos that typed parts hold, in order of appearance."""
+        self.spans: list[dict[str, Any]] = []
+        """`start` and `end` that typed parts of videos have, in order of appearance."""
         self._own: list[Any] = []  # of each place for a picture: its own source, or None
         self._numbers: list[int | None] = []  # of each place: the number of the picture that its marker names
         column, turns = list(column or []), list(spread(turns))
@@ -169,6 +173,7 @@ class Turns:
         if kind in VIDEO_PARTS:
             own = source_of(next((part[key] for key in VIDEO_PARTS if is_present(part.get(key))), None))
             self.videos += [own] if own is not None else []
+            self.spans.append({SPAN_KEYS[key]: part[key] for key in SPAN_KEYS if part.get(key) is not None})
             return {"type": "video", **unread_in(part)}
         raise BadSample(f"json: a part of type {shown(kind)}; expected image, video, or text with 'text'")
 
@@ -207,7 +212,8 @@ def _is_path(source: Any) -> bool:
 
 def unread_in(part: dict[str, Any]) -> dict[str, Any]:
     """What of a part nothing reads."""
-    return {key: value for key, value in part.items() if key not in PART_KEYS and is_present(value)}
+    known = PART_KEYS | SPAN_KEYS.keys() if part.get("type") in VIDEO_PARTS or "video" in part else PART_KEYS
+    return {key: value for key, value in part.items() if key not in known and is_present(value)}
 
 
 def _without_thoughts(parts: list[Any]) -> tuple[list[Any], str]:

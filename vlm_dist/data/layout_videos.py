@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from vlm_dist.data.layout_values import is_present, sources_in
+from vlm_dist.errors import BadSample
 
 VIDEO_KEYS = ("videos", "video", "video_path", "video_paths", "video_file", "video_files", "video_url", "video_urls", "mp4")
 ID_KEYS = ("video_name", "video_id", "vid")  # a video where the record names nothing else to look at; they stay in the record
@@ -32,6 +33,26 @@ def with_videos(made: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in made.items() if name not in held}
     made = {**rest, "images": pictures, "videos": videos}
     return {**made, "messages": _as_videos(made["messages"], len(videos))} if "messages" in made and videos and not pictures else made
+
+
+def spans_of_parts(spans: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
+    """`start` and `end` that stand in typed parts of videos, as they would stand beside the turns.
+
+    Args:
+        spans: of each part.
+
+    Raises:
+        BadSample: the record has them too.
+    """
+    found: dict[str, Any] = {}
+    for key in ("start", "end"):
+        values = [span.get(key) for span in spans]
+        if all(value is None for value in values):
+            continue
+        if is_present(record.get(key)):
+            raise BadSample(f"'{key}' stands in the part of a video, and beside the turns; leave one of them out")
+        found[key] = values[0] if len(values) == 1 else values
+    return found
 
 
 def whole_captions(value: Any) -> Any:
