@@ -211,6 +211,14 @@ def video(raw: Any) -> str:
     return f"{speed}; {memory['clips']:,} clips decoded: memory grows by {max(0, memory['growth_bytes']) / 2**20:.1f} MiB"
 
 
+def video_decoders(raw: Any) -> str:
+    ratios, wrong, seek = [row["ratio"]["exact"] for row in raw["speed"]], raw["wrong_frames"], raw["seek"]["ratio"]["exact"]
+    speed = f"torchcodec {raw['torchcodec']} takes {min(ratios):.2f} to {max(ratios):.2f} of our time, {seek:.2f} where it is sought"
+    counts = f"{wrong['wrong']['ours']} and {wrong['wrong']['exact']} are wrong"
+    failed = f"its quick mode fails at {wrong['failed_clips']['approximate']} of {wrong['clips']} clips"
+    return f"{speed}; of {wrong['frames']:,} frames at an irregular rate {counts}; {failed}"
+
+
 def video_twin(raw: Any) -> str:
     shown = [f"{kind} {raw['clip']['right'][kind]:.0%} (one frame {raw['one_frame']['right'][kind]:.0%})" for kind in raw["chance"]]
     return f"held-out questions about clips: {', '.join(shown)}; chance {', '.join(f'{share:.0%}' for share in raw['chance'].values())}"
@@ -226,7 +234,8 @@ READERS: dict[str, Callable[[Any], str]] = {
     "report_lines": report_lines, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model,
     "sequence_parallel": sequence_parallel, "stream": stream,
-    "stream_scale": stream_scale, "tests": tests, "video": video, "video_twin": video_twin,
+    "stream_scale": stream_scale, "tests": tests, "video": video,
+    "video_decoders": video_decoders, "video_twin": video_twin,
     "vision_windows": vision_windows, "vllm_load": vllm_load,
 }  # fmt: skip
 

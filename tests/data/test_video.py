@@ -119,6 +119,14 @@ def test_ten_hours_cost_what_their_frames_cost(monkeypatch):
         sparse.shown(VideoConfig(max_frames=16))
 
 
+@pytest.mark.parametrize("form", ["mp4", "matroska", "webm", "avi"])
+def test_a_late_part_is_sought(form, monkeypatch):
+    monkeypatch.setattr(video_decode, "MOST_PIXELS", 60 * 64 * 48)  # of six hundred frames
+    data = clip(form, frames=600, gop=20)
+    shown = open_clip(data, "a.mp4", 10**6, Span(Fraction(55), Fraction(57))).shown(VideoConfig(fps=2))
+    assert shades(shown.frames) == pytest.approx([shade(number) for number in (550, 555, 560, 565)], abs=4)
+
+
 def test_frames_as_pictures():
     pictures = [(f"f{number:04d}.png", encoded(Image.fromarray(picture(number)))) for number in range(12)]
     found = clip_of_pictures(pictures, 4, MANY)

@@ -76,8 +76,10 @@ class Clip:
         """
         import torch
 
-        times = self.times(config)
-        frames = torch.stack(list(self._frames(times, self.size(config))))
+        times, (width, height) = self.times(config), self.size(config)
+        frames = torch.empty((len(times), 3, height, width), dtype=torch.uint8)
+        for place, frame in enumerate(self._frames(times, (width, height))):
+            frames[place] = frame
         return Shown(frames, [float(time) for time in times], float(self.duration))
 
     def _frames(self, times: list[Fraction], size: Size) -> Iterator[torch.Tensor]:

@@ -103,6 +103,8 @@ class _Walk:
     def __init__(self, container: Any, stream: Any):
         self.container, self.stream = container, stream
         self.base: Fraction = stream.time_base
+        if container.format.name.startswith("matroska"):
+            container.seek(0, stream=stream, backward=True)  # its index is read when it is first sought in
         self.keys = sorted(entry.timestamp for entry in stream.index_entries if entry.is_keyframe)
         self.left = MOST_PIXELS
         self.is_over = False
@@ -116,7 +118,7 @@ class _Walk:
     def at(self, time: Fraction) -> Any:
         """The last frame that begins no later; the first one where none does. Times must rise."""
         target = self.first + time / self.base
-        if self._held is not None and self._worth_seeking(target):
+        if self._worth_seeking(target):
             self._seek(target)
         while self._advance(target):
             pass
@@ -178,7 +180,7 @@ class _Walk:
         self._rewind(shown)
 
     def _rewind(self, frame: Any) -> None:
-        """From the beginning, where a container cannot be sought in; `frame` is shown until a later one comes."""
+        """From the beginning, where a container cannot be sought in; `frame`, if any, is shown until a later one comes."""
         self.container.seek(int(self.first), stream=self.stream, backward=True)
         self._frames, self.is_over = iter(self.container.decode(self.stream)), False
         self._held, self._next = frame, None
