@@ -72,11 +72,11 @@ FAMILIES = {
             overflows_in_float16=True, video="frames",
         ),
         Family(
-            "gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, two_way=True, boxes="gemma",
-            video="timed",
+            "gemma4", "model.vision_tower", ("model.embed_vision",), "model.language_model", packs=True, two_way=True, cuts=True,
+            boxes="gemma", video="timed",
         ),
-        Family("glm4v", *QWEN_PARTS, packs=True, video="frames"),
-        Family("glm4v_moe", *QWEN_PARTS, packs=True, video="frames"),
+        Family("glm4v", *QWEN_PARTS, packs=True, cuts=True, video="frames"),
+        Family("glm4v_moe", *QWEN_PARTS, packs=True, cuts=True, video="frames"),
         Family("idefics3", *IDEFICS_PARTS, packs=True, cuts=True, video="frames"),
         Family("internvl", *LLAVA_PARTS, packs=True, cuts=True, caches=True, boxes="internvl", video="fixed"),
         Family("llava", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, caches=True, boxes="unit"),
@@ -85,7 +85,7 @@ FAMILIES = {
         Family("llava_onevision", *LLAVA_PARTS, unused=SIGLIP_HEAD, packs=True, cuts=True, boxes="unit", video="fixed"),
         Family(
             "mini_vlm", "model.vision_encoder", ("model.projector",), "model.language_model", head="model.language_model.lm_head",
-            packs=True, caches=True, unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
+            packs=True, cuts=True, caches=True, unused=("model.vision_encoder.pooler", "model.vision_encoder.head"),
         ),
         Family("mistral3", *LLAVA_PARTS, packs=True, cuts=True),
         Family("mllama", "model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
@@ -94,7 +94,7 @@ FAMILIES = {
         Family("qwen3_5", *QWEN_PARTS, tower_takes_sizes=True, video="timed"),
         Family("qwen3_5_moe", *QWEN_PARTS, tower_takes_sizes=True, video="timed"),
         Family("qwen3_vl", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, cuts=True, video="timed"),
-        Family("qwen3_vl_moe", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, video="timed"),
+        Family("qwen3_vl_moe", *QWEN3_PARTS, tower_takes_sizes=True, packs=True, cuts=True, video="timed"),
         Family("smolvlm", *IDEFICS_PARTS, packs=True, cuts=True, video="frames"),
     )
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """One rank of a group that shares its rows: losses and gradients of each case, beside those of the whole rows on one rank.
 
-    tests/models/cut.py OUT.json CHECKPOINT ...
+    tests/models/cut.py OUT.json float32 CHECKPOINT ...
 
 Ranks come from the environment, as a launcher tells them. Every rank computes the same cases; rank 0 writes what it found.
 """
@@ -74,7 +74,7 @@ def batches(encoder: Encoder, model, number: int) -> dict[str, dict]:
         found["videos"] = collate([encoder.encode(sample) for sample in FILMED], pad, multiple=number)
     flat = [sample for samples in encoded.values() for sample in samples]
     found["packed"] = collate_packed([flat[:3], flat[3:]], pad, position_rule(model), 13 * number if number > 1 else 1)
-    return found
+    return {name: {key: one.to(model.dtype) if one.is_floating_point() else one for key, one in b.items()} for name, b in found.items()}
 
 
 def gradients(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -95,19 +95,19 @@ def pictures_seen(model) -> list[int]:
     return seen
 
 
-def compared(checkpoint: str, ranks) -> dict[str, dict]:
+def compared(checkpoint: str, ranks, dtype: torch.dtype) -> dict[str, dict]:
     """Case -> the loss in parts and whole, and the largest difference of a gradient, relative to the largest gradient."""
     from transformers import AutoModelForImageTextToText
 
     number = ranks.world_size
     encoder = Encoder(load_processor(ModelConfig(name=checkpoint), checkpoint), 4096, video=VideoConfig(max_frames=4, min_frames=2))
-    whole = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").train()
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa").train()
     cut = SequenceCut(number, ranks.rank, dist.group.WORLD)
     rows = {}
     for kernels, recomputed in (("off", False), ("auto", True)):
         model = copy.deepcopy(whole)
         if recomputed:  # by lengths where the family can; the other half has masks
-            attend_by_lengths(model, family_of(model), "varlen", packs=True, on_gpu=False, dtype=torch.float32)
+            attend_by_lengths(model, family_of(model), "varlen", packs=True, on_gpu=False, dtype=dtype)
         shared, seen = not share_rows(model, family_of(model), cut), pictures_seen(model)
         rule = ahead_rule(model) if recomputed else dict
         if recomputed:
@@ -139,9 +139,9 @@ def compared(checkpoint: str, ranks) -> dict[str, dict]:
 
 
 def main() -> None:
-    out, *checkpoints = sys.argv[1:]
+    out, dtype, *checkpoints = sys.argv[1:]
     ranks = start()
-    rows = {Path(checkpoint).name: compared(checkpoint, ranks) for checkpoint in checkpoints}
+    rows = {Path(checkpoint).name: compared(checkpoint, ranks, getattr(torch, dtype)) for checkpoint in checkpoints}
     if ranks.is_first:
         Path(out).write_text(json.dumps(rows, indent=1))
 

@@ -57,6 +57,8 @@ def _summed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     if len(positions_P) == 0:  # a blank row: any position will do, none counts
         positions_P = torch.zeros(1, dtype=torch.long, device=labels_BT.device)
     logits_BPV = model(**inputs, logits_to_keep=positions_P, use_cache=False).logits
+    if logits_BPV.shape[1] != len(positions_P):  # Gemma 4 keeps all of a row that is cut over ranks
+        logits_BPV = logits_BPV[:, positions_P]
     targets_BP = next_BT[:, positions_P]
     losses_N = torch.nn.functional.cross_entropy(
         logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="none"

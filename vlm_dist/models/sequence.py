@@ -104,6 +104,8 @@ def cut_rows(model: Any, cut: SequenceCut) -> None:
         if name.startswith("rotary_emb"):
             module.register_forward_hook(lambda _, __, turns: tuple(cut.of(one, -2) for one in turns))
     for layer in decoder.layers:
+        if getattr(decoder, "hidden_size_per_layer_input", 0):  # each layer's own embedding of the tokens, [B, T, H']
+            layer.register_forward_pre_hook(lambda _, given: (given[0], cut.of(given[1], 1), *given[2:]))
         layer.self_attn.sequence_cut = cut
         layer.self_attn.config_of_heads = seen = copy.copy(layer.self_attn.config)  # flash-attention reads its own name there
         attend_by(seen, _inner(attention_of(seen)))

@@ -34,8 +34,10 @@ def share_rows(model: Any, family: Family, cut: SequenceCut, *, cached: bool = F
         return f"{BY_ALL} that it does not know yet (data.cache_features)"
     if tower.config.model_type == "pixtral":
         return f"{BY_ALL}: Pixtral's lets them follow one another in one row"
-    shared = _Grids(tower, cut) if family.tower_takes_sizes else _Rows(cut)
-    last = tower if family.tower_takes_sizes else base.get_submodule(family.projector[0])
+    by_grid = family.projector[0].startswith(f"{family.vision}.")
+    by_length = getattr(tower.config, "pooling_kernel_size", None)
+    shared = _Grids(tower, cut) if by_grid else _Pooled(cut, by_length**2) if by_length else _Rows(cut)
+    last = tower if by_grid else base.get_submodule(family.projector[0])
     tower.register_forward_pre_hook(shared.before, with_kwargs=True)
     last.register_forward_hook(shared.after)
     return ""
@@ -66,6 +68,30 @@ class _Rows:
     def after(self, _: Any, __: tuple, features: torch.Tensor) -> torch.Tensor | None:
         whole, self._whole = self._whole, 0
         return gather(features, [len(features)] * self.cut.number, self.cut)[:whole] if whole else None
+
+
+class _Pooled(_Rows):
+    """Pictures that are rows of a tensor filled up to one length, and give features as their own patches are many (Gemma 4).
+
+    Args:
+        patches: that become one feature.
+    """
+
+    def __init__(self, cut: SequenceCut, patches: int):
+        super().__init__(cut)
+        self.patches, self._lengths = patches, []
+
+    def before(self, module: Any, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        given, named_here = super().before(module, given, named)
+        if self._whole:
+            counts = (named["pixel_position_ids"] != -1).all(-1).sum(-1) // self.patches
+            share = -(-self._whole // self.cut.number)
+            self._lengths = [int(counts[part * share : (part + 1) * share].sum()) for part in range(self.cut.number)]
+        return given, named_here
+
+    def after(self, _: Any, __: tuple, features: torch.Tensor) -> torch.Tensor | None:
+        whole, self._whole = self._whole, 0
+        return gather(features, self._lengths, self.cut) if whole else None
 
 
 class _Grids:
@@ -117,6 +143,11 @@ def shares(sizes: list[int], number: int) -> list[tuple[int, int]]:
         found.append((first, last))
         first = last
     return found
+
+
+def lengths_of(mine: torch.Tensor, cut: SequenceCut) -> list[int]:
+    """How many rows each rank has of a tensor [..., E]."""
+    return cut.gathered(torch.tensor([mine.shape[:-1].numel()], device=mine.device)).flatten().tolist()
 
 
 def gather(mine: torch.Tensor, lengths: list[int], cut: SequenceCut) -> torch.Tensor:

@@ -13,6 +13,7 @@ from vlm_dist.distributed import Ranks
 from vlm_dist.errors import ModelError
 from vlm_dist.models.experts import expert_modules
 from vlm_dist.models.loss import IGNORED
+from vlm_dist.models.shared_pictures import gather, lengths_of
 from vlm_dist.run_dir import RunDir, read_json
 from vlm_dist.upstream.transformers import routers_with_logits
 
@@ -33,6 +34,7 @@ class ExpertWatch:
         """
         self.modules = list(expert_modules(model).values())
         self.weight = balance_weight(model, config)
+        self._cut = getattr(model, "sequence_cut", None)
         self._logits: list[torch.Tensor] = []
         self._probabilities: dict[Any, bool] = {}
         self._watching = False
@@ -71,9 +73,15 @@ class ExpertWatch:
         weight and the micro-batch's supervised tokens: so that it is divided by those of all ranks and micro-batches, as the loss is."""
         if not self.weight:
             return 0.0
-        aux = balance_loss(self._logits, self.top_k, batch.get("attention_mask"))
+        logits, mask, ranks = self._logits, batch.get("attention_mask"), 1
+        if self._cut is not None and self._cut.is_on:  # each rank computes the loss of whole rows, and counts its share of it
+            ranks = self._cut.number
+            logits = [gather(layer.flatten(0, -2), lengths_of(layer, self._cut), self._cut) for layer in logits]
+            if mask is not None and mask.ndim == 2:  # rank after rank, as the logits lie
+                mask = mask.unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
+        aux = balance_loss(logits, self.top_k, mask)
         self._logits = []
-        labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+        labels = int((batch["labels"][:, 1:] != IGNORED).sum()) / ranks
         self._aux += float(aux.detach()) * labels
         return self.weight * aux * labels
 
