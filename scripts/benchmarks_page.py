@@ -176,6 +176,11 @@ def sequence_parallel(raw: Any) -> str:
     return f"ranks that share rows keep for the backward pass, of what one rank keeps: {told}"
 
 
+def sequence_wire(raw: Any) -> str:
+    ratios = [row["ratio"] for row in raw["results"]]
+    return f"ranks that share rows send each other {min(ratios):.3f} to {max(ratios):.3f} of what theory says, counted on the wire"
+
+
 def vision_windows(raw: Any) -> str:
     shares = [share for row in raw["rows"] for share in row["share_of_time"].values()]
     return f"attention in windows takes {min(shares):.2f} to {max(shares):.2f} of the loop's time on a CPU"
@@ -233,7 +238,7 @@ READERS: dict[str, Callable[[Any], str]] = {
     "quickstart": quickstart, "real_pictures": real_pictures, "real_pictures_python": real_pictures,
     "report_lines": report_lines, "roofline": roofline,
     "saved_activations": saved_activations, "scaling_model": scaling_model, "scaling_model_25gbps": scaling_model,
-    "sequence_parallel": sequence_parallel, "stream": stream,
+    "sequence_parallel": sequence_parallel, "sequence_wire": sequence_wire, "stream": stream,
     "stream_scale": stream_scale, "tests": tests, "video": video,
     "video_decoders": video_decoders, "video_twin": video_twin,
     "vision_windows": vision_windows, "vllm_load": vllm_load,

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-sys.path.remove(str(Path(__file__).resolve().parent))  # there kernels.py would hide Hugging Face's package `kernels`
+if __name__ == "__main__":
+    sys.path.remove(str(Path(__file__).resolve().parent))  # there kernels.py would hide Hugging Face's package `kernels`
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench.saved_activations import batch_of, build, saved_bytes

@@ -69,6 +69,18 @@ def test_rows_that_two_share(settings, tmp_path, capsys):
     assert "engine.sequence_parallel=3: does not divide the 4 attention heads" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("family", ["gemma4_moe", "glm4v", "mini_vlm"])
+def test_rows_of_every_kind_of_tower_can_be_planned(settings, tmp_path, capsys, checkpoint, family):
+    settings["model"]["name"] = checkpoint(family)
+    config = str(write_config(settings | {"training": {"steps": 4, "global_batch": 4, "micro_batch": 4}}, tmp_path))
+    owns = []
+    for words in (["--gpus", "1"], ["--gpus", "2", "engine.sequence_parallel=2"]):
+        assert main(["plan", config, "--quick", "--json", "--size", "64x64", *words]) == 0
+        owns.append(json.loads(capsys.readouterr().out)["own"])
+    for part in ("vision", "forward", "backward"):
+        assert 0.4 < owns[1]["flops"][part] / owns[0]["flops"][part] < 0.7, part
+
+
 def test_of_pictures_that_are_shared_the_most_count(settings, tmp_path, capsys, qwen):
     """Three over two ranks: the plan is of the rank that has two of them."""
     settings["model"]["name"] = qwen
