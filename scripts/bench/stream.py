@@ -6,7 +6,8 @@ Photograph-like JPEGs of several sizes in ten shards, read from the page cache b
   raw        bytes of every sample, one worker: nothing decoded
   ceiling    read, decode, resize to 336 x 336 in two processes, nothing handed over
   stream     our stream, with the same decoder and resize instead of a processor
-  processor  our stream with LLaVA's processor (CLIP, 336 pixels) and tokens
+  processor  our stream with LLaVA's processor (CLIP, 336 pixels) and tokens, two threads
+  processes  the same, two processes (data.processes, which `auto` takes on a GPU)
   webdataset webdataset's own pipeline (shuffle, Pillow, the same resize) in a DataLoader of two workers
   datasets   Hugging Face datasets, streaming=True, in a DataLoader of two workers
 Every number is samples a second; the shares of the ceiling are of the same round.
@@ -137,8 +138,8 @@ def _rate(stream: Stream, count: int) -> float:
     return steps * stream.global_batch / seconds
 
 
-def ours(shards: list[str], count: int, processor=None) -> float:
-    config = DataConfig(train=shards, workers=WORKERS, max_seq_length=4096)
+def ours(shards: list[str], count: int, processor=None, processes: bool = False) -> float:
+    config = DataConfig(train=shards, workers=WORKERS, max_seq_length=4096, processes=processes)
     quarantine = Quarantine(Path(tempfile.mkdtemp()) / "q.jsonl", 0.01)
     batch = {"seed": 0, "global_batch": 32, "micro_batch": 32, "rank": 0, "world_size": 1}
     if processor is not None:
@@ -197,6 +198,7 @@ def main() -> None:
             "ceiling": lambda: ceiling(shards, arguments.samples),
             "stream": lambda: ours(shards, arguments.samples),
             "processor": lambda: ours(shards, arguments.samples, processor),
+            "processes": lambda: ours(shards, arguments.samples, processor, processes=True),
             "webdataset": lambda: plain_webdataset(shards, arguments.samples),
             "datasets": lambda: streaming_datasets(shards, arguments.samples),
         }

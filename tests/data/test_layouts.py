@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -307,3 +309,11 @@ def test_numbers_that_cannot_be_written():
             canonical({"question": Q, "answer": number})
         with pytest.raises(BadSample):
             canonical({"messages": [{"role": number, "content": Q}]})
+
+
+@pytest.mark.parametrize("key", ["text", "json", "record", "data", "sample", "row", "example", "item"])
+def test_a_record_in_a_record(key):
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    inner = {"conversations": talk, "image": "a.jpg"}
+    for made in (canonical({"id": 1, key: inner}), canonical({"id": 1, key: json.dumps(inner)})):
+        assert made["images"] == ["a.jpg"] and made["messages"][1]["content"] == "A cat." and made["id"] == 1

@@ -19,15 +19,17 @@ def span_of(offsets: Any, replacements: list[dict], spans: Sequence[Span]) -> An
         replacements: of each picture, in order, its `span` in the rendered and its `new_span` in the expanded text.
         spans: in order, none within another.
     """
+    import numpy as np
     import torch
 
     if not spans:
         return torch.full((len(offsets),), -1)
     ends_of_pictures = [one["span"][1] for one in replacements]
     gained = [0, *(one["new_span"][1] - one["span"][1] for one in replacements)]
-    moved = torch.tensor([[place + gained[bisect_right(ends_of_pictures, place)] for place in span] for span in spans])
-    last = torch.searchsorted(moved[:, 0].contiguous(), offsets[:, 1].contiguous()) - 1  # that begins before the token ends
-    return last.where((last >= 0) & (moved[:, 1][last] > offsets[:, 0]), -1)
+    moved = np.array([[place + gained[bisect_right(ends_of_pictures, place)] for place in span] for span in spans])
+    begins, ends = offsets.numpy().T
+    last = moved[:, 0].searchsorted(ends) - 1  # that begins before the token ends
+    return torch.from_numpy(np.where((last >= 0) & (moved[:, 1][last] > begins), last, -1))
 
 
 def weights_of(offsets: Any, replacements: list[dict], spans: Sequence[Span], weights: Sequence[float]) -> Any:

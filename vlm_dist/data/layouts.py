@@ -19,7 +19,7 @@ from vlm_dist.data.layout_values import columns_in, is_present, keys_of, parsed,
 from vlm_dist.data.layout_videos import with_videos
 from vlm_dist.errors import BadSample
 
-WRAPPING = ("text", "json", "record")
+WRAPPING = ("text", "json", "record", "data", "sample", "row", "example", "item")
 WITH_QUESTIONS = ("messages", "conversations", "pairs of texts", "question and answer", "query and response", "Alpaca")
 PREFERENCE = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 

@@ -6,6 +6,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
+
+class Rows(np.ndarray):
+    """Numbers [1, L] that become a tensor at once; a row is walked over as a list of Python's numbers, which processors count in."""
+
+    def __iter__(self) -> Any:
+        return iter(self.tolist()) if self.ndim == 1 else super().__iter__()
+
 
 class Tokens(dict):
     """A tokenizer's answer for one text."""
@@ -46,7 +55,6 @@ class RunTokenizer:
 
     def _in_short(self, text: str, options: dict[str, Any]) -> Tokens | None:
         """None: a run is not one token after another."""
-        import numpy as np
         import torch
 
         assert self._runs is not None
@@ -69,5 +77,5 @@ class RunTokenizer:
         which = np.repeat(np.arange(len(ids)), times)
         within = np.arange(len(which)) - np.repeat(np.cumsum(times) - times, times)
         moved = (offsets + before[:, None])[which] + (within * widths[which])[:, None]
-        made = {name: [np.array(value[0])[which].tolist()] for name, value in encoded.items() if name != "offset_mapping"}
+        made = {name: np.array(value)[:, which].view(Rows) for name, value in encoded.items() if name != "offset_mapping"}
         return Tokens(made, offset_mapping=torch.from_numpy(moved)[None])
