@@ -34,7 +34,7 @@ echo "== lint"
 .venv/bin/ruff format --check .
 
 unset PYTHONDONTWRITEBYTECODE # every process would compile torch and all the others anew: three times as long to start
-export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 CXX="${CXX:-$PWD/tests/cxx}"
 pytest=(.venv/bin/python -m pytest)
 several=(-n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder)
 case "$mode: $* " in
