@@ -45,6 +45,17 @@ def test_a_card_that_cuda_does_not_start_on(driver, monkeypatch, settings, tmp_p
 
 
 @no_gpu
+def test_the_driver_of_windows(tmp_path, monkeypatch):
+    """Under WSL, which has no file of a driver and no device of its name."""
+    monkeypatch.setattr(cards, "DRIVER", tmp_path / "version")
+    assert cards.choose_device(0).type == "cpu"
+    (tmp_path / "libcuda.so.1").touch()
+    monkeypatch.setattr(cards, "OF_WINDOWS", tmp_path / "libcuda.so.1")
+    with pytest.raises(MachineError, match=r"Windows' NVIDIA driver is here, but CUDA .* does not start"):
+        cards.choose_device(0)
+
+
+@no_gpu
 def test_whatever_takes_a_card_says_the_same(driver):
     with pytest.raises(MachineError, match=r"470\.57\.02"):
         cards.device_here()

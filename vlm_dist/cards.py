@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICES = Path("/dev")  # in a container the driver shows, whether or not it was given a card
+OF_WINDOWS = Path("/usr/lib/wsl/lib/libcuda.so.1")  # under WSL the driver is Windows' own, and there is neither of the two
 HIDDEN = ("", "-1", "none", "void", "nodevfiles")
 """Words of CUDA_VISIBLE_DEVICES and NVIDIA_VISIBLE_DEVICES that say: no card for this process."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 gave it the first name, and reads the second too
@@ -91,7 +92,10 @@ def check_cards(cards: list[tuple[str, str]]) -> None:
         )
     for (node, card), ranks in ranks_of.items():
         if card and len(ranks) > 1:
-            raise MachineError(f"ranks {ranks[0]} and {ranks[1]} share one GPU of {node} ({card}); start one rank for each card")
+            raise MachineError(
+                f"ranks {ranks[0]} and {ranks[1]} share one GPU of {node} ({card}); start one rank for each card, "
+                "and under srun --gpu-bind let neighbours see the same cards: --distribution=block:block"
+            )
 
 
 def why_no_cuda() -> str | None:
@@ -99,10 +103,11 @@ def why_no_cuda() -> str | None:
     import torch
 
     hidden = [name for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES") if os.environ.get(name, "all").lower() in HIDDEN]
-    if hidden or not DRIVER.is_file() or not any(DEVICES.glob("nvidia[0-9]*")):
+    is_native = DRIVER.is_file() and any(DEVICES.glob("nvidia[0-9]*"))
+    if hidden or not (is_native or OF_WINDOWS.exists()):
         return None
-    found = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text())
-    driver = f"NVIDIA driver {found[0]}" if found else "an NVIDIA driver"
+    found = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if is_native else None
+    driver = f"NVIDIA driver {found[0]}" if found else "an NVIDIA driver" if is_native else "Windows' NVIDIA driver"
     if torch.version.cuda is None:
         return f"{driver} is here, but torch {torch.__version__} is built for the CPU alone"
     try:

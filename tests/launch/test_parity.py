@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import ROOT, child_environment, command, losses_of, write_config
 from tests.warm import Warm, warm_ranks
@@ -192,24 +194,42 @@ def test_a_rank_with_text_alone_beside_one_with_pictures(config, reference, shar
         assert losses_of(tmp_path / "runs" / f"mixed-{stage}") == pytest.approx(expected, rel=1e-4), stage
 
 
-def test_held_out_samples_that_ranks_have_unequally(config, shards, tmp_path):
-    """Text alone, no question, an odd number: no rank waits in an evaluation for what another does not run; all others are scored."""
+def test_held_out_samples_that_ranks_have_unequally(config, shards, llava, tmp_path):
+    """Text alone, no question, an odd number, answers of other lengths: no rank waits in an evaluation for what another does not run; all
+    others are scored."""
     from webdataset.writer import TarWriter
 
+    model = shutil.copytree(llava, tmp_path / "llava")
+    generation = json.loads((model / "generation_config.json").read_text())
+    ends = 209  # the first token that this model answers to "red" and a red picture; to "What is 1 + 1?" and that it is none of them
+    (model / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": ends}))
     turns = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"}]
     with TarWriter(str(tmp_path / "odd.tar")) as tar:
         for number in range(4):
             tar.write({"__key__": f"odd-{number}", "json": {"messages": turns[1:] if number == 1 else turns}})
+        Image.new("RGB", (32, 32), "red").save(picture := io.BytesIO(), "PNG")
+        for number, question in enumerate(["What is 1 + 1?", "red"], 4):
+            asked = [{"role": "user", "content": question}, turns[1]]
+            tar.write({"__key__": f"odd-{number}", "png": picture.getvalue(), "json": {"messages": asked}})
         for raw in read_in_order(shards["qa-heldout"][:1]):
             tar.write({name: raw[name] for name in ("__key__", "jpg", "json")})
             break
-    evaluation = ["evaluation.samples=5", "evaluation.batch_size=1", "evaluation.max_new_tokens=2", "health.timeout_s=60"]
-    data = [f"data.heldout={json.dumps([str(tmp_path / 'odd.tar')])}", *evaluation, "training.steps=1", "training.micro_batch=2"]
-    runs = [[*data, f"name=uneven-{stage}", f"engine.zero_stage={stage}"] for stage in (0, 3)]
+    evaluation = ["evaluation.samples=7", "evaluation.batch_size=1", "evaluation.max_new_tokens=8", "health.timeout_s=60"]
+    data = [
+        f"model.name={model}",
+        f"data.heldout={json.dumps([str(tmp_path / 'odd.tar')])}",
+        *evaluation,
+        "training.steps=1",
+        "training.micro_batch=2",
+    ]
+    small = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    sharded = f"engine.deepspeed={json.dumps({'zero_optimization': small})}"  # else weights as small as these are not shared out
+    runs = [[*data, f"name=uneven-{stage}", f"engine.zero_stage={stage}", *[sharded] * (stage == 3)] for stage in (0, 3)]
     two_ranks("tests/launch/many.py", many(config, runs, tmp_path))
     for stage in (0, 3):
         run = tmp_path / "runs" / f"uneven-{stage}"
-        assert [row["number"] for row in read_jsonl(run / "samples" / "after.jsonl")] == [0, 2, 3, 4]
+        rows = {row["number"]: row["answer"] for row in read_jsonl(run / "samples" / "before.jsonl")}
+        assert list(rows) == [0, 2, 3, 4, 5, 6] and 3 * len(rows[5]) < len(rows[4])  # the ranks' answers at the same time
         assert [(row["key"], row["reason"]) for row in read_jsonl(run / "quarantine.jsonl")] == [
             ("odd-1", "no question stands before the answer")
         ]

@@ -105,3 +105,49 @@ def test_contradicting_names_are_refused():
         SFTConfig(max_seq_length=5, max_length=6, output_dir="x")
     with pytest.warns(UserWarning, match="bf16=True needs a GPU"):
         assert not SFTConfig(bf16=True, max_seq_length=5, output_dir="x", report_to="none").bf16
+
+
+@pytest.mark.filterwarnings("ignore:fp16=True needs a GPU")
+def test_what_trains_in_fp16_stays_in_float32(llava, tmp_path):
+    """TRL would make bfloat16 of a quantised model's adapters, and a GradScaler on a GPU takes no gradients of that."""
+    from vlm_dist import FastVisionModel, SFTConfig, SFTTrainer, UnslothVisionDataCollator
+
+    model, processor = FastVisionModel.from_pretrained(llava, load_in_4bit=True, dtype=torch.float16)
+    model = FastVisionModel.get_peft_model(model, r=4)
+    before = {name: one.clone() for name, one in model.named_parameters() if one.requires_grad}
+    arguments = SFTConfig(output_dir=str(tmp_path), fp16=True, report_to="none", dataset_kwargs={"skip_prepare_dataset": True})
+    row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]}
+    for fp16, expected in ((True, torch.float32), (False, torch.bfloat16)):
+        arguments.fp16 = fp16  # as on a GPU; here the configuration has taken it back
+        collator = UnslothVisionDataCollator(model, processor)
+        SFTTrainer(model=model, tokenizer=processor, train_dataset=[row], data_collator=collator, args=arguments)
+        after = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        assert {one.dtype for one in after.values()} == {expected} and after.keys() == before.keys()
+        assert not fp16 or all(torch.equal(after[name], one) for name, one in before.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"bf16": True, "fp16": False}, (True, False)),
+        ({}, (True, False)),
+        ({"fp16": True}, (True, None)),
+        ({"bf16": False, "fp16": False}, (False, False)),
+    ],
+)
+def test_a_card_that_emulates_bfloat16(monkeypatch, given, expected):
+    """A T4, of which torch.cuda.is_bf16_supported() says yes."""
+    import warnings
+
+    from vlm_dist.unsloth.sft import _as_the_machine_can
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = _as_the_machine_can(given)
+    assert (found.get("fp16"), found.get("bf16")) == expected
+    assert ["Tesla T4 only emulates bfloat16" in str(one.message) for one in said] == [True] * (found != given)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert _as_the_machine_can(given) == given

@@ -20,7 +20,7 @@ except ImportError:
 
 class SFTConfig(TrlConfig):
     """`trl.SFTConfig` that also takes `max_seq_length` (now `max_length`), and trains in float32 where fp16 or bf16 is asked of a
-    machine without a GPU, with a warning."""
+    machine without a GPU, and with fp16 where bf16 is asked of a card that only emulates it, each with a warning."""
 
     def __init__(self, *arguments: Any, max_seq_length: int | None = None, **settings: Any):
         if max_seq_length is not None:
@@ -29,11 +29,12 @@ class SFTConfig(TrlConfig):
                     f"max_seq_length={max_seq_length} and max_length={settings['max_length']} contradict each other; give one"
                 )
             settings["max_length"] = max_seq_length
-        super().__init__(*arguments, **_without_half_precision(settings))
+        super().__init__(*arguments, **_as_the_machine_can(settings))
 
 
 class SFTTrainer(TrlTrainer):
-    """`trl.SFTTrainer` that also takes `tokenizer` (now `processing_class`), and lists of rows as data sets."""
+    """`trl.SFTTrainer` that also takes `tokenizer` (now `processing_class`), and lists of rows as data sets. With fp16 what trains stays in
+    float32: TRL turns it into bfloat16 where the model is quantised, which a GradScaler does not take."""
 
     def __init__(self, *arguments: Any, tokenizer: Any = None, **settings: Any):
         if tokenizer is not None:
@@ -43,7 +44,12 @@ class SFTTrainer(TrlTrainer):
         for name in ("train_dataset", "eval_dataset"):
             if isinstance(settings.get(name), list):
                 settings[name] = _as_dataset(settings[name])
+        model = settings.get("model", arguments[0] if arguments else None)
+        trained = {id(one): (one, one.data) for one in model.parameters() if one.requires_grad} if hasattr(model, "parameters") else {}
         super().__init__(*arguments, **settings)
+        if self.args.fp16:
+            for parameter, data in trained.values():
+                parameter.data = data.to(parameter.device)
 
 
 def _as_dataset(rows: list[dict[str, Any]]) -> Any:
@@ -56,12 +62,18 @@ def _as_dataset(rows: list[dict[str, Any]]) -> Any:
     return Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(look_up)
 
 
-def _without_half_precision(settings: dict[str, Any]) -> dict[str, Any]:
+def _as_the_machine_can(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the precision that this machine trains in."""
     import torch
 
     asked = [name for name in ("fp16", "bf16") if settings.get(name)]
     if torch.cuda.is_available():
-        return settings
+        is_default = settings.get("bf16") is None and not settings.get("fp16")  # TRL's own is bf16
+        if (asked != ["bf16"] and not is_default) or torch.cuda.is_bf16_supported(including_emulation=False):
+            return settings
+        card = torch.cuda.get_device_name()
+        warnings.warn(f"{card} only emulates bfloat16; training with fp16=True, its loss scaled, instead of bf16=True", stacklevel=3)
+        return {**settings, "fp16": True, "bf16": False}
     words = f"{asked[0]}=True needs a GPU" if asked else "there is no GPU"
     cores = len(os.sched_getaffinity(0))
     warnings.warn(
