@@ -24,13 +24,14 @@ def picture(number: int, size: tuple[int, int] = (64, 48)) -> np.ndarray:
 def clip(
     form: str = "mp4", codec: str = "", *, frames: int = 30, fps: float = 10, size: tuple[int, int] = (64, 48),
     times: list[float] | None = None, gop: int = 12, b_frames: int = 2, turned: int = 0, options: dict | None = None, pixels=picture,
+    codec_options: dict | None = None,
 ) -> bytes:  # fmt: skip
     """A file. `times`: seconds of each frame, instead of `fps`; `turned`: degrees of its display matrix."""
     codec = codec or {"webm": "libvpx-vp9", "avi": "mpeg4", "gif": "gif"}.get(form, "libx264")
     kind = "rgb8" if codec == "gif" else "yuv420p"
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form, options=options or {}) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=codec_options or {})
         stream.width, stream.height, stream.pix_fmt = *size, kind
         if codec != "gif":
             stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames if codec == "libx264" else 0

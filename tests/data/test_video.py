@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.videos import all_frames, clip, damaged, picture, shade, sound
 from vlm_dist.config_model import VideoConfig
-from vlm_dist.data import video_decode
+from vlm_dist.data import video_walk
 from vlm_dist.data.video import Span, clip_of_pictures, open_clip
 from vlm_dist.errors import BadSample
 
@@ -110,7 +110,7 @@ def test_transparent_parts_are_white(tmp_path):
 
 def test_ten_hours_cost_what_their_frames_cost(monkeypatch):
     data = clip(codec="mpeg4", frames=3600, fps=0.1, gop=30)
-    monkeypatch.setattr(video_decode, "MOST_PIXELS", 16 * 40 * 64 * 48)  # sixteen frames, each less than forty from a keyframe
+    monkeypatch.setattr(video_walk, "MOST_PIXELS", 16 * 40 * 64 * 48)  # sixteen frames, each less than forty from a keyframe
     found = open_clip(data, "a.mp4", MANY)
     assert found.duration == 36_000
     assert shades(found.shown(VideoConfig(max_frames=16)).frames) == pytest.approx([shade(n) for n in range(0, 3600, 225)], abs=8)
@@ -121,10 +121,45 @@ def test_ten_hours_cost_what_their_frames_cost(monkeypatch):
 
 @pytest.mark.parametrize("form", ["mp4", "matroska", "webm", "avi"])
 def test_a_late_part_is_sought(form, monkeypatch):
-    monkeypatch.setattr(video_decode, "MOST_PIXELS", 60 * 64 * 48)  # of six hundred frames
+    monkeypatch.setattr(video_walk, "MOST_PIXELS", 60 * 64 * 48)  # of six hundred frames
     data = clip(form, frames=600, gop=20)
     shown = open_clip(data, "a.mp4", 10**6, Span(Fraction(55), Fraction(57))).shown(VideoConfig(fps=2))
     assert shades(shown.frames) == pytest.approx([shade(number) for number in (550, 555, 560, 565)], abs=4)
+
+
+def shown_as_decoded(data, config=VideoConfig(fps=2), span=None):  # noqa: B008
+    """The frames of a clip beside those of FFmpeg's own order from the beginning."""
+    clip_ = open_clip(data, "a.mp4", 10**6, *([span] if span else []))
+    frames, begin = all_frames(data), span.start if span else Fraction(0)
+    right = [[grey for time, grey in frames if time - frames[0][0] <= begin + one][-1] for one in clip_.times(config)]
+    assert shades(clip_.shown(config).frames) == pytest.approx(right, abs=4)
+    return clip_
+
+
+@pytest.mark.parametrize("begin", [-3, -1, -0.02, 0, 1, 7])
+@pytest.mark.parametrize("form", ["webm", "matroska"])
+def test_matroska_that_does_not_begin_at_zero(form, begin):
+    """A seek to zero does not come back to a first picture before it, and its header says when it ends, not how long it lasts."""
+    times = [begin + number / 10 for number in range(60)]
+    data = clip(form, "libvpx-vp9", frames=60, gop=20, times=times, options={"avoid_negative_ts": "disabled"})
+    whole = shown_as_decoded(data)
+    assert float(whole.duration) == pytest.approx(6, abs=0.15)
+    shown_as_decoded(data, span=Span(Fraction(4), Fraction(5)))
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska"])
+@pytest.mark.parametrize("form_of_pictures", ["open-gop=1:keyint=20:bframes=3:scenecut=0", "intra-refresh=1:keyint=20"])
+def test_pictures_that_need_what_stands_before_a_keyframe(form, form_of_pictures):
+    data = clip(form, frames=200, gop=20, b_frames=3, codec_options={"x264-params": form_of_pictures})
+    for span in (None, Span(Fraction(12), Fraction(13)), Span(Fraction(301, 20), Fraction(16))):
+        shown_as_decoded(data, VideoConfig(fps=2, max_frames=8), span)
+
+
+def test_a_recording_without_an_index_is_sought_in(monkeypatch):
+    data = clip("webm", frames=600, gop=20, options={"live": "1"})
+    monkeypatch.setattr(video_walk, "MOST_PIXELS", 350 * 64 * 48)  # of six hundred frames
+    for span in (Span(), Span(Fraction(25), Fraction(60))):
+        shown_as_decoded(data, VideoConfig(max_frames=8), span)
 
 
 def test_frames_as_pictures():

@@ -82,6 +82,11 @@ def test_parts_of_videos():
     assert sample.videos[0].duration == 1.5 and sample.notes == set()
     sample = parse(chat([VIDEO, {**VIDEO, "video_start": 0, "video_end": 2, "nframes": 3}, {"type": "text", "text": "What?"}]), **two)
     assert [float(one.duration) for one in sample.videos] == [3, 2] and sample.notes == {("part key", "nframes")}
+    sample = parse(chat([{**VIDEO, "video": {"path": "a.mp4", "start": 1, "end": 2}}, {"type": "text", "text": "What?"}]), mp4=MP4)
+    assert sample.videos[0].duration == 1
+    mixed = [{"role": "user", "content": [{**VIDEO, "start": 1, "end": 2}, {"type": "text", "text": "?"}]}, chat("")["messages"][1]]
+    mixed += [{"role": "user", "content": "<video>And this?"}, chat("")["messages"][1]]
+    assert [float(one.duration) for one in parse({"messages": mixed}, **two).videos] == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +101,7 @@ def test_parts_of_videos():
         (chat("What?"), {"mp4": MP4, "f0_png": png()}, r"mp4 and f0.png: a video's file or its frames are expected, not both"),
         (chat("What?") | {"start": 2, "end": 1}, {"mp4": MP4}, "'start' is 2 s and 'end' 1 s; expected a later end"),
         (chat("What?") | {"start": 5}, {"mp4": MP4}, "mp4: 'start' is 5 s, and the video lasts 3 s"),
+        (chat([{**VIDEO, "end": 1, "video_end": 2}]), {"mp4": MP4}, "a video's 'end' is 1, and its 'video_end' 2; leave one of them out"),
         (chat([{**VIDEO, "end": 1}]) | {"end": 2}, {"mp4": MP4}, "'end' stands in the part of a video, and beside the turns; leave one"),
         (chat("What?") | {"start": -1}, {"mp4": MP4}, "'start' is -1; expected seconds, from 0"),
         (chat("What?") | {"end": "2"}, {"mp4": MP4}, "'end' is 2; expected seconds, from 0"),

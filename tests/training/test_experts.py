@@ -170,3 +170,25 @@ def test_balance_loss_of_a_router_that_gives_out_probabilities(checkpoint):
     torch.testing.assert_close(found, expected)
     for one, other in zip(*(torch.autograd.grad(loss, weights, retain_graph=True) for loss in (found, expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "gemma4_moe"])
+def test_the_balance_is_of_all_rows_with_kernels_too(checkpoint, family):
+    """A last layer that computes supervised rows only would choose experts for these alone."""
+    from vlm_dist.models.loss import summed_loss
+    from vlm_dist.models.patching import patch_model
+
+    name, found = checkpoint(family), []
+    ids = torch.randint(10, 100, (2, 15), generator=torch.Generator().manual_seed(0))
+    labels = ids.where(torch.arange(15) > 11, -100)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    config = parse_config(YAML, [f"model.name={name}", "training.router_aux_loss=0.5"])
+    for kernels in ("off", "auto"):
+        model, _, _ = load_model(ModelConfig(name=name, load_in_4bit=False), name, CPU)
+        patches = patch_model(model, kernels, balances=True)
+        watch = ExpertWatch(model, config)
+        with watch.forward():
+            loss = summed_loss(model, batch)
+        found.append((float(loss.detach()), float(watch.balance(batch))))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert patches.counts["linear_cross_entropy"] and "router_aux_loss is of all rows" in patches.kept["supervised_rows"]

@@ -135,6 +135,7 @@ class Turns:
 
     def _text(self, text: str, role: str) -> str:
         """Text with `<image>` where a picture stands, as LLaVA writes it; Qwen's `<img>PATH</img>` and `<image 1>` become that."""
+        self.spans += [{}] * text.count("<video>") * (role != "assistant")
         if self._named is not None:
             for found in self._named.findall(text):
                 self._place(None, self._names.get(found))
@@ -173,7 +174,7 @@ class Turns:
         if kind in VIDEO_PARTS:
             own = source_of(next((part[key] for key in VIDEO_PARTS if is_present(part.get(key))), None))
             self.videos += [own] if own is not None else []
-            self.spans.append({SPAN_KEYS[key]: part[key] for key in SPAN_KEYS if part.get(key) is not None})
+            self.spans.append(_span_of(part))
             return {"type": "video", **unread_in(part)}
         raise BadSample(f"json: a part of type {shown(kind)}; expected image, video, or text with 'text'")
 
@@ -208,6 +209,19 @@ def _are_others(own: Any, beside: Any) -> bool:
 
 def _is_path(source: Any) -> bool:
     return isinstance(source, str) and len(source) <= 4096 and "://" not in source[:12]
+
+
+def _span_of(part: dict[str, Any]) -> dict[str, Any]:
+    """`start` and `end` of a part of a video, or of the object in it that says which."""
+    inner = next((part[key] for key in VIDEO_PARTS if isinstance(part.get(key), dict)), {})
+    found: dict[str, Any] = {}
+    for given in (part, inner):
+        for key, name in SPAN_KEYS.items():
+            if (value := given.get(key)) is None:
+                continue
+            if found.setdefault(name, value) != value:
+                raise BadSample(f"json: a video's '{name}' is {shown(found[name])}, and its '{key}' {shown(value)}; leave one of them out")
+    return found
 
 
 def unread_in(part: dict[str, Any]) -> dict[str, Any]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import io
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlm_dist.data.video_walk import Walk
 from vlm_dist.errors import BadSample
 
 if TYPE_CHECKING:
     import torch
 
 Size = tuple[int, int]
-MOST_PIXELS = 10**10  # decoded for one clip: two and a half minutes of 1080p at 30 frames a second without a keyframe
 MISSING, MISSING_SHARE = Fraction(1, 2), Fraction(1, 10)  # seconds, or share of all, that may lack at the end: sound is a little longer
-NEAR = 8  # frames that are decoded rather than leapt over
-FAR = Fraction(5)  # seconds from which on is sought where a container has no index
-BEFORE = (Fraction(0), Fraction(1), Fraction(8))  # seconds before the time to seek to: indexes know when a frame is decoded, not shown
 UNSPECIFIED = 2  # FFmpeg's number of a colour space that nothing names
 HD = 720  # lines from which on an unnamed colour space is BT.709
 BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # what mp4 and mov files begin with
@@ -69,7 +65,7 @@ def probe(data: bytes, max_pixels: int) -> MovingPicture:
         if first is None:
             raise BadSample("a video without a single frame")
         size = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
-        duration = _duration(container, stream)
+        duration = _duration(container, stream, first.pts or 0)
     return MovingPicture(duration if duration is not None else _walked(data), size)
 
 
@@ -80,12 +76,12 @@ def pictures_at(data: bytes, times: Sequence[Fraction], size: Size) -> Iterator[
         times: seconds from the first picture, rising.
 
     Raises:
-        BadSample: the pictures end before, or more would have to be decoded than `MOST_PIXELS`.
+        BadSample: the pictures end before, or more would have to be decoded than `video_walk.MOST_PIXELS`.
         Exception: whatever FFmpeg dislikes.
     """
     with opened(data) as (container, stream):
-        walk = _Walk(container, stream)
-        duration = _duration(container, stream) or times[-1]
+        walk = Walk(container, stream, _keyframes(data, stream))
+        duration = _duration(container, stream, walk.first) or times[-1]
         held: Any = None
         for time in times:
             frame = walk.at(time)
@@ -97,93 +93,17 @@ def pictures_at(data: bytes, times: Sequence[Fraction], size: Size) -> Iterator[
             yield held[1]
 
 
-class _Walk:
-    """Frame after frame, with leaps to keyframes."""
+def _keyframes(data: bytes, stream: Any) -> list[int]:
+    """When keyframes begin, as far as the container's index is known. Matroska's is read as one seeks, which is done beside the walk:
+    such a seek does not always come back to the beginning."""
+    import av
 
-    def __init__(self, container: Any, stream: Any):
-        self.container, self.stream = container, stream
-        self.base: Fraction = stream.time_base
-        if container.format.name.startswith("matroska"):
-            container.seek(0, stream=stream, backward=True)  # its index is read when it is first sought in
-        self.keys = sorted(entry.timestamp for entry in stream.index_entries if entry.is_keyframe)
-        self.left = MOST_PIXELS
-        self.is_over = False
-        self._frames: Iterator[Any] = iter(container.decode(stream))
-        self._held: Any = None
-        self._next: Any = self._decoded()
-        if self._next is None:
-            raise BadSample("a video without a single frame")
-        self.first = self._place(self._next)
-
-    def at(self, time: Fraction) -> Any:
-        """The last frame that begins no later; the first one where none does. Times must rise."""
-        target = self.first + time / self.base
-        if self._worth_seeking(target):
-            self._seek(target)
-        while self._advance(target):
-            pass
-        return self._held
-
-    def end_of(self, frame: Any) -> Fraction:
-        """Seconds, from the first frame, until which it is shown."""
-        return (self._place(frame) + (frame.duration or 0) - self.first) * self.base
-
-    def _advance(self, target: Fraction) -> bool:
-        """Take the next frame if it begins no later than `target`."""
-        if self._next is None:
-            self._next = self._decoded()
-        if self._next is None or (self._held is not None and self._place(self._next) > target):
-            return False
-        self._held, self._next = self._next, None
-        return True
-
-    def _decoded(self) -> Any:
-        frame = next(self._frames, None)
-        if frame is None:
-            self.is_over = True
-            return None
-        self.left -= frame.width * frame.height
-        if self.left < 0:
-            raise BadSample(
-                f"more than {MOST_PIXELS / 1e9:g} billion pixels would have to be decoded for its frames: "
-                "its keyframes lie too far apart; encode it anew with some (ffmpeg -g 60), or cut it"
-            )
-        if frame.pts is None:
-            before = self._held or self._next
-            frame.pts = frame.dts if frame.dts is not None else int(self._place(before) + self._step()) if before is not None else 0
-        return frame
-
-    def _place(self, frame: Any) -> Fraction:
-        return Fraction(frame.pts)
-
-    def _step(self) -> Fraction:
-        return 1 / ((self.stream.average_rate or 25) * self.base)
-
-    def _worth_seeking(self, target: Fraction) -> bool:
-        """Whether a keyframe lies between here and there."""
-        here = self._place(self._next if self._next is not None else self._held)
-        if self.keys:
-            later = bisect_right(self.keys, target)
-            return later > 0 and self.keys[later - 1] > here + NEAR * self._step()
-        return target - here > FAR / self.base
-
-    def _seek(self, target: Fraction) -> None:
-        shown = self._held
-        for seconds in BEFORE:
-            place = max(self.first, target - seconds / self.base)
-            self.container.seek(int(place), stream=self.stream, backward=True)
-            self._frames, self.is_over = iter(self.container.decode(self.stream)), False
-            self._held = self._next = None
-            self._next = self._decoded()
-            if self._next is not None and self._place(self._next) <= target:
-                return
-        self._rewind(shown)
-
-    def _rewind(self, frame: Any) -> None:
-        """From the beginning, where a container cannot be sought in; `frame`, if any, is shown until a later one comes."""
-        self.container.seek(int(self.first), stream=self.stream, backward=True)
-        self._frames, self.is_over = iter(self.container.decode(self.stream)), False
-        self._held, self._next = frame, None
+    index = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
+    if stream.container.format.name.startswith("matroska"):
+        with opened(data) as (container, beside), suppress(av.FFmpegError):
+            container.seek(0, stream=beside, backward=True)
+            index = [entry.timestamp for entry in beside.index_entries if entry.is_keyframe]
+    return sorted(index)
 
 
 @contextmanager
@@ -205,14 +125,15 @@ def opened(data: bytes) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _duration(container: Any, stream: Any) -> Fraction | None:
-    """As the header says; None: it does not."""
+def _duration(container: Any, stream: Any, first: int | Fraction) -> Fraction | None:
+    """As the header says, from the first frame on, which is at `first`; None: it does not."""
     import av
 
     if stream.duration and stream.duration > 0:
         return stream.duration * stream.time_base
     if container.duration and container.duration > 0:
-        return Fraction(container.duration, av.time_base)
+        begin = first * stream.time_base if container.format.name.startswith("matroska") else 0  # its header says when it ends
+        return max(Fraction(container.duration, av.time_base) - begin, Fraction(0)) or None
     return None
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_dist.upstream.transformers import is_experts, register_experts
+
+if TYPE_CHECKING:
+    from vlm_dist.config import Config
 
 OURS = "vlm_dist"  # the name of our implementation in transformers' table
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 ROUTERS = ("gate", "router")
 NEVER_IN_4BIT = (r".*\.router(\.|$)", r".*\.(mlp|feed_forward|moe|block_sparse_moe)\.gate$", r".*\.shared_expert_gate$")
 """Small, and all that follows hangs on what they choose."""
+COEFFICIENT = "router_aux_loss_coef"  # as transformers' configurations call it
 
 
 def expert_modules(model: Any) -> dict[str, Any]:
@@ -31,6 +35,14 @@ def expert_weights(model: Any) -> dict[str, Any]:
 def of_experts(name: str) -> bool:
     """Whether a parameter of this name is an expert's, or an adapter's on one."""
     return ".experts." in name
+
+
+def balance_weight(model: Any, config: Config) -> float:
+    """training.router_aux_loss, or what the model's own configuration says where its routers train."""
+    if config.training.router_aux_loss is not None:
+        return config.training.router_aux_loss
+    trains = config.lora is None or config.lora.router == "full"
+    return float(getattr(model.config.get_text_config(), COEFFICIENT, None) or 0.0) if trains and expert_modules(model) else 0.0
 
 
 def routers(model: Any) -> list[str]:

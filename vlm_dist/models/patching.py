@@ -30,8 +30,13 @@ ON_CPU: tuple[Kernel, ...] = ("linear_cross_entropy", "supervised_rows")
 """What helps where the kernels run as PyTorch."""
 
 
-def patch_model(model: Any, kernels: Literal["auto", "all", "off"] | Sequence[Kernel] = "auto") -> Patches:
+def patch_model(
+    model: Any, kernels: Literal["auto", "all", "off"] | Sequence[Kernel] = "auto", *, balances: bool = False
+) -> Patches:  # fmt: skip
     """Put kernels into a model, adapted by PEFT or not: "all" that fit it, or those of a list.
+
+    Args:
+        balances: experts are trained to an even load, which is that of all rows: the last layer computes them all.
 
     Raises:
         ConfigError: a kernel that was asked for by name fits nothing in this model.
@@ -44,7 +49,9 @@ def patch_model(model: Any, kernels: Literal["auto", "all", "off"] | Sequence[Ke
     by_name = not isinstance(kernels, str)
     wanted = kernels if by_name else (ON_CPU if kernels == "auto" and not on_gpu else tuple(PATCHERS))
     for kernel in PATCHERS:  # in their order: the loss must stand before its rows are used
-        if kernel in wanted:
+        if kernel in wanted and kernel == "supervised_rows" and balances:
+            patches.kept[kernel] = "training.router_aux_loss is of all rows"
+        elif kernel in wanted:
             PATCHERS[kernel](base, patches)
             if by_name and not patches.counts[kernel]:
                 raise ConfigError(

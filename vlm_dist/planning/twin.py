@@ -12,7 +12,7 @@ from vlm_dist.config import Config
 from vlm_dist.families import Family
 from vlm_dist.models.adapters import find_adapter, put_on_shapes
 from vlm_dist.models.checkpointing import checkpoint_gradients
-from vlm_dist.models.experts import expert_weights, of_experts, use_our_experts
+from vlm_dist.models.experts import balance_weight, expert_weights, of_experts, use_our_experts
 from vlm_dist.models.experts_nf4 import is_quantised
 from vlm_dist.models.held import weights_in_words
 from vlm_dist.models.load import kept_in_16bit, nf4_config
@@ -41,7 +41,8 @@ def build_twin(config: Config, hf_config: Any, family: Family, dtype: torch.dtyp
         if (number := config.engine.sequence_parallel) > 1:
             cut = SequenceCut(number, number - 1)  # the last part of a row has most of the answers
             share_rows(model, family, cut, cached=config.data.cache_features)
-        patch_model(model, "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels)
+        kernels = "all" if config.kernels == "auto" and shapes.on_gpu else config.kernels
+        patch_model(model, kernels, balances=bool(balance_weight(model, config)))
     _give_shapes(model, dtype)
     return hold_frozen(model).train()
 

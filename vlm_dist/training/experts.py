@@ -11,7 +11,7 @@ from vlm_dist.checkpoints.form import find_checkpoints
 from vlm_dist.config import Config
 from vlm_dist.distributed import Ranks
 from vlm_dist.errors import ModelError
-from vlm_dist.models.experts import expert_modules
+from vlm_dist.models.experts import balance_weight, expert_modules
 from vlm_dist.models.loss import IGNORED
 from vlm_dist.models.shared_pictures import gather, lengths_of
 from vlm_dist.run_dir import RunDir, read_json
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 TINY = 1e-30  # whose logarithm is finite in float32
-COEFFICIENT = "router_aux_loss_coef"  # as transformers' configurations call it
 
 
 class ExpertWatch:
@@ -126,14 +125,6 @@ def as_begun(config: Config, run: RunDir, ranks: Ranks) -> Config:
         return config
     chosen = "lora" if adapter.get("target_parameters") else "off"
     return config.model_copy(update={"lora": config.lora.model_copy(update={"experts": chosen})})
-
-
-def balance_weight(model: Any, config: Config) -> float:
-    """training.router_aux_loss, or what the model's own configuration says where its routers train."""
-    if config.training.router_aux_loss is not None:
-        return config.training.router_aux_loss
-    trains = config.lora is None or config.lora.router == "full"
-    return float(getattr(model.config.get_text_config(), COEFFICIENT, None) or 0.0) if trains and expert_modules(model) else 0.0
 
 
 def are_probabilities(given: torch.Tensor) -> bool:

@@ -55,6 +55,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
     import torch
 
     from vlm_dist.models.checkpointing import checkpoint_gradients
+    from vlm_dist.models.experts import balance_weight
     from vlm_dist.models.experts_lora import experts_in_words
     from vlm_dist.models.features import keep_features
     from vlm_dist.models.files import check_files
@@ -95,7 +96,7 @@ def load_trainable(inputs: Inputs, ranks: Ranks) -> Loaded:
         cut = SequenceCut(ranks.sharing, ranks.rank % ranks.sharing, ranks.sharing_group())
         shared = share_rows(model, family, cut, cached=config.data.cache_features)
     with gathered_in_use(model):
-        patches = patch_model(model, config.kernels)
+        patches = patch_model(model, config.kernels, balances=bool(balance_weight(model, config)))
     of_base = fingerprint(inputs.source, config.model.revision)
     experts = experts_in_words(model, config.lora) if config.lora is not None else ""
     features = keep_features(model, family, config.data, dtype, ranks.world_size) if config.data.cache_features else None
