@@ -24,6 +24,9 @@ def test_every_place_that_asks_for_a_gpu_is_reached(ran):
     assert not missed and len(places) > 40
     needless = [place.source for place in places if place.reached and place.excuse and "fake tensors" not in place.excuse]
     assert not needless, "no longer to be excused"
+    there = {(place.file, place.source) for place in places}
+    excused = {(file, source) for file, reasons in cuda_branches.EXCUSED.items() for sources in reasons.values() for source in sources}
+    assert excused <= there, "excused, and no longer there"
 
 
 def test_a_new_place_would_be_found(tmp_path, monkeypatch):
