@@ -7,7 +7,7 @@ A tiny LLaVA in NF4 trains on shards of an HTTP server that answers some request
 samples are broken. At random steps (by --seed) the run gets SIGKILL or SIGTERM, or is stopped and let go on, or loses one of its ranks;
 each start has one or two ranks. In the end losses of every step, totals, quarantine and adapter are compared.
 With --minutes a short run tells first how long a start and a step take; faults then come, on average, after as many steps as take the
-time of a start, so that half of the disturbed run's time at best goes into steps.
+time of a start, so that half of the disturbed run's time at best goes into steps. When the minutes are over it goes on undisturbed.
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ class Run:
                     one.kill()
         process.wait(120)
 
-    def through(self, ranks: int, faults: list[tuple[int, str]], longest_s: float = 3600) -> int:
-        """Start it, disturb it at steps, and let it end; returns the exit code. The faults that were made are taken from the list."""
+    def through(self, ranks: int, faults: list[tuple[int, str]], longest_s: float = 3600, calm_from: float = math.inf) -> int:
+        """Start it, disturb it at steps, and let it end; returns the exit code. The faults that were made are taken from the list; from
+        the moment `calm_from` on there are no more."""
         before, began, seen = self.step(), time.monotonic(), False
         process = self.start(ranks)
         while process.poll() is None:
@@ -146,6 +147,9 @@ class Run:
             if not seen and now and (now != before or before == 0):
                 seen = True
                 self.recovered_s.append(time.monotonic() - began)
+            if faults and time.monotonic() > calm_from:
+                print(f"the time is over: it goes on undisturbed from step {now}, without {len(faults)} faults", flush=True)
+                faults.clear()
             if seen and faults and now >= faults[0][0]:
                 until, action = faults.pop(0)
                 self.disturb(process, action)
@@ -253,7 +257,8 @@ def main() -> int:
             raise SystemExit(f"chaos: the calm run failed: {calm.log.read_text()[-2000:]}")
         server.share = 0.2
         plan = [(step, rng.choice(ACTIONS)) for step in sorted(rng.sample(range(1, steps - 1), faults))]
-        while (code := wild.through(rng.choice(arguments.ranks), plan)) != 0 or wild.step() < steps:
+        calm_from = began + 60 * arguments.minutes if arguments.minutes else math.inf
+        while (code := wild.through(rng.choice(arguments.ranks), plan, calm_from=calm_from)) != 0 or wild.step() < steps:
             if wild.starts > faults + 1:
                 raise SystemExit(f"chaos: exit code {code} without a fault: {wild.log.read_text()[-2000:]}")
         same = compare(calm, wild)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from vlm_dist.data.pack_pictures import in_words
 from vlm_dist.data.pack_records import LEFT_OUT, pack_records
 from vlm_dist.data.samples import parse_sample
 from vlm_dist.data.shards import read_in_order
+from vlm_dist.data.video import Span, open_clip
 from vlm_dist.errors import DataError
 
 MP4 = clip(frames=40)
@@ -117,13 +120,30 @@ def test_cut_where_it_shows_the_same_frames(tmp_path, form, gop, start, end):
     assert frames[-1][0] >= part.start + part.duration - 0.2
 
 
-def test_kept_whole_where_a_cut_is_not_the_same(tmp_path):
-    """One keyframe, at the beginning; and an AVI."""
-    files = {"a.mp4": clip(frames=40, gop=400), "b.avi": clip("avi", frames=40)}
-    records = [{"video": name, "question": "Which?", "answer": "this", "start": 3.0, "end": 4} for name in files]
+@pytest.mark.parametrize(("form", "turned"), [("mp4", 0), ("mp4", 90), ("avi", 0), ("webm", 0)])
+def test_encoded_anew_without_loss_where_it_begins_between_keyframes(tmp_path, form, turned):
+    """One keyframe, at the beginning; and AVI, which is not cut."""
+    data = clip(form, frames=300, gop=400, turned=turned, fps=25)
+    record = {"video": f"a.{form}", "question": "Which?", "answer": "this", "start": 9.01, "end": 10.13}
+    (raw,), made = packed(tmp_path, [record], {f"a.{form}": data})
+    whole = open_clip(data, "a", 10**6, Span(Fraction(9.01), Fraction(10.13)))
+    (part,) = opened(raw).videos
+    assert made["train"].notes["encoded anew"] == 1 and len(part.data) < 0.5 * len(data) and "mp4" in raw
+    for config in (VideoConfig(), VideoConfig(fps=11, max_frames=30)):
+        torch.testing.assert_close(part.shown(config).frames, whole.shown(config).frames, rtol=0, atol=0)
+    assert any("encoded anew (H.264 without loss)" in line for line in in_words(made["train"].notes, None))
+
+
+def test_kept_whole_where_a_part_is_no_smaller(tmp_path):
+    files = {"a.mp4": clip(frames=40, gop=400, pixels=noise), "b.gif": clip("gif", frames=40)}
+    records = [{"video": name, "question": "Which?", "answer": "this", "start": 0.5, "end": 4} for name in files]
     raws, made = packed(tmp_path, records, files)
-    assert [json.loads(raw["json"])["start"] for raw in raws] == [3, 3] and raws[1]["avi"] == files["b.avi"]
+    assert [json.loads(raw["json"])["start"] for raw in raws] == [0.5, 0.5] and raws[0]["mp4"] == files["a.mp4"]
     assert any("kept whole, and both stay in the JSON" in line for line in in_words(made["train"].notes, None))
+
+
+def noise(number: int, size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8)
 
 
 def test_what_cannot_be_used_is_named_by_name_and_number(tmp_path):

@@ -104,6 +104,11 @@ def in_words(notes: Counter[str], kind: str | None) -> list[str]:
         lines.append(
             f"{notes['cut']:,} videos are cut to their 'start' and 'end' at keyframes, without encoding anew: the frames are the same"
         )
+    if notes["encoded anew"]:
+        lines.append(
+            f"{notes['encoded anew']:,} videos are cut to their 'start' and 'end' between keyframes, and so encoded anew (H.264 without "
+            "loss): the frames are the same"
+        )
     if notes["kept whole"]:
         why = "where a cut would save nothing or show other frames"
         lines.append(f"{notes['kept whole']:,} videos with 'start' or 'end' are kept whole, and both stay in the JSON: {why}")

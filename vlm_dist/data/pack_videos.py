@@ -1,4 +1,4 @@
-"""Videos of records -> the files that go into shards: byte for byte, or cut to their `start` and `end` where that is exact."""
+"""Videos of records -> the files that go into shards: byte for byte, or cut to their `start` and `end` where that shows the same frames."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _read(files: Pictures, source: Any, span: Span, notes: Counter[str]) -> tupl
     shown = clip.shown(VideoConfig())
     if span != WHOLE:
         part = cut(data, name, clip, shown)
-        notes["kept whole" if part is None else "cut"] += 1
-        data, span = part or (data, span)
+        how, data, span = part or ("kept whole", data, span)
+        notes[how] += 1
     kind = MEMBERS[container_of(data) or "mov"]
     return "webm" if kind == "mkv" and b"webm" in data[:64] else kind, data, span
 

@@ -145,11 +145,6 @@ def shares(sizes: list[int], number: int) -> list[tuple[int, int]]:
     return found
 
 
-def lengths_of(mine: torch.Tensor, cut: SequenceCut) -> list[int]:
-    """How many rows each rank has of a tensor [..., E]."""
-    return cut.gathered(torch.tensor([mine.shape[:-1].numel()], device=mine.device)).flatten().tolist()
-
-
 def gather(mine: torch.Tensor, lengths: list[int], cut: SequenceCut) -> torch.Tensor:
     """[length of this rank's share, ...] -> [sum of all lengths, ...]; gradients of all ranks are added up for whom they belong to."""
     return _Gather.apply(mine, lengths, cut)

@@ -13,7 +13,7 @@ from vlm_dist.distributed import Ranks
 from vlm_dist.errors import ModelError
 from vlm_dist.models.experts import balance_weight, expert_modules
 from vlm_dist.models.loss import IGNORED
-from vlm_dist.models.shared_pictures import gather, lengths_of
+from vlm_dist.models.shared_pictures import gather
 from vlm_dist.run_dir import RunDir, read_json
 from vlm_dist.upstream.transformers import routers_with_logits
 
@@ -75,7 +75,8 @@ class ExpertWatch:
         logits, mask, ranks = self._logits, batch.get("attention_mask"), 1
         if self._cut is not None and self._cut.is_on:  # each rank computes the loss of whole rows, and counts its share of it
             ranks = self._cut.number
-            logits = [gather(layer.flatten(0, -2), lengths_of(layer, self._cut), self._cut) for layer in logits]
+            flat = [layer.flatten(0, -2) for layer in logits]  # of as many tokens on every rank
+            logits = [gather(layer, [len(layer)] * ranks, self._cut) for layer in flat]
             if mask is not None and mask.ndim == 2:  # rank after rank, as the logits lie
                 mask = mask.unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         aux = balance_loss(logits, self.top_k, mask)
