@@ -181,4 +181,4 @@ def test_a_sample_is_described_by_its_conversation(llava):
     encoded = encoder.encode(Sample("k", "s", turns, []))
     from vlm_dist.checking.inspection import _segments
 
-    assert [part["kind"] for part in _segments(encoded, encoder.processor.tokenizer)][:2] == ["other", "supervised"]
+    assert [part["kind"] for part in _segments(encoded, encoder.processor)][:2] == ["other", "supervised"]
