@@ -132,7 +132,8 @@ def test_an_output_dir_that_is_another_on_each_node(config, tmp_path):
 
 
 SHARES = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
 from pathlib import Path
 from vlm_dist import distributed
 from vlm_dist.checking import preflight
