@@ -85,9 +85,13 @@ class Light:
 
     processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
     takes_pixels = True
+    videos = SimpleNamespace(is_on=False)
 
     def __init__(self) -> None:
         self.tally = Tally()
+
+    def lacking(self, _: list[Encoded]) -> None:
+        """Every sample has a picture."""
 
     def encode(self, sample: Sample) -> Encoded:
         ids = torch.zeros((1, 1), dtype=torch.int64)
