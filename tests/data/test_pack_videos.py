@@ -135,10 +135,12 @@ def test_encoded_anew_without_loss_where_it_begins_between_keyframes(tmp_path, f
 
 
 def test_kept_whole_where_a_part_is_no_smaller(tmp_path):
+    """Noise; a GIF; and H.264 has no odd sizes."""
     files = {"a.mp4": clip(frames=40, gop=400, pixels=noise), "b.gif": clip("gif", frames=40)}
+    files["c.avi"] = clip("avi", "ffv1", frames=40, size=(63, 47))
     records = [{"video": name, "question": "Which?", "answer": "this", "start": 0.5, "end": 4} for name in files]
     raws, made = packed(tmp_path, records, files)
-    assert [json.loads(raw["json"])["start"] for raw in raws] == [0.5, 0.5] and raws[0]["mp4"] == files["a.mp4"]
+    assert [json.loads(raw["json"])["start"] for raw in raws] == [0.5] * 3 and raws[0]["mp4"] == files["a.mp4"]
     assert any("kept whole, and both stay in the JSON" in line for line in in_words(made["train"].notes, None))
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from vlm_dist.config_model import VideoConfig
 from vlm_dist.data.video import Clip, FileClip, Shown, Span, open_clip
 from vlm_dist.data.video_decode import container_of, opened
-from vlm_dist.errors import BadSample
 
 FORMS = {"mov": "mp4", "matroska": "matroska"}
 NEARLY = Fraction(1, 10**6)  # seconds
@@ -51,7 +50,7 @@ def cut(data: bytes, name: str, clip: Clip, shown: Shown) -> Part | None:
                 continue
             again = open_clip(made, name, 2**62, span)
             same = abs(again.duration - clip.duration) < NEARLY and again.shown(VideoConfig()).frames.equal(shown.frames)
-        except (BadSample, OSError, ValueError, OverflowError, StopIteration):  # what FFmpeg does not write, and PyAV's errors
+        except Exception:  # whatever FFmpeg does not read or write: PyAV's own errors, and Python's
             continue
         found += [Part(how, made, span)] if same else []
     return min(found, key=lambda part: len(part.data), default=None)
@@ -62,7 +61,7 @@ def _encoded(data: bytes, start: Fraction, end: Fraction) -> tuple[bytes, Fracti
     it begins); seconds from the first picture.
 
     Raises:
-        ValueError: pixels that would not stay what they are.
+        ValueError: pixels that would not stay what they are, or a file that is no smaller.
     """
     import av
 
@@ -80,6 +79,8 @@ def _encoded(data: bytes, start: Fraction, end: Fraction) -> tuple[bytes, Fracti
             if written is not None:
                 target.mux(written.encode(_from(frame, begin)))
             shown = frame
+            if buffer.tell() >= len(data):
+                raise ValueError("no smaller than the whole")
             if late > end:
                 break
         if written is None:  # the last frame alone

@@ -37,6 +37,8 @@ class SFTTrainer(TrlTrainer):
     float32: TRL turns it into bfloat16 where the model is quantised, which a GradScaler does not take."""
 
     def __init__(self, *arguments: Any, tokenizer: Any = None, **settings: Any):
+        import torch
+
         if tokenizer is not None:
             if settings.get("processing_class") not in (None, tokenizer):
                 raise ConfigError("tokenizer and processing_class are two names of one thing; give one")
@@ -45,11 +47,11 @@ class SFTTrainer(TrlTrainer):
             if isinstance(settings.get(name), list):
                 settings[name] = _as_dataset(settings[name])
         model = settings.get("model", arguments[0] if arguments else None)
-        trained = {id(one): (one, one.data) for one in model.parameters() if one.requires_grad} if hasattr(model, "parameters") else {}
+        before = {id(one): one.data for one in model.parameters()} if hasattr(model, "parameters") else {}
         super().__init__(*arguments, **settings)
-        if self.args.fp16:
-            for parameter, data in trained.values():
-                parameter.data = data.to(parameter.device)
+        for parameter in self.model.parameters() if self.args.fp16 else ():
+            if parameter.requires_grad and parameter.dtype is torch.bfloat16:
+                parameter.data = before.get(id(parameter), parameter.data).to(parameter.device, torch.float32)
 
 
 def _as_dataset(rows: list[dict[str, Any]]) -> Any:
