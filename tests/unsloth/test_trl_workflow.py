@@ -126,6 +126,25 @@ def test_what_trains_in_fp16_stays_in_float32(llava, tmp_path):
         assert not fp16 or all(torch.equal(after[name], one) for name, one in before.items())
 
 
+@pytest.mark.filterwarnings("ignore:fp16=True needs a GPU")
+def test_adapters_that_the_trainer_makes_are_in_float32_too(llava, tmp_path):
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    from vlm_dist import SFTConfig, SFTTrainer, UnslothVisionDataCollator
+
+    model = LlavaForConditionalGeneration.from_pretrained(llava, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    processor = LlavaProcessor.from_pretrained(llava)
+    arguments = SFTConfig(output_dir=str(tmp_path), fp16=True, report_to="none", dataset_kwargs={"skip_prepare_dataset": True})
+    arguments.fp16 = True
+    row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]}
+    collator, lora = UnslothVisionDataCollator(model, processor), LoraConfig(r=4, target_modules=["q_proj"])
+    made = SFTTrainer(
+        model=model, tokenizer=processor, train_dataset=[row], data_collator=collator, args=arguments, peft_config=lora
+    ).model  # fmt: skip
+    assert {one.dtype for one in made.parameters() if one.requires_grad} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
