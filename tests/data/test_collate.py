@@ -94,3 +94,11 @@ def test_nothing_is_copied_into_a_batch_of_equals():
     """Pictures of one size are put together as they are, and a packed row without gaps has no padding."""
     batch = collate_packed([[SHORT, SHORT], [LONG]], PAD)
     assert batch["input_ids"].tolist() == [[5, 6, 5, 6], [1, 2, 3, 4]] and batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_memory_that_torch_did_not_allocate_holds_every_type(dtype, rows):
+    pictures = torch.arange(rows * 24).view(rows, 2, 3, 4).to(dtype)
+    batch = collate([encoded(1, 2, pixel_values=pictures), encoded(3, 4, pixel_values=pictures + 1)], PAD)["pixel_values"]
+    assert batch.dtype == dtype and torch.equal(batch, torch.cat([pictures, pictures + 1]))
