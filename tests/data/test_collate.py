@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vlm_dist.data import collate as collating
 from vlm_dist.data.collate import collate, collate_packed
 from vlm_dist.data.encode import IGNORED, Encoded
 
@@ -98,7 +99,8 @@ def test_nothing_is_copied_into_a_batch_of_equals():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_memory_that_torch_did_not_allocate_holds_every_type(dtype, rows):
+def test_memory_that_torch_did_not_allocate_holds_every_type(dtype, rows, monkeypatch):
+    monkeypatch.setattr(collating, "LARGE", 1)
     pictures = torch.arange(rows * 24).view(rows, 2, 3, 4).to(dtype)
     batch = collate([encoded(1, 2, pixel_values=pictures), encoded(3, 4, pixel_values=pictures + 1)], PAD)["pixel_values"]
     assert batch.dtype == dtype and torch.equal(batch, torch.cat([pictures, pictures + 1]))

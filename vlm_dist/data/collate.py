@@ -12,6 +12,8 @@ from vlm_dist.data.labels import is_per_token
 Positions = Callable[[Encoded], Any]
 """A sample's position ids [P, L]: P = 1, or 4 with M-RoPE (transformers: 0, 1, 2, ..., then time, height, width)."""
 
+LARGE = 2**22  # bytes; numpy does nothing of the kind for smaller arrays
+
 
 def collate(samples: Sequence[Encoded], pad_token_id: int, side: Literal["right", "left"] = "right", multiple: int = 1) -> dict[str, Any]:
     """Pad to the longest: `input_ids`, `attention_mask`, `labels` [B, T], further per-token tensors [B, T], and the pictures of all
@@ -123,14 +125,14 @@ def _concatenate(tensors: list[Any]) -> Any:
 
 
 def _room(length: int, like: Any) -> Any:
-    """Memory for a tensor of other length: from numpy, which asks Linux for large pages (4 MiB and more). Allocated by torch, the pictures
+    """Memory for a tensor of other length, where it is large: numpy's, which asks Linux for large pages. Allocated by torch, the pictures
     of a batch lie in pages of 4 KiB that are new each time, and touching them costs three times what copying the pictures does."""
     import numpy as np
     import torch
 
     shape = (length, *like.shape[1:])
-    memory = np.empty(math.prod(shape) * like.element_size(), np.uint8)
-    return torch.from_numpy(memory).view(like.dtype).view(shape)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.empty(size, np.uint8)).view(like.dtype).view(shape) if size >= LARGE else None
 
 
 def with_blank(rows: list[list[Encoded]], blank: Encoded | None, pack: bool, at_the_end: bool) -> list[list[Encoded]]:
