@@ -44,8 +44,8 @@ def block_scale(ABSMAX, SCALE_TABLE, OUTER, offset, block, inside, OUTER_BLOCK: 
 
 @triton.jit
 def _kernel(
-    CODES, ABSMAX, TABLE, SCALE_TABLE, OUTER, OFFSET, W, num_bytes, num_weights, BLOCKSIZE: tl.constexpr, OUTER_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr, BLOCK: tl.constexpr,
+    CODES, ABSMAX, TABLE, SCALE_TABLE, OUTER, OFFSET, W, num_bytes, num_weights, columns, stride, BLOCKSIZE: tl.constexpr,
+    OUTER_BLOCK: tl.constexpr, NESTED: tl.constexpr, APART: tl.constexpr, TORN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCKSIZE // 2  # bytes of a block of weights, which has one scale
     block = tl.program_id(0).to(tl.int64) * (BLOCK // HALF) + tl.arange(0, BLOCK // HALF)
@@ -54,8 +54,15 @@ def _kernel(
     pair = tl.load(CODES + byte, mask=byte < num_bytes, other=0).to(tl.int32)
     high = tl.load(TABLE + (pair >> 4)) * scale
     low = tl.load(TABLE + (pair & 15)) * scale
-    weight = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    tl.store(W + weight, tl.interleave(high, low).to(W.dtype.element_ty), mask=weight < num_weights)
+    first = block * BLOCKSIZE
+    inside = tl.arange(0, BLOCKSIZE)[None, :]
+    place = first[:, None] + inside
+    inside_weight = place < num_weights
+    if APART:  # there is a gap behind each row
+        place += (first // columns * (stride - columns))[:, None]
+    if TORN:  # and a block may begin before it and end behind it
+        place += tl.where((first % columns)[:, None] + inside >= columns, stride - columns, 0)
+    tl.store(W + place, tl.interleave(high, low).to(W.dtype.element_ty), mask=inside_weight)
 
 
 @operation("nf4_dequantize")
@@ -74,11 +81,13 @@ def _write(
 ) -> None:  # fmt: skip
     codes = bytes_of(codes)
     if w.numel():
-        nested = scale_table is not None
+        nested, columns = scale_table is not None, w.shape[-1]
+        stride = w.stride(0) if w.ndim == 2 else columns
         launch(
             _kernel, (triton.cdiv(codes.numel(), BLOCK),),
             codes, absmax, table, scale_table if nested else table, outer if nested else table, offset if nested else table, w,
-            codes.numel(), w.numel(), BLOCKSIZE=blocksize, OUTER_BLOCK=outer_blocksize, NESTED=nested, BLOCK=BLOCK, enable_fp_fusion=False,
+            codes.numel(), w.numel(), columns, stride, BLOCKSIZE=blocksize, OUTER_BLOCK=outer_blocksize, NESTED=nested,
+            APART=stride > columns, TORN=stride > columns and columns % blocksize > 0, BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -104,7 +113,7 @@ def nf4_dequantize(
         codes: the packed weights, stored in any dtype.
         state: their `bitsandbytes.functional.QuantState` (quant_type nf4 or fp4; double quantisation or not).
         dtype: of the result; None: the dtype that was quantised.
-        out: [N, K], contiguous: where the weights shall lie, in its dtype.
+        out: [N, K], each row contiguous: where the weights shall lie, in its dtype. Rows may lie apart.
 
     Returns:
         w: [N, K], the `state.shape`, in that dtype.
@@ -120,6 +129,8 @@ def nf4_dequantize(
         return w if out is None else out.copy_(w)
     outer = (nested.code, nested.absmax, state.offset) if nested is not None else (None, None, None)
     outer_blocksize = nested.blocksize if nested is not None else 1
+    if out is not None and not out.is_contiguous() and out.shape[-1] < state.blocksize:  # a block would reach over several rows
+        return out.copy_(nf4_dequantize(codes, state, out.dtype))
     if out is not None:
         _nf4_dequantize_into(codes, state.absmax, state.code, *outer, out, state.blocksize, outer_blocksize)
         return out
@@ -131,9 +142,10 @@ def nf4_dequantize(
 def compilations() -> Iterator[Compilation]:
     """One block size serves every weight."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for nested in (True, False):
+        for nested, apart, torn in ((True, False, False), (False, False, False), (True, True, False), (True, True, True)):
             pointers = {"CODES": "*u8", "ABSMAX": "*u8" if nested else "*fp32", "TABLE": "*fp32", "SCALE_TABLE": "*fp32", "OUTER": "*fp32",
-                        "OFFSET": "*fp32", "W": triton_type(dtype), "num_bytes": "i64", "num_weights": "i64"}  # fmt: skip
-            constants = {"BLOCKSIZE": 64, "OUTER_BLOCK": 256, "NESTED": nested, "BLOCK": BLOCK}
+                        "OFFSET": "*fp32", "W": triton_type(dtype), "num_bytes": "i64", "num_weights": "i64", "columns": "i32",
+                        "stride": "i32"}  # fmt: skip
+            constants = {"BLOCKSIZE": 64, "OUTER_BLOCK": 256, "NESTED": nested, "APART": apart, "TORN": torn, "BLOCK": BLOCK}
             shape = f"any weight to {str(dtype).removeprefix('torch.')}"
             yield Compilation(_kernel, shape, pointers, constants, options={"enable_fp_fusion": False})

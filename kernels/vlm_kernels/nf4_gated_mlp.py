@@ -4,8 +4,10 @@ y = act(x Wg^T) * (x Wu^T);  z = y Wd^T        each product with its adapter and
 
 shapes    x [M, K], gate and up to [M, N] each, down back to [M, K]; r adapters' ranks
 saved     what x can be made of again (a norm's input), or x; gate and up side by side [M, 2 N]; h of both inputs [M, r]; not y
-bytes     gate's and up's weights lie above one another, so their products are one, forward and backward; y is made again by the
-          launch that makes gate's and up's gradients
+bytes     gate's and up's weights lie above one another, so their products are one, forward and backward, and each B beside its weight:
+          [x, h] times all of it is gate and up, and their gradients times it are dx and G, so nothing of N is read or written for an
+          adapter alone; in the same way [dz, G] times down's weight with its A below is dy. y is made again by the launch that makes
+          gate's and up's gradients
 FLOPs     those of nf4_lora_linear and of the gate
 backward  that of nf4_lora_group for down, then the gate's, then that of nf4_lora_group for gate and up
 
@@ -21,7 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from vlm_kernels.common import Source, source_of
-from vlm_kernels.nf4_lora_group import Copies, Layer, Reading, biases_of, check_layers, given_back, side_by_side, stacked
+from vlm_kernels.nf4_dequantize import nf4_dequantize
+from vlm_kernels.nf4_lora_group import Copies, Layer, Reading, adapted, biases_of, check_layers, given_back, side_by_side, stacked
 from vlm_kernels.nf4_lora_linear import draw_seed
 
 ALIGNED = 8
@@ -38,21 +41,65 @@ class _Spec:
     gradients: Callable
     copies: Copies
 
+    @property
+    def width(self) -> int:
+        """N."""
+        return self.first.layers[0].width
+
+    @property
+    def below(self) -> int:
+        """What fills N up."""
+        return -self.width % ALIGNED
+
     def halves(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate's and up's part [M, N] of what lies side by side."""
         gate, up = both.chunk(2, dim=1)
-        N = self.first.layers[0].width
-        return gate[:, :N], up[:, :N]
+        return gate[:, : self.width], up[:, : self.width]
 
-    def down_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[K, N], filled up."""
-        W, below = self.second.dequantized(dtype), self.first.below
-        if not below:
-            return W
-        wide = W.new_empty(len(W), W.shape[1] + below)
-        wide[:, -below:].zero_()
-        wide[:, :-below].copy_(W)
-        return wide
+    def narrow(self, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """A of gate, up and down and B of down; and [2 N, r], filled up: gate's B, and up's below and to the right of it."""
+        *As, gate, up, down = factors
+        scales = [layer.scale for layer in self.first.layers]
+        copies = self.copies.of(As, [down], [self.second.layers[0].scale], dtype)
+        width = _filled(sum(layer.rank for layer in self.first.layers))
+        return copies, self.copies.diagonal([gate, up], scales, self.width + self.below, width)
+
+    def first_weight(self, diagonal: torch.Tensor) -> torch.Tensor:
+        """[2 N, K + r]: gate's above up's, filled up; beside each its B, zeros beside what is the other's."""
+        K, height = self.first.layers[0].A.shape[1], self.width + self.below
+        W = diagonal.new_empty(len(diagonal), K + diagonal.shape[1])
+        for layer, part in zip(self.first.layers, W.split(height), strict=True):
+            nf4_dequantize(layer.codes, layer.state, out=part[: self.width, :K])
+        if self.below:
+            W.view(2, height, -1)[:, self.width :].zero_()
+        W[:, K:].copy_(diagonal)
+        return W
+
+    def second_weight(self, A: torch.Tensor, with_A: bool) -> torch.Tensor:
+        """[K, N], filled up; [K + r, N] with A below it."""
+        (layer,), N = self.second.layers, self.width
+        K = layer.width
+        if not with_A and not self.below:
+            return nf4_dequantize(layer.codes, layer.state, A.dtype)
+        W = A.new_empty(K + _filled(layer.rank) if with_A else K, N + self.below)
+        if self.below:
+            W[:, N:].zero_()
+        nf4_dequantize(layer.codes, layer.state, out=W[:K, :N])
+        if with_A:
+            W[K : K + layer.rank, :N].copy_(A)
+            if len(W) > K + layer.rank:
+                W[K + layer.rank :].zero_()
+        return W
+
+
+def _filled(count: int) -> int:
+    return count + -count % ALIGNED
+
+
+def _beside(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """[x, h], filled up with zeros."""
+    missing = -h.shape[1] % ALIGNED
+    return torch.cat([x, h, *([h.new_zeros(len(h), missing)] if missing else [])], dim=1)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -60,32 +107,27 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, source: Source | None, spec: _Spec, *factors):
-        first, second, N = spec.first, spec.second, spec.first.layers[0].width
-        narrow, rows = spec.copies.of(factors, x.dtype), x.reshape(-1, x.shape[-1])
-        both = torch.nn.functional.linear(rows, first.dequantized(x.dtype), biases_of(first.layers, x.dtype, first.below))
+        first, second, N = spec.first, spec.second, spec.width
+        (narrow, diagonal), rows = spec.narrow(factors, x.dtype), x.reshape(-1, x.shape[-1])
         h = first.down(rows, stacked(narrow[:2]))
-        first.up(spec.halves(both), h, narrow[3:5])
+        both = torch.nn.functional.linear(_beside(rows, h), spec.first_weight(diagonal), biases_of(first.layers, x.dtype, spec.below))
         y = spec.gate(*both.chunk(2, dim=1))
-        z = torch.nn.functional.linear(y.view(*x.shape[:-1], -1), spec.down_weight(x.dtype), biases_of(second.layers, x.dtype))
         h_down = second.down(y[:, :N], narrow[2])
-        second.up((z.view(len(rows), -1),), h_down, narrow[5:])
+        z = adapted(y, spec.second_weight(narrow[2], with_A=False), biases_of(second.layers, x.dtype), h_down, narrow[3])
         ctx.make, kept = source or (None, (x,))
         ctx.save_for_backward(both, h, h_down, *kept)
-        ctx.spec, ctx.narrow, ctx.factors, ctx.shape = spec, narrow, factors, x.shape
-        return z
+        ctx.spec, ctx.narrow, ctx.diagonal, ctx.factors, ctx.shape = spec, narrow, diagonal, factors, x.shape
+        return z.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, *grads):
         (dz,) = grads
         both, h, h_down, *kept = ctx.saved_tensors
-        first = ctx.spec.first
-        narrow, gradients = ctx.narrow, side_by_side(ctx.factors, both.dtype)
-        d_both = _back_to_gate(ctx.spec, dz.reshape(len(h), -1).contiguous(), both, h_down, narrow, gradients)
+        spec, narrow, gradients = ctx.spec, ctx.narrow, side_by_side(ctx.factors, both.dtype)
+        d_both = _back_to_gate(spec, dz.reshape(len(h), -1), both, h_down, narrow, gradients)
         x = (ctx.make(*kept) if ctx.make else kept[0]).reshape(len(h), -1)
-        sides = narrow[:2], narrow[3:5], gradients[:2], gradients[3:5]
-        dx = first.backward(ctx.spec.halves(d_both), d_both, x, h, *sides, ctx.needs_input_grad[0])
+        dx = _back_to_input(spec, d_both, x, h, narrow, ctx.diagonal, gradients).view(ctx.shape)
         back = given_back(gradients, ctx.factors)
-        dx = dx if dx is None else dx.view(ctx.shape)
         return dx, None, None, *(one if needed else None for one, needed in zip(back, ctx.needs_input_grad[3:], strict=True))
 
 
@@ -93,15 +135,28 @@ def _back_to_gate(
     spec: _Spec, dz: torch.Tensor, both: torch.Tensor, h: torch.Tensor, narrow: list[torch.Tensor], gradients: list[torch.Tensor]
 ) -> torch.Tensor:
     """Of the shape of `both`: the gradients of gate and up; writes those of down's adapter."""
-    (layer,), N = spec.second.layers, spec.first.layers[0].width
-    A, B, dA, dB = narrow[2], narrow[5], gradients[2], gradients[5]
-    g = dz @ B
-    dy = dz @ spec.down_weight(dz.dtype)
-    spec.second.add_through(dy[:, :N], g, A, 0)
-    dB.addmm_(dz.T, h, beta=0, alpha=layer.scale)
+    second, N, A, B = spec.second, spec.width, narrow[2], narrow[3]
+    G = second.back([dz], [B])
+    if second.p:
+        dy = dz @ spec.second_weight(A, with_A=False)
+        dy[:, :N].add_(second.through(G, [A]))
+    else:
+        dy = _beside(dz, G) @ spec.second_weight(A, with_A=True)
     d_both, y = spec.gradients(dy, *both.chunk(2, dim=1))
-    spec.second.write_dA(dA, g, y[:, :N], 0)
+    second.write([gradients[2]], [gradients[5]], [dz], G, y[:, :N], h)
     return d_both
+
+
+def _back_to_input(
+    spec: _Spec, d_both: torch.Tensor, x: torch.Tensor, h: torch.Tensor, narrow: list[torch.Tensor], diagonal: torch.Tensor,
+    gradients: list[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """dx; writes the gradients of gate's and up's adapters."""
+    first, K = spec.first, x.shape[1]
+    wide = d_both @ spec.first_weight(diagonal)  # [M, K + r]: dx but for what comes through the adapters, and G
+    dx, G = wide[:, :K], wide[:, K : K + h.shape[1]]
+    first.write(gradients[:2], gradients[3:5], spec.halves(d_both), G, x, h)
+    return dx + first.through(G, narrow[:2]) if first.p else torch.addmm(dx, G, stacked(narrow[:2]))
 
 
 def nf4_gated_mlp(
@@ -125,8 +180,7 @@ def nf4_gated_mlp(
     check_layers("nf4_gated_mlp", x.shape[-1], layers[:2])
     check_layers("nf4_gated_mlp", layers[0].width, layers[2:])
     seeds = [draw_seed(dropout) for _ in layers]
-    below = -layers[0].width % ALIGNED
-    spec = _Spec(Reading(layers[:2], dropout, seeds[:2], below), Reading(layers[2:], dropout, seeds[2:]), *gate, copies)
+    spec = _Spec(Reading(layers[:2], dropout, seeds[:2]), Reading(layers[2:], dropout, seeds[2:]), *gate, copies)
     factors = [layer.A for layer in layers] + [layer.B for layer in layers]
     with torch.autocast(x.device.type, enabled=False):
         return _GatedMlp.apply(x, source_of(x), spec, *factors)

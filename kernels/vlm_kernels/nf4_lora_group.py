@@ -4,11 +4,12 @@
 
     shapes    x [M, K], W_i [N_i, K] in 4 bit, A_i [r_i, K], B_i [N_i, r_i]; N, r: the sums
     saved     what x can be made of again (a norm's input), or x; and h = [(m_i x) A_i^T] [M, r]
-    bytes     each W_i once to 16 bit, side by side in one buffer for the backward pass: one product there, and no sum of dx
+    bytes     each W_i once to 16 bit, side by side in one buffer for the backward pass: one product there, and no sum of dx; the
+              adapter's part is written first, and the product with W_i, which has time to, adds to it
     FLOPs     those of nf4_lora_linear
-    backward  G = [dy_i B_i];  dx = [dy_i] W + s G A,  dA = s G^T x,  dB_i = s dy_i^T h_i
+    backward  G = [s_i dy_i B_i];  dx = G A + [dy_i] W,  dA = G^T x,  dB_i = s_i dy_i^T h_i
 
-Adapters are copied to the number type of x in one launch a call, their gradients back in one.
+Adapters are copied to the number type of x, the B's times their s, in one launch a call or two; their gradients back in one.
 """
 
 from __future__ import annotations
@@ -49,18 +50,34 @@ class Layer(NamedTuple):
 
 
 class Copies:
-    """Adapters in the number type of a computation, written anew at each call. The A's lie behind one another, then the B's."""
+    """Adapters in the number type of a computation, written anew at each call."""
 
     def __init__(self) -> None:
         self._key: Any = None
         self._views: list[torch.Tensor] = []
+        self._diagonal: torch.Tensor | None = None
 
-    def of(self, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    def of(self, As: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> list[torch.Tensor]:
+        """The A's behind one another, then each B times its layer's scale."""
+        factors = [*As, *Bs]
         key = (tuple(factor.shape for factor in factors), dtype, factors[0].device)
         if key != self._key:
-            self._key, self._views = key, side_by_side(factors, dtype)
-        torch._foreach_copy_(self._views, list(factors))
+            self._key, self._views, self._diagonal = key, side_by_side(factors, dtype), None
+        if any(scale != 1 for scale in scales):
+            factors[len(As) :] = torch._foreach_mul(list(Bs), list(scales))
+        torch._foreach_copy_(self._views, factors)
         return self._views
+
+    def diagonal(self, Bs: Sequence[torch.Tensor], scales: Sequence[float], height: int, width: int) -> torch.Tensor:
+        """Call `of` before. [height * B's, width]: each B times its layer's scale in rows and columns of its own, the next below and to
+        the right of it; zeros elsewhere."""
+        if self._diagonal is None:
+            self._diagonal = self._views[0].new_zeros(height * len(Bs), width)
+        at = 0
+        for part, B, scale in zip(self._diagonal.split(height), Bs, scales, strict=True):
+            torch.mul(B, scale, out=part[: len(B), at : at + B.shape[1]])
+            at += B.shape[1]
+        return self._diagonal
 
 
 def side_by_side(like: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -88,24 +105,20 @@ def given_back(gradients: list[torch.Tensor], factors: Sequence[torch.Tensor]) -
 
 @dataclass
 class Reading:
-    """What layers make of one input."""
+    """What layers make of one input. Each B comes times its layer's scale (`Copies`)."""
 
     layers: Sequence[Layer]
     p: float
     seeds: Sequence[int]
-    below: int = 0
-    """Rows of zeros below each weight, where there are several, as high."""
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[N, K]: their weights above one another."""
         if len(self.layers) == 1:
             return nf4_dequantize(self.layers[0].codes, self.layers[0].state, dtype)
-        heights = [layer.width + self.below for layer in self.layers]
+        heights = [layer.width for layer in self.layers]
         W = torch.empty((sum(heights), self.layers[0].A.shape[1]), dtype=dtype, device=self.layers[0].state.absmax.device)
         for layer, part in zip(self.layers, W.split(heights), strict=True):
-            nf4_dequantize(layer.codes, layer.state, out=part[: layer.width])
-        if self.below:
-            W.view(len(heights), heights[0], -1)[:, -self.below :].zero_()
+            nf4_dequantize(layer.codes, layer.state, out=part)
         return W
 
     def down(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -115,53 +128,41 @@ class Reading:
         parts = A.split([layer.rank for layer in self.layers])
         return torch.cat([dropped(x, self.p, seed) @ part.T for seed, part in zip(self.seeds, parts, strict=True)], dim=1)
 
-    def up(self, ys: Sequence[torch.Tensor], h: torch.Tensor, Bs: Sequence[torch.Tensor]) -> None:
-        """Add each adapter's part to y_i."""
-        for layer, y, part, B in zip(self.layers, ys, self.by_rank(h), Bs, strict=True):
-            y.addmm_(part, B.T, alpha=layer.scale)
+    def back(self, dys: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """G [M, r]."""
+        G = Bs[0].new_empty(len(dys[0]), sum(layer.rank for layer in self.layers))
+        for dy, B, g in zip(dys, Bs, self.by_rank(G), strict=True):
+            torch.mm(dy, B, out=g)
+        return G
 
-    def backward(
-        self, dys: Sequence[torch.Tensor], dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, As: Sequence[torch.Tensor],
-        Bs: Sequence[torch.Tensor], dAs: Sequence[torch.Tensor], dBs: Sequence[torch.Tensor], needs_x: bool,
-    ) -> torch.Tensor | None:  # fmt: skip
-        """Writes dA_i and dB_i.
+    def through(self, G: torch.Tensor, As: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[M, K]: what comes to x through the adapters."""
+        if not self.p:
+            return G @ stacked(As)
+        parts = zip(self.by_rank(G), As, self.seeds, strict=True)
+        return torch.stack([dropped(g @ A, self.p, seed) for g, A, seed in parts]).sum(0)
 
-        Args:
-            dys, dy: the gradients [M, N_i], and all of them side by side [M, N].
-
-        Returns:
-            dx, if it is needed.
-        """
-        G = torch.empty_like(h)
-        for layer, one, g, part, B, dB in zip(self.layers, dys, self.by_rank(G), self.by_rank(h), Bs, dBs, strict=True):
-            torch.mm(one, B, out=g)
-            dB.addmm_(one.T, part, beta=0, alpha=layer.scale)
-        dx = dy @ self.dequantized(dy.dtype) if needs_x else None
-        scales = {layer.scale for layer in self.layers}
-        if not self.p and len(scales) == 1:
-            scale = scales.pop()
-            stacked(dAs).addmm_(G.T, x, beta=0, alpha=scale)
-            return dx.addmm_(G, stacked(As), alpha=scale) if dx is not None else None
-        for number, (g, A, dA) in enumerate(zip(self.by_rank(G), As, dAs, strict=True)):
-            self.write_dA(dA, g, x, number)
-            if dx is not None:
-                self.add_through(dx, g, A, number)
-        return dx
-
-    def write_dA(self, dA: torch.Tensor, g: torch.Tensor, x: torch.Tensor, number: int) -> None:
-        """Of one layer, from g [M, r_i]."""
-        dA.addmm_(g.T, dropped(x, self.p, self.seeds[number]), beta=0, alpha=self.layers[number].scale)
-
-    def add_through(self, dx: torch.Tensor, g: torch.Tensor, A: torch.Tensor, number: int) -> None:
-        """Add what comes through one layer's adapter."""
-        scale = self.layers[number].scale
-        if self.p:
-            dx.add_(dropped(g @ A, self.p, self.seeds[number]), alpha=scale)
-        else:
-            dx.addmm_(g, A, alpha=scale)
+    def write(
+        self, dAs: Sequence[torch.Tensor], dBs: Sequence[torch.Tensor], dys: Sequence[torch.Tensor], G: torch.Tensor, x: torch.Tensor,
+        h: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """The adapters' gradients."""
+        for layer, dy, part, dB in zip(self.layers, dys, self.by_rank(h), dBs, strict=True):
+            dB.addmm_(dy.T, part, beta=0, alpha=layer.scale)
+        if not self.p:
+            stacked(dAs).addmm_(G.T, x, beta=0)
+            return
+        for g, dA, seed in zip(self.by_rank(G), dAs, self.seeds, strict=True):
+            dA.addmm_(g.T, dropped(x, self.p, seed), beta=0)
 
     def by_rank(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return h.split([layer.rank for layer in self.layers], dim=1)
+
+
+def adapted(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """x W^T + b + h B^T [M, N]. The adapter's part is written first: the product with W reads it while it computes."""
+    y = h @ B.T if bias is None else torch.addmm(bias, h, B.T)
+    return y.addmm_(x, W.T)
 
 
 def biases_of(layers: Sequence[Layer], dtype: torch.dtype, below: int = 0) -> torch.Tensor | None:
@@ -179,14 +180,12 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, source: Source | None, reading: Reading, copies: Copies, *factors):
         count, rows = len(reading.layers), x.reshape(-1, x.shape[-1])
-        narrow = copies.of(factors, x.dtype)
-        As, Bs = narrow[:count], narrow[count:]
+        narrow = copies.of(factors[:count], factors[count:], [layer.scale for layer in reading.layers], x.dtype)
+        h = reading.down(rows, stacked(narrow[:count]))
         ys = []
-        for layer in reading.layers:
+        for layer, part, B in zip(reading.layers, reading.by_rank(h), narrow[count:], strict=True):
             W = nf4_dequantize(layer.codes, layer.state, x.dtype)
-            ys.append(torch.nn.functional.linear(x, W, biases_of([layer], x.dtype)))
-        h = reading.down(rows, stacked(As))
-        reading.up([y.view(len(rows), -1) for y in ys], h, Bs)
+            ys.append(adapted(rows, W, biases_of([layer], x.dtype), part, B).view(*x.shape[:-1], -1))
         ctx.make, kept = source or (None, (x,))
         ctx.save_for_backward(h, *kept)
         ctx.reading, ctx.narrow, ctx.factors, ctx.shape = reading, narrow, factors, x.shape
@@ -199,10 +198,13 @@ class _Group(torch.autograd.Function):
         gradients = side_by_side(ctx.factors, h.dtype)
         x = (ctx.make(*kept) if ctx.make else kept[0]).reshape(len(h), -1)
         dys = [dy.reshape(len(h), -1) for dy in dys]
-        sides = ctx.narrow[:count], ctx.narrow[count:], gradients[:count], gradients[count:]
-        dx = reading.backward(dys, torch.cat(dys, dim=1) if count > 1 else dys[0], x, h, *sides, ctx.needs_input_grad[0])
+        G, dx = reading.back(dys, ctx.narrow[count:]), None
+        reading.write(gradients[:count], gradients[count:], dys, G, x, h)
+        if ctx.needs_input_grad[0]:
+            dx = reading.through(G, ctx.narrow[:count])
+            dx.addmm_(torch.cat(dys, dim=1) if count > 1 else dys[0], reading.dequantized(h.dtype))
+            dx = dx.view(ctx.shape)
         back = given_back(gradients, ctx.factors)
-        dx = dx if dx is None else dx.view(ctx.shape)
         return dx, None, None, None, *(one if needed else None for one, needed in zip(back, ctx.needs_input_grad[4:], strict=True))
 
 

@@ -16,7 +16,7 @@ LIBRARIES = sorted(path.stem for path in (ROOT / "vlm_dist" / "upstream").glob("
 # The kernels are a package of their own and import nothing of vlm_dist; they have one such name.
 ELSEWHERE = {
     "kernels/vlm_kernels/common.py": {"_subclasses"},
-    "kernels/vlm_kernels/nf4_lora_group.py": {"_foreach_copy_"},
+    "kernels/vlm_kernels/nf4_lora_group.py": {"_foreach_copy_", "_foreach_mul"},
     "kernels/vlm_kernels/operation.py": {"_C", "_dispatch_keys", "_len_torch_dispatch_stack"},
 }
 

@@ -259,6 +259,17 @@ def test_nf4_dequantize_is_bitsandbytes_to_the_bit(device, dtype, nested, shape)
             assert torch.equal(kernels.nf4_dequantize(codes.flatten().view(storage), state), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (70, 64), (130, 192), (9, 33), (257, 96)])
+def test_nf4_dequantize_into_rows_that_lie_apart(device, shape):
+    """Also where a block of 64 weights reaches into the next row; what lies between the rows is left."""
+    codes, state = quantised(*shape, device=device)
+    for missing in (0, 4, 32):
+        wide = torch.full((shape[0] + 1, shape[1] + missing), 7.0, device=device)
+        out = kernels.nf4_dequantize(codes, state, out=wide[: shape[0], : shape[1]])
+        assert torch.equal(out, kernels.nf4_dequantize(codes, state)) and out.data_ptr() == wide.data_ptr()
+        assert (wide[:, shape[1] :] == 7).all() and (wide[shape[0]] == 7).all()
+
+
 LAYERS = [(1, 64, 64, 4), (7, 128, 70, 3), (16, 192, 130, 8), (33, 64, 96, 4), (0, 64, 32, 2)]
 
 
