@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vlm_dist.cards import card_id, check_cards, choose_device
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+NEVER_S = 7 * 86400.0
+LOADING_S = 3600.0
+"""That ranks wait for one another before training: one may read its weights more slowly. NCCL's own limit is 600."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,34 @@ class Ranks:
     def first_on_node(self, do: Callable[[], T]) -> T:
         """What `do` returns, on every rank; one rank of each node does it before the others, who then find on the disk what it fetched.
         Every rank must call it."""
-        if self.local_rank:
-            self.barrier()
-            return do()
-        try:
-            return do()
-        finally:
-            self.barrier()
+        with self.patient_barrier() as wait:
+            if self.local_rank:
+                wait()
+                return do()
+            try:
+                return do()
+            finally:
+                wait()
 
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(0)
+
+    @contextmanager
+    def patient_barrier(self) -> Iterator[Callable[[], None]]:
+        """What waits for every rank, however long one downloads or writes: NCCL's collectives give up after 10 minutes, gloo's after 30.
+        A rank that is gone still ends it, with an error. Every rank must call it."""
+        import torch
+        import torch.distributed as dist
+
+        if self.world_size == 1:
+            yield lambda: None
+            return
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=NEVER_S))
+        try:
+            yield lambda: dist.all_reduce(torch.zeros(1), group=group) and None
+        finally:
+            dist.destroy_process_group(group)
 
 
 def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", "cpu"] = "auto") -> Ranks:
@@ -151,7 +172,8 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = join(place, run, join_timeout_s)
         with _reaching(place):
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+            longest = timedelta(seconds=LOADING_S)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=longest)
     ranks = Ranks(dist.get_rank(), place.local_rank, dist.get_world_size(), chosen)
     check_cards(ranks.gather((socket.gethostname(), card_id(chosen))))
     return ranks

@@ -17,23 +17,28 @@ def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
     """Where to load the model from; a new model (model.scratch, model.mini_vlm) is made first, once, in the run directory."""
     if config.model.name is not None:
         return config.model.name
-    if ranks.is_first and not (run.initial_model / "config.json").exists():
-        from vlm_dist.models.save import fresh_folder, put_in_place
-
-        temporary = fresh_folder(run.initial_model)
-        if config.model.mini_vlm is not None:
-            from vlm_dist.models.compose import compose
-
-            with waiting("joining the two models"):
-                parts = compose(config.model.mini_vlm.vision, config.model.mini_vlm.language, temporary, seed=config.seed)
-            print(f"mini VLM: {parts}", flush=True)
-        elif config.model.scratch is not None:
-            from vlm_dist.models.scratch import build_checkpoint
-
-            build_checkpoint(config.model.scratch, training_texts(config), config.seed, temporary)
-        put_in_place(temporary, run.initial_model)
-    ranks.barrier()
+    with ranks.patient_barrier() as wait:
+        if ranks.is_first and not (run.initial_model / "config.json").exists():
+            _make(config, run)
+        wait()
     return str(run.initial_model)
+
+
+def _make(config: Config, run: RunDir) -> None:
+    from vlm_dist.models.save import fresh_folder, put_in_place
+
+    temporary = fresh_folder(run.initial_model)
+    if config.model.mini_vlm is not None:
+        from vlm_dist.models.compose import compose
+
+        with waiting("joining the two models"):
+            parts = compose(config.model.mini_vlm.vision, config.model.mini_vlm.language, temporary, seed=config.seed)
+        print(f"mini VLM: {parts}", flush=True)
+    elif config.model.scratch is not None:
+        from vlm_dist.models.scratch import build_checkpoint
+
+        build_checkpoint(config.model.scratch, training_texts(config), config.seed, temporary)
+    put_in_place(temporary, run.initial_model)
 
 
 def training_texts(config: Config, limit: int = 20_000) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ NAMES = (
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
     "torch._ops.OpOverload.overloadpacket",
     "torch._C._distributed_c10d",
+    "torch.distributed.distributed_c10d._set_pg_timeout",
+    "torch.distributed.distributed_c10d._world.pg_map",
 )
 aten = torch.ops.aten
 unsafe_index = aten._unsafe_index.Tensor
@@ -56,3 +59,12 @@ def flight_record() -> str | None:
     """NCCL's flight recorder, where torch keeps one (TORCH_FR_BUFFER_SIZE): the last collectives and their state."""
     dump: Any = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace_json", None)
     return str(dump()) if torch.cuda.is_available() and dump is not None else None
+
+
+def let_collectives_wait(seconds: float) -> None:
+    """Every process group that there is gives its collectives so long. (Those that a library makes have torch's own default: 10 minutes for
+    NCCL.)"""
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
