@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vlm_dist.errors import DataError
-from vlm_dist.run_dir import read_jsonl
+from vlm_dist.run_dir import json_row
 
 SMALLEST_BASE = 1000  # a share is not judged on fewer samples than this
 HOPELESS = 50  # so many at the very start, and not one usable
 
 
 class Quarantine:
-    """Counts usable and unusable samples of one rank. Safe to use from the reading thread."""
+    """Counts usable and unusable samples of one rank, and names them in a file that all ranks of a run share. Safe to use from the reading
+    thread."""
 
     def __init__(self, path: Path, max_bad_fraction: float):
         self.path = path
@@ -24,11 +27,26 @@ class Quarantine:
         self.num_bad = 0
         self.is_silent = False
         """Counts, and writes nothing: another rank has the same samples."""
-        self._known = {(row["shard"], row["key"]) for row in read_jsonl(path)}
+        self._known: set[tuple[str, str]] = set()
+        self._read = 0  # bytes of the file
         self._lock = threading.Lock()
+        len(self)  # what an earlier start found
 
     def __len__(self) -> int:
-        return len(self._known)
+        """Samples named, by any rank."""
+        with self._lock:
+            if self.path.exists():
+                with self.path.open("rb") as file:
+                    self._look(file)
+            return len(self._known)
+
+    def _look(self, file: BinaryIO) -> None:
+        """What other ranks have written since."""
+        file.seek(self._read)
+        lines = file.read().split(b"\n")
+        self._read = file.tell() - len(lines.pop())  # a line that is being written is read the next time
+        rows = [row for row in map(json_row, lines) if isinstance(row, dict)]
+        self._known |= {(str(row.get("shard")), str(row.get("key"))) for row in rows}
 
     def count_good(self) -> None:
         self.num_good += 1
@@ -37,13 +55,17 @@ class Quarantine:
         """Name a sample in the file, once, without counting it; returns its shard and key."""
         place = (str(raw.get("__url__", "")), str(raw.get("__key__", "")))
         with self._lock:
-            if place not in self._known:
+            if place in self._known or self.is_silent:
                 self._known.add(place)
-                if self.is_silent:
-                    return place
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"shard": place[0], "key": place[1], "reason": reason}) + "\n")
+                return place
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                with suppress(OSError):  # a file system that knows no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # till the file is closed
+                self._look(file)
+                if place not in self._known:
+                    file.write(json.dumps({"shard": place[0], "key": place[1], "reason": reason}).encode() + b"\n")
+            self._known.add(place)
         return place
 
     def add(self, raw: dict[str, Any], reason: str) -> None:
