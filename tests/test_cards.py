@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
@@ -70,16 +71,57 @@ def test_the_doctor_says_the_same(driver):
     assert check.state == "bad" and "470.57.02" in check.found
 
 
-def test_each_rank_has_a_card_of_its_own():
-    assert [cards.card_of(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert cards.card_of(3, 1) == 0  # srun --gpus-per-task=1
-    assert [cards.card_of(rank, 2) for rank in range(4)] == [0, 1, 0, 1]  # --gpu-bind=closest: two pairs of ranks, each with its cards
+WAYS = {
+    "all of four": [("a", "0123")] * 4,
+    "each its own (srun --gpus-per-task=1)": [("a", "0"), ("a", "1"), ("a", "2"), ("a", "3")],
+    "--gpu-bind=closest, ranks in blocks": [("a", "01"), ("a", "01"), ("a", "23"), ("a", "23")],
+    "--gpu-bind=closest, ranks dealt out": [("a", "01"), ("a", "23"), ("a", "01"), ("a", "23")],
+    "the same, on two nodes": [("a", "01"), ("b", "01"), ("a", "01"), ("b", "01")],
+    "more cards than ranks": [("a", "0123")] * 2,
+    "alone": [("a", "0123")],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_rank_has_a_card_of_its_own(way):
+    """Ranks that agree in a store, each told its node and the cards that it sees."""
+    store, taken, local = torch.distributed.HashStore(), {}, {}
+
+    def rank(number: int, node: str, seen: str, local_rank: int) -> None:
+        place = cards.agreed_card(store, len(WAYS[way]), number, node, local_rank, seen)
+        assert place is not None
+        taken[number] = (node, seen[place])
+
+    threads = []
+    for number, (node, seen) in enumerate(WAYS[way]):
+        threads.append(threading.Thread(target=rank, args=(number, node, seen, local.setdefault(node, 0))))
+        local[node] += 1
+    for thread in reversed(threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(set(taken.values())) == len(taken) == len(WAYS[way])
+    cards.check_cards([taken[number] for number in range(len(taken))])
+
+
+def test_too_few_cards_are_told():
     cards.check_cards([("a", ""), ("a", "")])
     cards.check_cards([("a", "x"), ("a", "y"), ("b", "x")])
     with pytest.raises(MachineError, match=r"ranks 0 and 2 share one GPU of a \(x\)"):
         cards.check_cards([("a", "x"), ("b", "x"), ("a", "x")])
-    with pytest.raises(MachineError, match="rank 1 on b has no GPU"):
-        cards.check_cards([("a", "x"), ("b", "")])
+
+
+@pytest.mark.parametrize("other", ["", "x"])
+def test_a_rank_without_a_card(other):
+    """Beside one that has none either, and beside one that has one, which then says so too."""
+    store = torch.distributed.HashStore()
+    store.append("cards of b" if other else "no cards", f'[1, "b", 0, "{other}"]\n')
+    store.add("cards told", 1)
+    if other:
+        with pytest.raises(MachineError, match="rank 0 on a has no GPU, other ranks have one"):
+            cards.agreed_card(store, 2, 0, "a", 0, [])
+    else:
+        assert cards.agreed_card(store, 2, 0, "a", 0, []) is None
 
 
 def test_blocks_of_the_allocator_grow_unless_the_user_said_otherwise(monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_dist.errors import MachineError
 
@@ -23,7 +25,18 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 gave 
 
 
 def choose_device(local_rank: int, wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
-    """The device of a rank, made the current one.
+    """The device of a rank that asks no other, made the current one.
+
+    Raises:
+        MachineError: a card is there, but CUDA does not start.
+    """
+    import torch
+
+    return take_card(local_rank % torch.cuda.device_count()) if starts_cuda(wanted) else torch.device("cpu")
+
+
+def starts_cuda(wanted: Literal["auto", "cpu"] = "auto") -> bool:
+    """Whether to compute on a card.
 
     Raises:
         MachineError: a card is there, but CUDA does not start.
@@ -35,15 +48,21 @@ def choose_device(local_rank: int, wanted: Literal["auto", "cpu"] = "auto") -> t
     if wanted == "cpu":
         if torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if (problem := why_no_cuda()) is not None:
-            raise MachineError(
-                f"{problem}; install a torch that fits the driver, or compute on the CPU: engine.device=cpu, "
-                "or CUDA_VISIBLE_DEVICES= before the command"
-            )
-        return torch.device("cpu")
-    number = card_of(local_rank, torch.cuda.device_count())
+        return False
+    if torch.cuda.is_available():
+        return True
+    if (problem := why_no_cuda()) is not None:
+        raise MachineError(
+            f"{problem}; install a torch that fits the driver, or compute on the CPU: engine.device=cpu, "
+            "or CUDA_VISIBLE_DEVICES= before the command"
+        )
+    return False
+
+
+def take_card(number: int) -> torch.device:
+    """Make one of the cards that this process sees the current one."""
+    import torch
+
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
@@ -62,10 +81,38 @@ def device_here(wanted: Literal["auto", "cpu"] = "auto") -> torch.device:
     return choose_device(0, wanted)
 
 
-def card_of(local_rank: int, visible: int) -> int:
-    """The number of a rank's card among those that it sees: its own number, the only one (srun --gpus-per-task=1), or, where each pair of
-    ranks sees a pair of cards of its own (--gpu-bind=closest), its place among those. Too few cards are found by `check_cards`."""
-    return local_rank % visible
+def agreed_card(store: Any, world_size: int, rank: int, node: str, local_rank: int, seen: Sequence[str]) -> int | None:
+    """The number of a rank's card among those that it sees: its place among the ranks of its node that see the same cards. So the only one
+    (srun --gpus-per-task=1), its own of all, or of those that some ranks share (--gpu-bind=closest), however srun deals out the ranks. Too
+    few cards are found by `check_cards`. None where no rank sees one. Every rank must call it.
+
+    Args:
+        store: of all ranks (torch.distributed.Store).
+        node: its name.
+        seen: what tells each card from every other (`card_id`), in the order of their numbers.
+
+    Raises:
+        MachineError: some ranks see a card, and some none.
+    """
+    store.append(f"cards of {node}" if seen else "no cards", json.dumps([rank, node, local_rank, *seen]) + "\n")
+    if store.add("cards told", 1) == world_size:
+        store.set("all cards", "")
+    store.wait(["all cards"])
+    if store.check(["no cards"]):
+        without = sorted(_lines(store, "no cards"))
+        if len(without) < world_size:
+            raise MachineError(_without(*without[0][:2]))
+        return None
+    told = [(place, cards) for _, _, place, *cards in _lines(store, f"cards of {node}")]
+    return sorted(place for place, cards in told if cards == list(seen)).index(local_rank) % len(seen)
+
+
+def _lines(store: Any, key: str) -> list[list[Any]]:
+    return [json.loads(line) for line in store.get(key).decode().splitlines()]
+
+
+def _without(rank: int, node: str) -> str:
+    return f"rank {rank} on {node} has no GPU, other ranks have one; ask for a card for each, or set engine.device=cpu"
 
 
 def card_id(device: torch.device) -> str:
@@ -75,27 +122,25 @@ def card_id(device: torch.device) -> str:
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
 
 
+def seen_cards() -> list[str]:
+    """Of each card that this process sees what tells it from every other."""
+    import torch
+
+    return [card_id(torch.device("cuda", number)) for number in range(torch.cuda.device_count())]
+
+
 def check_cards(cards: list[tuple[str, str]]) -> None:
     """Of each rank the node and the card.
 
     Raises:
-        MachineError: two ranks have one card, or some have a card and some have none.
+        MachineError: two ranks have one card.
     """
     ranks_of = defaultdict(list)
     for rank, (node, card) in enumerate(cards):
         ranks_of[node, card].append(rank)
-    without = [rank for rank, (_, card) in enumerate(cards) if not card]
-    if without and len(without) < len(cards):
-        node = cards[without[0]][0]
-        raise MachineError(
-            f"rank {without[0]} on {node} has no GPU, other ranks have one; ask for a card for each, or set engine.device=cpu"
-        )
     for (node, card), ranks in ranks_of.items():
         if card and len(ranks) > 1:
-            raise MachineError(
-                f"ranks {ranks[0]} and {ranks[1]} share one GPU of {node} ({card}); start one rank for each card, "
-                "and under srun --gpu-bind let neighbours see the same cards: --distribution=block:block"
-            )
+            raise MachineError(f"ranks {ranks[0]} and {ranks[1]} share one GPU of {node} ({card}); start one rank for each card")
 
 
 def why_no_cuda() -> str | None:

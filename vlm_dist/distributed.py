@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from vlm_dist.cards import card_id, check_cards, choose_device
+from vlm_dist.cards import agreed_card, card_id, check_cards, choose_device, seen_cards, starts_cuda, take_card
 from vlm_dist.errors import MachineError
 from vlm_dist.joining import join
 from vlm_dist.launched import Place, announced
@@ -156,6 +156,7 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
         MachineError: the launcher's variables do not agree, or the others did not come; there are cards, but CUDA does not start, or not
             every rank has its own.
     """
+    import torch
     import torch.distributed as dist
 
     atexit.unregister(stop)  # one that fails may have collectives under way, which it would wait for
@@ -165,18 +166,29 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(place.port or free_port())
-    chosen = choose_device(place.local_rank, device)
-    if chosen.type == "cuda":
-        os.environ["LOCAL_RANK"] = str(chosen.index)  # DeepSpeed takes it for the number of the card
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    on_card = starts_cuda(device)
+    if dist.is_initialized():
+        chosen = choose_device(place.local_rank, device)
+    else:
         store = join(place, run, join_timeout_s)
+        chosen = torch.device("cpu") if device == "cpu" else _agree(store, place)
+        backend = "cpu:gloo,cuda:nccl" if on_card else "gloo"
         with _reaching(place):
             longest = timedelta(seconds=LOADING_S)
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=longest)
+    if on_card:
+        os.environ["LOCAL_RANK"] = str(chosen.index)  # DeepSpeed takes it for the number of the card
     ranks = Ranks(dist.get_rank(), place.local_rank, dist.get_world_size(), chosen)
     check_cards(ranks.gather((socket.gethostname(), card_id(chosen))))
     return ranks
+
+
+def _agree(store: Any, place: Place) -> torch.device:
+    """The card of this rank."""
+    import torch
+
+    number = agreed_card(store, place.world_size, place.rank, socket.gethostname(), place.local_rank, seen_cards())
+    return torch.device("cpu") if number is None else take_card(number)
 
 
 @contextmanager
