@@ -151,12 +151,12 @@ def _back_to_input(
     spec: _Spec, d_both: torch.Tensor, x: torch.Tensor, h: torch.Tensor, narrow: list[torch.Tensor], diagonal: torch.Tensor,
     gradients: list[torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
-    """dx; writes the gradients of gate's and up's adapters."""
+    """dx, whose rows lie apart; writes the gradients of gate's and up's adapters."""
     first, K = spec.first, x.shape[1]
     wide = d_both @ spec.first_weight(diagonal)  # [M, K + r]: dx but for what comes through the adapters, and G
     dx, G = wide[:, :K], wide[:, K : K + h.shape[1]]
     first.write(gradients[:2], gradients[3:5], spec.halves(d_both), G, x, h)
-    return dx + first.through(G, narrow[:2]) if first.p else torch.addmm(dx, G, stacked(narrow[:2]))
+    return dx.add_(first.through(G, narrow[:2])) if first.p else dx.addmm_(G, stacked(narrow[:2]))
 
 
 def nf4_gated_mlp(

@@ -52,7 +52,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    DY, DS, S, W, RSTD, DX, DW, M, s_stride, N, offset, HAS_DS: tl.constexpr, WITH_DW: tl.constexpr, BLOCK: tl.constexpr
+    DY, DS, S, W, RSTD, DX, DW, M, dy_stride, s_stride, N, offset, HAS_DS: tl.constexpr, WITH_DW: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -61,7 +61,7 @@ def _backward_kernel(
     dw = tl.zeros((BLOCK,), dtype=tl.float32)
     row = program.to(tl.int64)
     while row < M:
-        dy = tl.load(DY + row * N + columns, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(DY + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(S + row * s_stride + columns, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(RSTD + row)
         xhat = s * rstd
@@ -111,7 +111,7 @@ def _rms_norm_backward(
     dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, offset: float, with_dw: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dw); dw has no element unless asked for."""
-    rows, dy = as_rows(s), dy.contiguous()
+    rows, dy = as_rows(s), as_rows(dy)
     ds = ds.contiguous() if ds is not None else None
     M, N = rows.shape
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
@@ -121,7 +121,7 @@ def _rms_norm_backward(
         block, warps = row_block(N)
         launch(
             _backward_kernel, (programs,),
-            dy, dy if ds is None else ds, rows, weight, rstd, dx, partial, M, rows.stride(0), N, offset,
+            dy, dy if ds is None else ds, rows, weight, rstd, dx, partial, M, dy.stride(0), rows.stride(0), N, offset,
             HAS_DS=ds is not None, WITH_DW=with_dw, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if with_dw else weight.new_empty(0)
@@ -200,7 +200,7 @@ def compilations() -> Iterator[Compilation]:
             constants = {"HAS_RESIDUAL": residual, "WIDE": False, "BLOCK": block}
             yield Compilation(_forward_kernel, f"hidden {hidden}", pointers, constants, warps)
         pointers = {"DY": bf16, "DS": bf16, "S": bf16, "W": bf16, "RSTD": "*fp32", "DX": bf16, "DW": "*fp32", "M": "i32",
-                    "s_stride": "i32", "N": "i32", "offset": "fp32"}  # fmt: skip
+                    "dy_stride": "i32", "s_stride": "i32", "N": "i32", "offset": "fp32"}  # fmt: skip
         for with_dw in (False, True):
             constants = {"HAS_DS": True, "WITH_DW": with_dw, "BLOCK": block}
             yield Compilation(_backward_kernel, f"hidden {hidden}", pointers, constants, warps)

@@ -176,6 +176,14 @@ def test_rows_that_do_not_lie_in_order(device):
     torch.testing.assert_close(kernels.rms_norm(columns, weight), reference.rms_norm(columns, weight, 1e-6), rtol=1e-5, atol=1e-5)
 
 
+def test_a_gradient_whose_rows_lie_apart(device):
+    """As a gated MLP gives it, beside what its adapters get."""
+    x, weight = random(6, 32, device=device).requires_grad_(True), random(32, device=device, seed=1)
+    wide = random(6, 40, device=device, seed=2)
+    found, expected = (torch.autograd.grad(kernels.rms_norm(x, weight), x, dy)[0] for dy in (wide[:, :32], wide[:, :32].contiguous()))
+    assert torch.equal(found, expected)
+
+
 def angles(*shape, dtype=torch.float32, device="cpu", seed=0):
     """cos and sin whose halves are alike."""
     half = random(*shape[:-1], shape[-1] // 2, seed=seed) * 3
