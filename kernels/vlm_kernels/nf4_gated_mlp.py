@@ -24,8 +24,8 @@ import torch
 
 from vlm_kernels.common import Source, source_of
 from vlm_kernels.nf4_dequantize import nf4_dequantize
-from vlm_kernels.nf4_lora_group import Copies, Layer, Reading, adapted, biases_of, check_layers, given_back, side_by_side, stacked
-from vlm_kernels.nf4_lora_linear import draw_seed
+from vlm_kernels.nf4_lora_group import Copies, Layer, Reading, biases_of, check_layers, given_back, side_by_side, stacked
+from vlm_kernels.nf4_lora_linear import adapted, draw_seed
 
 ALIGNED = 8
 """Elements of 16 bit in the 16 bytes that rows begin at."""

@@ -22,7 +22,7 @@ import torch
 
 from vlm_kernels.common import Source, source_of
 from vlm_kernels.nf4_dequantize import nf4_dequantize
-from vlm_kernels.nf4_lora_linear import draw_seed, dropped
+from vlm_kernels.nf4_lora_linear import adapted, draw_seed, dropped
 
 
 class Layer(NamedTuple):
@@ -157,12 +157,6 @@ class Reading:
 
     def by_rank(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return h.split([layer.rank for layer in self.layers], dim=1)
-
-
-def adapted(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """x W^T + b + h B^T [M, N]. The adapter's part is written first: the product with W reads it while it computes."""
-    y = h @ B.T if bias is None else torch.addmm(bias, h, B.T)
-    return y.addmm_(x, W.T)
 
 
 def biases_of(layers: Sequence[Layer], dtype: torch.dtype, below: int = 0) -> torch.Tensor | None:

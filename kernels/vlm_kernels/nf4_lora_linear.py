@@ -53,18 +53,19 @@ def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return y
 
 
+def adapted(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """x W^T + b + h B^T [M, N]. The adapter's part is written first: the product with W reads it while it computes."""
+    y = h @ B.T if bias is None else torch.addmm(bias, h, B.T)
+    return y.addmm_(x, W.T)
+
+
 class _NF4LoraLinear(torch.autograd.Function):
     """Saves x, the 4-bit weight as it is, and h."""
 
     @staticmethod
     def forward(ctx, x, codes, state, bias, A, B, scale, p, seed):
-        y = _base(x, codes, state)
-        if bias is not None:
-            y += bias.to(y.dtype)
-        h = None
-        if A is not None:
-            h = dropped(x, p, seed) @ A.to(x.dtype).T
-            y.addmm_(h, B.to(x.dtype).T, alpha=scale)
+        h = None if A is None else dropped(x, p, seed) @ A.to(x.dtype).T
+        y = _sum(x, codes, state, None if bias is None else bias.to(x.dtype), h, None if B is None else (B * scale).to(x.dtype))
         ctx.save_for_backward(x if A is not None else None, codes, A, B, h)
         ctx.state, ctx.scale, ctx.p, ctx.seed = state, scale, p, seed
         return y
@@ -75,24 +76,29 @@ class _NF4LoraLinear(torch.autograd.Function):
         x, codes, A, B, h = ctx.saved_tensors
         needs_x, needs_bias, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
         dx = dA = dB = None
-        if needs_x:
-            dx = dy @ nf4_dequantize(codes, ctx.state, dy.dtype)
         if A is not None:
-            g = (dy @ B.to(dy.dtype)) * ctx.scale
-            if dx is not None:
-                dx += dropped(g @ A.to(dy.dtype), ctx.p, ctx.seed)
+            g = dy @ (B * ctx.scale).to(dy.dtype)
+            dx = dropped(g @ A.to(dy.dtype), ctx.p, ctx.seed) if needs_x else None
             dA = (g.T @ dropped(x, ctx.p, ctx.seed)).to(A.dtype) if needs_A else None
             dB = ((dy.T @ h) * ctx.scale).to(B.dtype) if needs_B else None
+        if needs_x:
+            W = nf4_dequantize(codes, ctx.state, dy.dtype)
+            dx = dy @ W if dx is None else dx.addmm_(dy, W)
         return dx, None, None, dy.sum(0) if needs_bias else None, dA, dB, None, None, None
 
 
-def _base(x: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
-    """x W^T."""
+def _sum(
+    x: torch.Tensor, codes: torch.Tensor, state: Any, bias: torch.Tensor | None, h: torch.Tensor | None, B: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T, with bias and adapter where there are."""
     if x.is_cuda and 0 < len(x) <= SMALL and not is_counted(x):
         from bitsandbytes import matmul_4bit
 
-        return matmul_4bit(x.detach(), codes, state)
-    return torch.nn.functional.linear(x, nf4_dequantize(codes, state, x.dtype))
+        y = matmul_4bit(x.detach(), codes, state)
+        y = y if bias is None else y + bias
+        return y if h is None or B is None else y.addmm_(h, B.T)
+    W = nf4_dequantize(codes, state, x.dtype)
+    return torch.nn.functional.linear(x, W, bias) if h is None or B is None else adapted(x, W, bias, h, B)
 
 
 def nf4_lora_linear(

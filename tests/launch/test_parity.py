@@ -132,8 +132,9 @@ def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path)
     """What a GPU does, as far as a CPU can: all kernels on NF4 in bfloat16, float16 with a scaled loss, held-out samples of which one
     rank has fewer. Gradients are added up in float32 at every stage, so the losses are those of stage 0; so are the answers, with and
     without kernels. At stage 3 the hooks of each module bring what flows back to its input together before that of its neighbours (base and
-    adapter of Q, then of K, then of V; kernels take the three one by one, too): another order of sums in 16 bit, none to be seen in
-    float32, nor while the adapters' B is zero."""
+    adapter of Q, then of K, then of V; kernels take the three one by one, too, and gate and up, so that the adapters' part of these
+    is rounded to 16 bit before it is added): another order of sums in 16 bit, none to be seen in float32, where the same kernels are held
+    to 1e-6, nor while the adapters' B is zero."""
     few = [f"model.name={qwen}", f"data.heldout={json.dumps(shards['qa-heldout'])}", "evaluation.samples=5", "evaluation.batch_size=2"]
     more = [*few, "evaluation.max_new_tokens=3", "training.micro_batch=2"]
     forms = {
@@ -148,7 +149,7 @@ def test_kernels_and_number_types_at_every_stage(config, shards, qwen, tmp_path)
     for form in forms:
         first, *others = (tmp_path / "runs" / f"{form}-{stage}" for stage in stages[form])
         for run in others:
-            other_sums = {"bfloat16-3": 2**-13, "float16-3": 2**-15}
+            other_sums = {"bfloat16-3": 2**-12, "float16-3": 2**-15}
             assert losses_of(run) == pytest.approx(losses_of(first), rel=other_sums.get(run.name, 1e-6)), run.name
             if form == "float16":
                 assert losses_of(run)[:2] == pytest.approx(losses_of(first)[:2], rel=1e-6), run.name  # of the first update B was zero
