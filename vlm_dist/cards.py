@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ DEVICES = Path("/dev")  # in a container the driver shows, whether or not it was
 OF_WINDOWS = Path("/usr/lib/wsl/lib/libcuda.so.1")  # under WSL the driver is Windows' own, and there is neither of the two
 HIDDEN = ("", "-1", "none", "void", "nodevfiles")
 """Words of CUDA_VISIBLE_DEVICES and NVIDIA_VISIBLE_DEVICES that say: no card for this process."""
+TELL_S = 300.0
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 gave it the first name, and reads the second too
 
 
@@ -92,12 +94,12 @@ def agreed_card(store: Any, world_size: int, rank: int, node: str, local_rank: i
         seen: what tells each card from every other (`card_id`), in the order of their numbers.
 
     Raises:
-        MachineError: some ranks see a card, and some none.
+        MachineError: some ranks see a card, and some none; or one does not say.
     """
     store.append(f"cards of {node}" if seen else "no cards", json.dumps([rank, node, local_rank, *seen]) + "\n")
     if store.add("cards told", 1) == world_size:
         store.set("all cards", "")
-    store.wait(["all cards"])
+    _wait(store, "all cards")
     if store.check(["no cards"]):
         without = sorted(_lines(store, "no cards"))
         if len(without) < world_size:
@@ -105,6 +107,20 @@ def agreed_card(store: Any, world_size: int, rank: int, node: str, local_rank: i
         return None
     told = [(place, cards) for _, _, place, *cards in _lines(store, f"cards of {node}")]
     return sorted(place for place, cards in told if cards == list(seen)).index(local_rank) % len(seen)
+
+
+def _wait(store: Any, key: str) -> None:
+    """In steps, because a store's own wait hears no Ctrl-C.
+
+    Raises:
+        MachineError: it does not come.
+    """
+    ends, pause = time.monotonic() + TELL_S, 0.01
+    while not store.check([key]):
+        if time.monotonic() > ends:
+            raise MachineError(f"not every rank has said in {TELL_S:.0f} s which cards it sees; one may have ended: its own log says why")
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)
 
 
 def _lines(store: Any, key: str) -> list[list[Any]]:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NEVER_S = 7 * 86400.0
 LOADING_S = 3600.0
-"""That ranks wait for one another before training: one may read its weights more slowly. NCCL's own limit is 600."""
+"""That ranks wait for one another before training: one may read its weights more slowly. torch's own limit is 10 to 30 minutes."""
+_patient: Any = None
+"""The process group whose collectives have no end."""
 
 
 @dataclass(frozen=True)
@@ -114,34 +116,31 @@ class Ranks:
     def first_on_node(self, do: Callable[[], T]) -> T:
         """What `do` returns, on every rank; one rank of each node does it before the others, who then find on the disk what it fetched.
         Every rank must call it."""
-        with self.patient_barrier() as wait:
-            if self.local_rank:
-                wait()
-                return do()
-            try:
-                return do()
-            finally:
-                wait()
+        if self.local_rank:
+            self.patient_barrier()
+            return do()
+        try:
+            return do()
+        finally:
+            self.patient_barrier()
 
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(0)
 
-    @contextmanager
-    def patient_barrier(self) -> Iterator[Callable[[], None]]:
-        """What waits for every rank, however long one downloads or writes: NCCL's collectives give up after 10 minutes, gloo's after 30.
-        A rank that is gone still ends it, with an error. Every rank must call it."""
-        import torch
-        import torch.distributed as dist
+    def patient_barrier(self) -> None:
+        """Wait for every rank, however long one downloads or writes; other collectives give up (`LOADING_S`). A rank that is gone ends
+        it, with an error."""
+        if self.world_size > 1:
+            import torch
+            import torch.distributed as dist
 
-        if self.world_size == 1:
-            yield lambda: None
-            return
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=NEVER_S))
-        try:
-            yield lambda: dist.all_reduce(torch.zeros(1), group=group) and None
-        finally:
-            dist.destroy_process_group(group)
+            dist.all_reduce(torch.zeros(1), group=_patient)
+
+
+def patient_group() -> Any:
+    """The process group of `Ranks.patient_barrier`."""
+    return _patient
 
 
 def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", "cpu"] = "auto") -> Ranks:
@@ -159,6 +158,9 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
     import torch
     import torch.distributed as dist
 
+    from vlm_dist.upstream.torch import let_collectives_wait
+
+    global _patient
     atexit.unregister(stop)  # one that fails may have collectives under way, which it would wait for
     place = announced()
     ours = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size, "MASTER_ADDR": place.host}
@@ -167,15 +169,17 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(place.port or free_port())
     on_card = starts_cuda(device)
+    seen = seen_cards() if on_card else []
     if dist.is_initialized():
         chosen = choose_device(place.local_rank, device)
     else:
         store = join(place, run, join_timeout_s)
-        chosen = torch.device("cpu") if device == "cpu" else _agree(store, place)
+        chosen = torch.device("cpu") if device == "cpu" else _agree(store, place, seen)
         backend = "cpu:gloo,cuda:nccl" if on_card else "gloo"
         with _reaching(place):
-            longest = timedelta(seconds=LOADING_S)
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=longest)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+    let_collectives_wait(LOADING_S)
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=NEVER_S)) if place.world_size > 1 else None
     if on_card:
         os.environ["LOCAL_RANK"] = str(chosen.index)  # DeepSpeed takes it for the number of the card
     ranks = Ranks(dist.get_rank(), place.local_rank, dist.get_world_size(), chosen)
@@ -183,11 +187,11 @@ def start(run: str = "", join_timeout_s: float = 600.0, device: Literal["auto", 
     return ranks
 
 
-def _agree(store: Any, place: Place) -> torch.device:
+def _agree(store: Any, place: Place, seen: list[str]) -> torch.device:
     """The card of this rank."""
     import torch
 
-    number = agreed_card(store, place.world_size, place.rank, socket.gethostname(), place.local_rank, seen_cards())
+    number = agreed_card(store, place.world_size, place.rank, socket.gethostname(), place.local_rank, seen)
     return torch.device("cpu") if number is None else take_card(number)
 
 

@@ -139,8 +139,10 @@ class Reading:
         """[M, K]: what comes to x through the adapters."""
         if not self.p:
             return G @ stacked(As)
-        parts = zip(self.by_rank(G), As, self.seeds, strict=True)
-        return torch.stack([dropped(g @ A, self.p, seed) for g, A, seed in parts]).sum(0)
+        first, *others = (dropped(g @ A, self.p, seed) for g, A, seed in zip(self.by_rank(G), As, self.seeds, strict=True))
+        for other in others:
+            first += other
+        return first
 
     def write(
         self, dAs: Sequence[torch.Tensor], dBs: Sequence[torch.Tensor], dys: Sequence[torch.Tensor], G: torch.Tensor, x: torch.Tensor,

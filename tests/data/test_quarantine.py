@@ -52,3 +52,21 @@ def test_several_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(keys(path), key=int) == [str(number) for number in range(60)]
+
+
+def test_a_line_that_a_kill_has_cut_off_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text('{"shard": "a.tar", "ke')
+    quarantine = Quarantine(path, 0.1)
+    quarantine.note(sample("x"), "damaged")
+    assert json.loads(path.read_text().splitlines()[1])["key"] == "x" and len(Quarantine(path, 0.1)) == 1
+
+
+def test_a_file_that_was_begun_anew(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path, 0.1)
+    for key in "xy":
+        quarantine.note(sample(key), "damaged")
+    path.unlink()
+    Quarantine(path, 0.1).note(sample("z"), "damaged")
+    assert len(quarantine) == 3

@@ -121,7 +121,8 @@ def _concatenate(tensors: list[Any]) -> Any:
         missing = [size - tensor.shape[axis] for axis, size in enumerate(sizes, start=1)]
         widths = [width for gap in reversed(missing) for width in (0, gap)]
         padded.append(torch.nn.functional.pad(tensor, widths) if any(missing) else tensor)
-    return torch.cat(padded, out=_room(sum(len(tensor) for tensor in padded), padded[0]))
+    is_plain = all(tensor.device.type == "cpu" and tensor.dtype == padded[0].dtype and not tensor.requires_grad for tensor in padded)
+    return torch.cat(padded, out=_room(sum(len(tensor) for tensor in padded), padded[0]) if is_plain else None)
 
 
 def _room(length: int, like: Any) -> Any:

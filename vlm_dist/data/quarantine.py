@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +42,8 @@ class Quarantine:
 
     def _look(self, file: BinaryIO) -> None:
         """What other ranks have written since."""
+        if file.seek(0, os.SEEK_END) < self._read:  # it was begun anew
+            self._read = 0
         file.seek(self._read)
         lines = file.read().split(b"\n")
         self._read = file.tell() - len(lines.pop())  # a line that is being written is read the next time
@@ -63,7 +66,9 @@ class Quarantine:
                     fcntl.flock(file, fcntl.LOCK_EX)  # till the file is closed
                 self._look(file)
                 if place not in self._known:
+                    file.write(b"\n" if file.tell() != self._read else b"")  # behind a line that a kill has cut off
                     file.write(json.dumps({"shard": place[0], "key": place[1], "reason": reason}).encode() + b"\n")
+                    self._read = file.tell()
             self._known.add(place)
         return place
 

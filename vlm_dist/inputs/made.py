@@ -17,10 +17,9 @@ def model_source(config: Config, run: RunDir, ranks: Ranks) -> str:
     """Where to load the model from; a new model (model.scratch, model.mini_vlm) is made first, once, in the run directory."""
     if config.model.name is not None:
         return config.model.name
-    with ranks.patient_barrier() as wait:
-        if ranks.is_first and not (run.initial_model / "config.json").exists():
-            _make(config, run)
-        wait()
+    if ranks.is_first and not (run.initial_model / "config.json").exists():
+        _make(config, run)
+    ranks.patient_barrier()
     return str(run.initial_model)
 
 

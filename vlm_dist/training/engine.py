@@ -11,10 +11,11 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from vlm_dist import distributed
 from vlm_dist.checkpoints.snapshot import trainable
 from vlm_dist.config import Config
 from vlm_dist.deepspeed_config import deepspeed_config
-from vlm_dist.distributed import NEVER_S, Ranks
+from vlm_dist.distributed import Ranks
 from vlm_dist.errors import MachineError, UserError
 from vlm_dist.families import Family
 from vlm_dist.models.experts_lora import gather_with_experts
@@ -47,7 +48,8 @@ def start_engine(model: torch.nn.Module, family: Family, config: Config, dtype: 
         config=deepspeed_config(config, ranks.world_size, dtype, number, on_gpu=ranks.device.type == "cuda"),
     )
     if ranks.world_size > 1:  # longer than the watchdog, which names who is waited for
-        let_collectives_wait(NEVER_S if config.health.timeout_s is None else 2 * config.health.timeout_s)
+        seconds = distributed.NEVER_S if config.health.timeout_s is None else 2 * config.health.timeout_s
+        let_collectives_wait(seconds, but=distributed.patient_group())
     gather_with_experts(model)
     if engine.zero_optimization_stage() == 3:
         keep_apart(model)

@@ -61,10 +61,11 @@ def flight_record() -> str | None:
     return str(dump()) if torch.cuda.is_available() and dump is not None else None
 
 
-def let_collectives_wait(seconds: float) -> None:
-    """Every process group that there is gives its collectives so long. (Those that a library makes have torch's own default: 10 minutes for
-    NCCL.)"""
+def let_collectives_wait(seconds: float, *, but: Any = None) -> None:
+    """Every process group that there is, but for one, gives its collectives so long. (Those that a library makes have torch's own default:
+    10 minutes for NCCL.)"""
     from torch.distributed import distributed_c10d as c10d
 
     for group in c10d._world.pg_map:
-        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if group is not but:
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
