@@ -109,6 +109,8 @@ def test_too_few_cards_are_told():
     cards.check_cards([("a", "x"), ("a", "y"), ("b", "x")])
     with pytest.raises(MachineError, match=r"ranks 0 and 2 share one GPU of a \(x\)"):
         cards.check_cards([("a", "x"), ("b", "x"), ("a", "x")])
+    with pytest.raises(MachineError, match="rank 1 on b has no GPU"):
+        cards.check_cards([("a", "x"), ("b", "")])
 
 
 @pytest.mark.parametrize("other", ["", "x"])
@@ -144,6 +146,16 @@ def test_one_rank_of_a_node_fetches_before_the_others(tmp_path):
         output, _ = rank.communicate(timeout=120)
         assert rank.returncode == 0, output
     assert (tmp_path / "found").read_text() == "fetched" and (tmp_path / "failed-1").exists()
+
+
+def test_a_rank_that_is_gone_is_not_waited_for():
+    """Though it went before the others began to wait, and the wait has no end."""
+    from tests.conftest import child_environment
+
+    first, second = warm_ranks(2, "tests/launch/gone.py", environment=child_environment())
+    output, _ = first.communicate(timeout=120)
+    second.communicate(timeout=120)
+    assert "the other is gone" in output, output
 
 
 @no_gpu

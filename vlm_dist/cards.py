@@ -22,7 +22,7 @@ DEVICES = Path("/dev")  # in a container the driver shows, whether or not it was
 OF_WINDOWS = Path("/usr/lib/wsl/lib/libcuda.so.1")  # under WSL the driver is Windows' own, and there is neither of the two
 HIDDEN = ("", "-1", "none", "void", "nodevfiles")
 """Words of CUDA_VISIBLE_DEVICES and NVIDIA_VISIBLE_DEVICES that say: no card for this process."""
-TELL_S = 300.0
+SAID_S = 300.0  # that ranks, all of which have met, wait for one another's cards
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 gave it the first name, and reads the second too
 
 
@@ -115,10 +115,10 @@ def _wait(store: Any, key: str) -> None:
     Raises:
         MachineError: it does not come.
     """
-    ends, pause = time.monotonic() + TELL_S, 0.01
+    ends, pause = time.monotonic() + SAID_S, 0.01
     while not store.check([key]):
         if time.monotonic() > ends:
-            raise MachineError(f"not every rank has said in {TELL_S:.0f} s which cards it sees; one may have ended: its own log says why")
+            raise MachineError(f"not every rank has said in {SAID_S:.0f} s which cards it sees; one may have ended: its own log says why")
         time.sleep(pause)
         pause = min(1.0, 1.5 * pause)
 
@@ -149,11 +149,14 @@ def check_cards(cards: list[tuple[str, str]]) -> None:
     """Of each rank the node and the card.
 
     Raises:
-        MachineError: two ranks have one card.
+        MachineError: two ranks have one card, or some have a card and some have none.
     """
     ranks_of = defaultdict(list)
     for rank, (node, card) in enumerate(cards):
         ranks_of[node, card].append(rank)
+    without = [(rank, node) for rank, (node, card) in enumerate(cards) if not card]
+    if 0 < len(without) < len(cards):  # where the launcher made the process group, nobody has asked before (`agreed_card`)
+        raise MachineError(_without(*without[0]))
     for (node, card), ranks in ranks_of.items():
         if card and len(ranks) > 1:
             raise MachineError(f"ranks {ranks[0]} and {ranks[1]} share one GPU of {node} ({card}); start one rank for each card")

@@ -127,7 +127,7 @@ def _concatenate(tensors: list[Any]) -> Any:
 
 def _room(length: int, like: Any) -> Any:
     """Memory for a tensor of other length, where it is large: numpy's, which asks Linux for large pages. Allocated by torch, the pictures
-    of a batch lie in pages of 4 KiB that are new each time, and touching them costs three times what copying the pictures does."""
+    of a batch lie in pages of 4 KiB that are new each time, and touching them costs more than copying the pictures does."""
     import numpy as np
     import torch
 
